@@ -1,0 +1,48 @@
+"""An agent that talks: the task first, then what the world said and what the model answered, in turn."""
+
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from ..core.config import Config
+from ..core.types import Message, Observation, Step, Task
+
+
+class ChatConfig(Config):
+    system: str = ""
+    """A system message for every prompt; empty for none."""
+    window: int | None = Field(None, ge=1)
+    """How many turns the model sees, the present one included: the task, then the last
+    ``window - 1`` attempts with their answers. None shows all. (RISE uses 2.)"""
+
+
+class Chat:
+    """Completion and action are the same text; what a model thinks aloud is the world's to read.
+
+    Prompts only ever grow at their end (unless ``window`` cuts them), so a whole episode is one
+    row of tokens to the learner.
+    """
+
+    Config = ChatConfig
+
+    def __init__(self, config: ChatConfig) -> None:
+        self._config = config
+
+    def prompt(
+        self, task: Task, history: Sequence[Step], observation: Observation
+    ) -> tuple[Message, ...]:
+        messages = [Message("system", self._config.system)] if self._config.system else []
+        seen = [step.observation for step in history] + [observation]
+        window = self._config.window
+        # A cut window still opens with the first observation: it may hold the problem.
+        first = 0 if window is None else max(0, len(history) - (window - 1))
+        opening = f"{task.instruction}\n{seen[0].text}".strip()
+        messages.append(Message("user", opening, seen[0].images))
+        for k in range(first, len(history)):
+            said = history[k].action.completion
+            messages.append(Message("assistant", said.text, token_ids=said.token_ids))
+            messages.append(Message("user", seen[k + 1].text, seen[k + 1].images))
+        return tuple(messages)
+
+    def parse(self, completion: str) -> str:
+        return completion.strip()

@@ -1,0 +1,213 @@
+"""The model a run starts from: given, or made here and warmed up, and kept for the next run."""
+
+import asyncio
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..agents import scratch
+from ..core.config import PolicyConfig, WarmStart
+from ..core.draw import draw, starts
+from ..core.errors import LearnerError, WorldError
+from ..core.protocols import Agent
+from ..core.recipe import Recipe
+from ..core.rollout import ExpertPlayer, PolicyPlayer, rollouts, turn_seed
+from ..core.seeds import derive
+from ..core.types import Batch, Completion, Example, Sampling, Start, Trajectory
+from ..core.worlds import Worlds
+from .progress import Progress
+
+VALIDATION = 200
+"""Tasks on which a warm start's skill is measured."""
+WORDS = 4000
+"""Expert episodes that a new tokenizer is trained on."""
+
+
+def cache() -> Path:
+    """Where models made here are kept: ``$SELFWRIGHT_CACHE``, or in the user's cache folder."""
+    given = os.environ.get("SELFWRIGHT_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "selfwright"
+
+
+async def prepare(recipe: Recipe, worlds: Worlds, progress: Progress) -> str:
+    """The folder or hub id of the base model; made first if nobody has made it yet.
+
+    Raises:
+        PolicyError: the model cannot be opened or made.
+        WorldError: it must be made or warmed up, but the world has no expert.
+    """
+    config = recipe.policy.config
+    assert isinstance(config, PolicyConfig)
+    made_here = config.model.startswith(scratch.PREFIX)
+    if made_here:
+        scratch.parse(config.model)
+    if not made_here and config.warm_start is None:
+        return str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
+    folder = cache() / "models" / _key(recipe, config)
+    if (folder / "config.json").is_file():
+        progress.say(f"base model: {folder} (made earlier)")
+        return str(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
+    try:
+        await _make(recipe, config, worlds, draft, progress)
+        try:
+            draft.rename(folder)
+        except OSError:
+            # Another run made the same model meanwhile; its content is the same.
+            if not (folder / "config.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return str(folder)
+
+
+def _key(recipe: Recipe, config: PolicyConfig) -> str:
+    """A hash of all that the model depends on."""
+    told = {
+        "version": __version__,
+        "model": config.model,
+        "files": _contents(Path(config.model)),
+        "warm_start": None if config.warm_start is None else config.warm_start.model_dump(),
+        "sampling": [config.max_tokens, config.stop, config.listed],
+        "environment": recipe.environment.dump(),
+        "agent": recipe.agent.dump(),
+        "seed": recipe.seed,
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    if not folder.is_dir():
+        return {}
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+async def _make(
+    recipe: Recipe, config: PolicyConfig, worlds: Worlds, folder: Path, progress: Progress
+) -> None:
+    agent: Agent = recipe.agent.make()
+    warm = config.warm_start
+    noise = 0.0 if warm is None else warm.noise
+    count = WORDS if warm is None else warm.demonstrations
+    expert = ExpertPlayer(noise)
+    tasks = draw(worlds.tasks("train"), count, derive(recipe.seed, "demonstrations"))
+    begin = starts(tasks, 1, recipe.seed)
+    seed = derive(recipe.seed, "demonstrations")
+    with progress.stage("expert demonstrations", len(begin)) as tell:
+        shown = await rollouts(expert, worlds, begin, seed, tell)
+    examples = [
+        example
+        for start, trajectory in zip(begin, shown, strict=True)
+        for example in _examples(agent, expert, start, trajectory, seed)
+    ]
+    if not examples:
+        raise WorldError(
+            f"{recipe.environment.use} has no expert to learn from; give policy.model a trained "
+            "model and no warm_start"
+        )
+    model = config.model
+    if model.startswith(scratch.PREFIX):
+        texts = [text for trajectory in shown[:WORDS] for text in _texts(trajectory)]
+        scratch.make(model, texts, folder, derive(recipe.seed, "scratch"))
+        model = str(folder)
+    if warm is not None:
+        await _clone(recipe, config, warm, model, worlds, examples, folder, progress)
+
+
+def _examples(
+    agent: Agent, expert: ExpertPlayer, start: Start, trajectory: Trajectory, seed: int
+) -> list[Example]:
+    """What the expert itself did; the errors mixed in are seen, not learned."""
+    return [
+        Example(
+            agent.prompt(trajectory.task, trajectory.steps[:turn], step.observation),
+            Completion(step.action.completion.text),
+        )
+        for turn, step in enumerate(trajectory.steps)
+        if not expert.errs(turn_seed(seed, start, turn))
+    ]
+
+
+def _texts(trajectory: Trajectory) -> list[str]:
+    seen = [step.observation.text for step in trajectory.steps]
+    said = [step.action.text for step in trajectory.steps]
+    return [trajectory.task.instruction, *seen, *said, trajectory.final.text]
+
+
+async def _clone(
+    recipe: Recipe,
+    config: PolicyConfig,
+    warm: WarmStart,
+    model: str,
+    worlds: Worlds,
+    examples: Sequence[Example],
+    folder: Path,
+    progress: Progress,
+) -> None:
+    """Full-weight cloning until the skill, the updates or the time are reached."""
+    from ..trainers.learner import LearnerConfig, PlainLearner
+    from ..trainers.loss import NLL
+
+    settings: dict[str, Any] = {"method": "full", "learning_rate": warm.learning_rate}
+    settings |= {"batch_size": warm.batch_size, "warmup": 20}
+    learner = PlainLearner(LearnerConfig.model_validate(settings), model, recipe.seed)
+    policy = recipe.policy.make(model, recipe.seed)
+    agent: Agent = recipe.agent.make()
+    tasks = draw(worlds.tasks("validation"), VALIDATION, derive(recipe.seed, "skill"))
+    player = PolicyPlayer(
+        agent,
+        policy,
+        Sampling(0.0, 1.0, config.max_tokens, tuple(config.stop)),
+        config.timeout_s,
+        config.listed,
+    )
+    began, done, share = time.monotonic(), 0, 0.0
+    loop = asyncio.get_running_loop()
+    scratchpad = Path(tempfile.mkdtemp(prefix="selfwright-"))
+    try:
+        with progress.stage("warm start", warm.updates) as tell:
+            while done < warm.updates and time.monotonic() - began < warm.seconds:
+                count = min(warm.check_every, warm.updates - done)
+                batch = _cycle(examples, done * warm.batch_size, count * warm.batch_size)
+                await loop.run_in_executor(None, learner.update, Batch(NLL(), batch), 0.0)
+                done += count
+                tell(done)
+                if warm.skill is None:
+                    continue
+                learner.export(scratchpad)
+                await policy.load(scratchpad)
+                played = await rollouts(player, worlds, starts(tasks, 1, recipe.seed), recipe.seed)
+                share = sum(t.success for t in played) / len(played)
+                if share >= warm.skill:
+                    break
+        learner.export(folder)
+        policy.tokens.tokenizer.save_pretrained(folder)
+    finally:
+        shutil.rmtree(scratchpad, ignore_errors=True)
+        await policy.close()
+    reached = "" if warm.skill is None else f", {share:.0%} of {len(tasks)} validation tasks solved"
+    progress.say(
+        f"warm start: {done} updates in {time.monotonic() - began:.0f} s{reached}"
+        + (f" (asked for {warm.skill:.0%})" if warm.skill and share < warm.skill else "")
+    )
+    if warm.skill is not None and share == 0:
+        raise LearnerError(
+            f"the warm start solves none of {len(tasks)} validation tasks after {done} updates; "
+            "give it more updates or seconds, or an easier world"
+        )
+
+
+def _cycle(examples: Sequence[Example], begin: int, count: int) -> tuple[Example, ...]:
+    return tuple(examples[k % len(examples)] for k in range(begin, begin + count))

@@ -1,0 +1,278 @@
+"""The command line. Imports of weight stand inside the commands, so that ``--help`` is instant."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, cast
+
+import typer
+
+from .. import __version__
+from ..core.errors import PluginError, RecipeError, SelfwrightError, StoreError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+BAD_INPUT = (RecipeError, PluginError, StoreError)
+"""Faults of what was typed or of the files it names: exit code 2."""
+
+app = typer.Typer(
+    help="Agents that improve themselves, and prove it.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-o",
+        "--override",
+        metavar="KEY.PATH=VALUE",
+        help="Set one key, such as trainer.use=imitation. May be given again.",
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object, and nothing else, to stdout.")
+]
+Output = Annotated[
+    Path | None, typer.Option(metavar="DIR", file_okay=False, help="The folder to write to.")
+]
+
+
+def main() -> None:
+    """The ``selfwright`` command."""
+    sys.exit(call(sys.argv[1:]))
+
+
+def call(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code.
+
+    0 is success; 1 a run or a check that failed; 2 a bad recipe, file or command line; 130 an
+    interrupt. Only faults nobody foresaw leave as exceptions.
+    """
+    try:
+        code = app(list(arguments) or ["--help"], "selfwright", standalone_mode=False)
+    except typer.TyperException as error:
+        said = error.format_message().replace("Value error, ", "").rstrip(".")
+        print(f"selfwright: {said}; selfwright --help tells more", file=sys.stderr)
+        return error.exit_code
+    except SelfwrightError as error:
+        print(str(error) or type(error).__name__, file=sys.stderr)
+        return 2 if isinstance(error, BAD_INPUT) else 1
+    except KeyboardInterrupt:
+        code = 130
+    if code == 130:
+        print("selfwright: interrupted", file=sys.stderr)
+    return int(code or 0)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"selfwright {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of one that is shipped.")],
+    override: Overrides = None,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe, or resume its run."""
+    import asyncio
+
+    from ..core.recipe import read
+
+    with _stdout_for_results() as stdout:
+        plan = read(recipe, override or ())
+        console = _console()
+        for note in plan.notes:
+            console.print(f"note: {note}", markup=False)
+        from .run import run
+
+        result = asyncio.run(run(plan, output or Path("runs") / plan.name, console))
+        _emit(result, stdout, None if as_json else _lines(result))
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(help="A run's checkpoint, a model folder or hub id, `expert` or `random`."),
+    ],
+    environment: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The world; a run's checkpoint knows its own."),
+    ] = None,
+    split: Annotated[
+        Literal["train", "validation", "test"], typer.Option(help="Which tasks.")
+    ] = "test",
+    tasks: Annotated[
+        int | None, typer.Option(min=1, help="How many; by default as many as a recipe's.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seeds worlds and sampling.")] = 0,
+    override: Overrides = None,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Play a checkpoint and count its successes."""
+    import asyncio
+
+    from ..core.config import Evaluation
+
+    with _stdout_for_results() as stdout:
+        from .evaluate import evaluate
+
+        count = tasks or Evaluation.model_validate({}).tasks
+        played = evaluate(
+            checkpoint, environment, override or (), split, count, seed, output, _console()
+        )
+        result = asyncio.run(played)
+        _emit(result, stdout, None if as_json else _lines(result))
+
+
+@app.command()
+def check(
+    environment: Annotated[str, typer.Argument(help="A world's name, or module:Class.")],
+    override: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Test a world against its contract."""
+    import asyncio
+
+    from ..core.recipe import section
+
+    with _stdout_for_results() as stdout:
+        world, fleet = section("environment", environment, override or ())
+        from .check import check, render
+
+        report = asyncio.run(check(environment, world.config.model_dump(mode="json"), fleet))
+        _emit(report.to_json(), stdout, None if as_json else render(report))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="An evaluation's folder, or a run's.")],
+    b: Annotated[Path, typer.Argument(help="The one that may be better.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two evaluations, paired by task."""
+    with _stdout_for_results() as stdout:
+        from .compare import compare, render
+
+        result = compare(a, b)
+        _emit(result, stdout, None if as_json else render(result))
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[
+        str, typer.Argument(help="recipes, environments, agents, policies, judges, ...")
+    ],
+    as_json: Json = False,
+) -> None:
+    """List recipes, or installed plug-ins."""
+    from ..core.plugins import KINDS, names, nearest
+
+    if kind not in (*KINDS, "recipes"):
+        said = f"nothing to list is called {kind!r}; {nearest(kind, (*KINDS, 'recipes'))}"
+        raise PluginError(said)
+    found: dict[str, Any]
+    if kind == "recipes":
+        found = {name: {"about": _about(file)} for name, file in _shipped().items()}
+    else:
+        found = {
+            name: {"target": one.target, "distribution": one.distribution}
+            for name, one in names(kind).items()
+        }
+    width = max(map(len, found), default=0)
+    lines = [
+        f"{name:{width}}  {'  '.join(map(str, one.values()))}".rstrip()
+        for name, one in found.items()
+    ]
+    _emit(found, sys.stdout, None if as_json else "\n".join(lines) or f"no {kind}")
+
+
+def _shipped() -> dict[str, Path]:
+    from ..core.recipe import shipped
+
+    return shipped()
+
+
+def _about(file: Path) -> str:
+    """The first comment line of a recipe."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return next((line.lstrip("# ") for line in lines if line.startswith("#")), "")
+
+
+@contextmanager
+def _stdout_for_results() -> Generator[TextIO]:
+    """Whatever else writes to stdout, native libraries and child processes too, goes to stderr."""
+    sys.stdout.flush()
+    kept, python_stdout = os.dup(1), sys.stdout
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    try:
+        with open(kept, "w", encoding="utf-8", closefd=False) as results:
+            yield results
+    finally:
+        sys.stdout = python_stdout
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    # Where nobody watches, a line stays one line, whatever its length.
+    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+
+
+def _emit(result: Mapping[str, Any], stdout: TextIO, text: str | None) -> None:
+    """Print ``text``, or ``result`` as JSON if there is none."""
+    print(json.dumps(_finite(result), allow_nan=False) if text is None else text, file=stdout)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: null stands for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in cast("list[Any]", value)]
+    return value
+
+
+def _lines(result: Mapping[str, Any], indent: str = "") -> str:
+    """A result for people: a line per value, long lists by their length."""
+    lines: list[str] = []
+    for key, value in result.items():
+        entries = cast("list[Any]", value) if isinstance(value, list) else []
+        if isinstance(value, Mapping):
+            lines += [f"{indent}{key}:", _lines(cast("Mapping[str, Any]", value), indent + "  ")]
+        elif len(entries) > 8:
+            lines.append(f"{indent}{key}: {len(entries)} entries")
+        else:
+            shown = f"{value:.4g}" if isinstance(value, float) else str(cast("object", value))
+            lines.append(f"{indent}{key}: {shown}")
+    return "\n".join(lines)

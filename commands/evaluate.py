@@ -1,0 +1,262 @@
+"""Plays a checkpoint on held-out tasks and counts: the evidence every comparison rests on."""
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..core import evaluation as files
+from ..core.config import Config, Fleet, PolicyConfig
+from ..core.draw import draw, starts
+from ..core.errors import RecipeError, StoreError
+from ..core.evaluation import EvaluationResult, TaskResult, summarise
+from ..core.files import read_json
+from ..core.protocols import HasAttempts
+from ..core.recipe import Section, section
+from ..core.rollout import ExpertPlayer, Player, PolicyPlayer, RandomPlayer, rollouts
+from ..core.seeds import derive
+from ..core.statistics import Introspection, introspection_table
+from ..core.store import TRAJECTORIES, write_trajectories
+from ..core.types import Judged, Sampling, Stop, Task, Trajectory, Verdict
+from ..core.worlds import Worlds, open_worlds
+from .progress import Progress
+
+CARD = "selfwright.json"
+"""In a checkpoint's folder: the world, agent and sampling it was trained with."""
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What a checkpoint is put to."""
+
+    environment: Section
+    agent: Section
+    fleet: Fleet
+    split: str
+    tasks: int
+    seed: int
+    temperature: float
+    turns: int
+    """Of the introspection table; 0: none."""
+
+
+def exam_tasks(worlds: Worlds, split: str, count: int, seed: int) -> list[Task]:
+    return draw(worlds.tasks(split), count, derive(seed, "evaluation", split))
+
+
+async def examine(
+    exam: Exam, player: Player, worlds: Worlds, progress: Progress, name: str
+) -> tuple[EvaluationResult, list[Judged]]:
+    """Play each task once; for worlds of attempts, fill the introspection table too."""
+    began = time.monotonic()
+    tasks = exam_tasks(worlds, exam.split, exam.tasks, exam.seed)
+    seed = derive(exam.seed, "evaluation")
+    with progress.stage(f"evaluating {name}", len(tasks)) as tell:
+        played = await rollouts(player, worlds, starts(tasks, 1, exam.seed), seed, tell)
+    table = None
+    if exam.turns and isinstance(player, PolicyPlayer) and isinstance(worlds.sample, HasAttempts):
+        with progress.stage(f"introspection of {name}", 3 * len(tasks)) as tell:
+            table = await introspect(exam, player, worlds, tasks)
+    results = tuple(
+        TaskResult(t.task.id, t.success, t.stop == Stop.FAILED, t.reward, len(t.steps), t.error)
+        for t in played
+    )
+    result = EvaluationResult(
+        checkpoint=player.name,
+        environment=exam.environment.dump(),
+        agent=exam.agent.dump(),
+        split=exam.split,
+        seed=exam.seed,
+        temperature=exam.temperature,
+        undecided=0,
+        environment_steps=sum(len(t.steps) for t in played),
+        tokens_sampled=tokens_sampled(played),
+        wall_s=time.monotonic() - began,
+        introspection=table,
+        results=results,
+        **summarise(results),
+    )
+    judged = [
+        Judged(t, Verdict(None if t.error else float(t.success), t.final.text, "success"))
+        for t in played
+    ]
+    return result, judged
+
+
+def tokens_sampled(trajectories: Sequence[Trajectory]) -> int:
+    """Tokens of the turns that were not replayed."""
+    return sum(
+        len(step.action.completion.token_ids)
+        for t in trajectories
+        for step in t.steps[t.replayed :]
+    )
+
+
+async def introspect(
+    exam: Exam, player: PolicyPlayer, worlds: Worlds, tasks: Sequence[Task]
+) -> Introspection:
+    """RISE's table, sampled at temperature 1: votes among greedy samples would all agree."""
+    world = worlds.sample
+    assert isinstance(world, HasAttempts)
+    turns = exam.turns
+    player = replace(player, sampling=replace(player.sampling, temperature=1.0))
+    longer = [replace(task, max_steps=turns) for task in tasks]
+    seed = derive(exam.seed, "introspection")
+    parallel = await rollouts(player, worlds, starts(longer, turns, exam.seed, 1), seed)
+    oracle = await rollouts(player, worlds, starts(longer, 1, exam.seed), derive(seed, "oracle"))
+    settings = exam.environment.config.model_dump(mode="json")
+    async with await open_worlds(
+        exam.environment.use, settings, exam.fleet, without_oracle=True
+    ) as silent:
+        sequential = await rollouts(
+            player, silent, starts(longer, 1, exam.seed), derive(seed, "sequential")
+        )
+
+    def samples(trajectory: Trajectory) -> list[tuple[str | None, bool]]:
+        return [
+            (world.answer(trajectory.task, step.action.text), step.reward >= 1)
+            for step in trajectory.steps
+        ]
+
+    return introspection_table(
+        [
+            [sample for t in parallel[k : k + turns] for sample in samples(t)]
+            for k in range(0, len(parallel), turns)
+        ],
+        [samples(t) for t in sequential],
+        [[right for _, right in samples(t)] for t in oracle],
+        turns,
+    )
+
+
+def write_card(folder: Path, card: dict[str, Any]) -> None:
+    (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+
+
+async def evaluate(
+    checkpoint: str,
+    environment: str | None,
+    overrides: Sequence[str],
+    split: str,
+    tasks: int,
+    seed: int,
+    output: Path | None,
+    console: Console,
+) -> dict[str, Any]:
+    """``selfwright evaluate``: the numbers of one checkpoint, as written to its folder.
+
+    Raises:
+        RecipeError: the world is not named, or an option is wrong.
+        StoreError: there is no such checkpoint.
+    """
+    progress = Progress(console)
+    card = read_card(checkpoint)
+    exam, policy = settle(card, checkpoint, environment, overrides, split, tasks, seed)
+    settings = exam.environment.config.model_dump(mode="json")
+    async with await open_worlds(exam.environment.use, settings, exam.fleet) as worlds:
+        player = await seated(checkpoint, card, policy, exam, worlds)
+        try:
+            result, judged = await examine(exam, player, worlds, progress, checkpoint)
+        finally:
+            if isinstance(player, PolicyPlayer):
+                await player.policy.close()
+    folder = output or default_output(checkpoint, exam)
+    folder.mkdir(parents=True, exist_ok=True)
+    result = replace(result, checkpoint=checkpoint)
+    write_trajectories(folder / TRAJECTORIES, judged, folder / "images")
+    path = files.write(folder, result)
+    told: dict[str, Any] = read_json(path)
+    told.pop("results")
+    return told | {"folder": str(folder)}
+
+
+def read_card(checkpoint: str) -> dict[str, Any] | None:
+    """The card of a run's folder or of its checkpoint; None for anything else."""
+    for folder in (Path(checkpoint), Path(checkpoint) / "checkpoint"):
+        if (folder / CARD).is_file():
+            return read_json(folder / CARD) | {"folder": str(folder)}
+    return None
+
+
+def settle(
+    card: dict[str, Any] | None,
+    checkpoint: str,
+    environment: str | None,
+    overrides: Sequence[str],
+    split: str,
+    tasks: int,
+    seed: int,
+) -> tuple[Exam, Section | None]:
+    """What is played, from the checkpoint's card and the command line, and with which policy."""
+    card = card or {}
+    mine: dict[str, list[str]] = {"environment": [], "agent": [], "policy": []}
+    temperature, turns = float(card.get("temperature", 0.0)), int(card.get("turns", 5))
+    for override in overrides:
+        key = override.split(".")[0].split("=")[0]
+        if key not in mine:
+            raise RecipeError(
+                f"-o {override}: evaluate knows the keys environment, agent and policy; "
+                f"{key!r} is none of them"
+            )
+        mine[key].append(override)
+    world: dict[str, Any] = card.get("environment", {})
+    use = environment or world.get("use")
+    if use is None:
+        raise RecipeError(f"say in which world {checkpoint} is to play: --environment NAME")
+    kept = {k: v for k, v in world.items() if k != "use"} if use == world.get("use") else {}
+    played, fleet = section("environment", use, mine["environment"], kept)
+    told: dict[str, Any] = card.get("agent", {"use": "chat"})
+    agent, _ = section("agent", told["use"], mine["agent"], _rest(told))
+    exam = Exam(played, agent, fleet, split, tasks, seed, temperature, turns)
+    if checkpoint in ("expert", "random"):
+        return exam, None
+    told = card.get("policy", {"use": "transformers", "model": checkpoint})
+    policy, _ = section("policy", told["use"], mine["policy"], _rest(told))
+    return exam, policy
+
+
+def _rest(told: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in told.items() if key != "use"}
+
+
+async def seated(
+    checkpoint: str,
+    card: dict[str, Any] | None,
+    policy: Section | None,
+    exam: Exam,
+    worlds: Worlds,
+) -> Player:
+    """Who plays: the expert, chance, or the checkpoint's policy with its weights loaded."""
+    if policy is None:
+        return ExpertPlayer() if checkpoint == "expert" else RandomPlayer()
+    assert isinstance(policy.config, PolicyConfig)
+    base, adapter = checkpoint, None
+    if card is not None:
+        folder = Path(card["folder"])
+        base = str(folder / card["base"]) if card["base_inside"] else card["base"]
+        adapter = folder
+    elif (Path(checkpoint) / "adapter_config.json").is_file():
+        base = read_json(Path(checkpoint) / "adapter_config.json")["base_model_name_or_path"]
+        adapter = Path(checkpoint)
+    elif not Path(checkpoint).is_dir() and re.match(r"[./~]", checkpoint):
+        raise StoreError(f"there is no checkpoint at {checkpoint}")
+    model = policy.make(base, exam.seed)
+    await model.load(adapter)
+    return player_of(policy.config, exam.agent.make(), model, exam.temperature)
+
+
+def player_of(config: Config, agent: Any, policy: Any, temperature: float) -> PolicyPlayer:
+    assert isinstance(config, PolicyConfig)
+    top_p = 1.0 if temperature == 0 else config.top_p
+    sampling = Sampling(temperature, top_p, config.max_tokens, tuple(config.stop))
+    return PolicyPlayer(agent, policy, sampling, config.timeout_s, config.listed)
+
+
+def default_output(checkpoint: str, exam: Exam) -> Path:
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", checkpoint.strip("/.")) or "model"
+    return Path("runs") / "evaluations" / f"{exam.environment.use}-{exam.split}-{exam.seed}-{name}"

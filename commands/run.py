@@ -1,0 +1,392 @@
+"""The whole loop, top to bottom: play, judge, learn, again; then prove it."""
+
+import asyncio
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..core import evaluation as files
+from ..core.config import JudgeConfig, PolicyConfig
+from ..core.draw import draw, starts
+from ..core.errors import LearnerError
+from ..core.files import read_json, write_json
+from ..core.protocols import Agent, Attempt, Context, Judge, Learner, Policy, Trainer
+from ..core.recipe import Recipe, differences
+from ..core.rollout import ExpertPlayer, Player, deadline, failures_by_name, rollouts
+from ..core.run import Run, iteration_name
+from ..core.seeds import derive
+from ..core.statistics import compare_outcomes, wilson
+from ..core.store import TRAJECTORIES, write_trajectories
+from ..core.types import Judged, Metrics, Start, Stop, Trajectory, Verdict
+from ..core.worlds import Worlds, open_worlds
+from .base import prepare
+from .evaluate import Exam, examine, player_of, tokens_sampled, write_card
+from .progress import Progress
+from .report import report
+
+PATIENCE = 3
+"""Iterations in a row from which nothing could be learned, after which a run stops."""
+
+
+@dataclass
+class Cast:
+    """Everything a run works with, made once."""
+
+    recipe: Recipe
+    worlds: Worlds
+    base: str
+    agent: Agent
+    policy: Policy
+    judge: Judge
+    learner: Learner
+    progress: Progress
+    seed: int = 0
+    """Of the iteration in hand."""
+    played: list[Judged] = field(default_factory=list[Judged])
+    """Every episode of the iteration in hand."""
+
+    def player(self, temperature: float | None = None) -> Player:
+        """The policy in training; sampled as in training unless a temperature is given."""
+        config = self.recipe.policy.config
+        assert isinstance(config, PolicyConfig)
+        heat = config.temperature if temperature is None else temperature
+        return player_of(config, self.agent, self.policy, heat)
+
+    @property
+    def exam(self) -> Exam:
+        recipe, settings = self.recipe, self.recipe.evaluation
+        return Exam(
+            recipe.environment,
+            recipe.agent,
+            recipe.fleet,
+            settings.split,
+            settings.tasks,
+            recipe.seed,
+            settings.temperature,
+            settings.turns,
+        )
+
+
+async def run(recipe: Recipe, output: Path, console: Console) -> dict[str, Any]:
+    """Run ``recipe``, or go on with it, in the folder ``output``; what ``result.json`` holds.
+
+    Raises:
+        SelfwrightError: it says what went wrong; what was committed stays, and the same command
+            goes on from there.
+    """
+    progress = Progress(console)
+    settings = recipe.environment.config.model_dump(mode="json")
+    with Run.open(output, recipe.dump(), differences) as kept:
+        if kept.has("result.json"):
+            progress.say(f"{output} holds a finished run; this is its result")
+            return read_json(kept.path("result.json"))
+        async with await open_worlds(recipe.environment.use, settings, recipe.fleet) as worlds:
+            base = await prepare(recipe, worlds, progress)
+            policy: Policy = recipe.policy.make(base, recipe.seed)
+            try:
+                agent, judge = recipe.agent.make(), recipe.judge.make(worlds.sample)
+                learner = recipe.learner.make(base, recipe.seed)
+                cast = Cast(recipe, worlds, base, agent, policy, judge, learner, progress)
+                await improve(cast, kept)
+            finally:
+                await policy.close()
+        result = conclude(cast, kept)
+        progress.say(f"report: {report(output)}")
+        return result
+
+
+async def improve(cast: Cast, kept: Run) -> None:
+    """Every iteration that is not committed yet, between two evaluations on the same tasks."""
+    recipe, policy = cast.recipe, cast.policy
+    teachers: dict[str, Policy] = {}
+    trainer: Trainer = recipe.trainer.make(context(cast, teachers))
+    await evaluated(cast, kept, "base")
+    if kept.finished:
+        last = kept.path(iteration_name(kept.finished - 1))
+        trainer.load_state_dict(read_json(last / "trainer.json"))
+        cast.learner.restore(last / "learner")
+        await policy.load(last / "checkpoint")
+        cast.progress.say(f"resuming after iteration {kept.finished} of {recipe.iterations}")
+    try:
+        for index in range(kept.finished, recipe.iterations):
+            with kept.draft(iteration_name(index)) as folder:
+                metrics = await iterate(cast, trainer, index)
+                cast.learner.export(folder / "checkpoint")
+                cast.learner.save(folder / "learner")
+                await policy.load(folder / "checkpoint")
+                metrics |= await validated(cast, index)
+                write_json(folder / "trainer.json", trainer.state_dict())
+                write_trajectories(folder / TRAJECTORIES, cast.played, kept.folder / "images")
+                write_json(folder / "metrics.json", metrics)
+            # The draft has its final name now; the weights are to be known by that.
+            await policy.load(kept.path(iteration_name(index)) / "checkpoint")
+            cast.progress.say(line(index, recipe.iterations, metrics))
+            watch(kept, index)
+    finally:
+        for teacher in teachers.values():
+            await teacher.close()
+    await evaluated(cast, kept, "final")
+
+
+async def iterate(cast: Cast, trainer: Trainer, index: int) -> Metrics:
+    """Play, judge, learn once. The episodes are left in ``cast.played``."""
+    recipe, plan = cast.recipe, trainer.plan
+    cast.played = []
+    cast.seed = derive(recipe.seed, "iteration", index)
+    clock = Clock()
+    judged: list[Judged] = []
+    if plan.tasks:
+        tasks = draw(cast.worlds.tasks("train"), plan.tasks, derive(cast.seed, "tasks"))
+        begin = starts(tasks, plan.attempts, cast.seed, plan.turns)
+        player = cast.player() if plan.player == "policy" else ExpertPlayer()
+        judged = await attempt(cast, player, begin, f"iteration {index + 1}: playing")
+    batches = await trainer.batches(judged)
+    metrics = {"time/rollout_s": clock.lap()} | summary(cast.played)
+    loop = asyncio.get_running_loop()
+    progress = index / recipe.iterations
+    learned: Metrics = {}
+    with cast.progress.stage(f"iteration {index + 1}: learning"):
+        for batch in batches:
+            if batch.examples:
+                # In a thread, so that deadlines and signals are served while it computes.
+                learned = await loop.run_in_executor(None, cast.learner.update, batch, progress)
+                metrics["train/total_tokens"] = (
+                    metrics.get("train/total_tokens", 0.0) + learned["train/tokens"]
+                )
+    return metrics | learned | {"time/learn_s": clock.lap()}
+
+
+def context(cast: Cast, teachers: dict[str, Policy]) -> Context:
+    """What the trainer may use; teachers are opened when first asked for."""
+
+    async def play(begin: Sequence[Start]) -> list[Judged]:
+        return await attempt(cast, cast.player(), begin, "playing on")
+
+    async def play_as(name: str) -> Attempt:
+        player: Player = ExpertPlayer()
+        if name != "expert":
+            if name not in teachers:
+                teachers[name] = cast.recipe.policy.make(name, cast.recipe.seed)
+            config = cast.recipe.policy.config
+            assert isinstance(config, PolicyConfig)
+            player = player_of(config, cast.agent, teachers[name], config.temperature)
+
+        async def teach(begin: Sequence[Start]) -> list[Judged]:
+            return await attempt(cast, player, begin, f"{name} playing on")
+
+        return teach
+
+    return Context(cast.agent, cast.judge, cast.policy, play, play_as)
+
+
+async def attempt(cast: Cast, player: Player, begin: Sequence[Start], what: str) -> list[Judged]:
+    """Play and judge; the episodes join the iteration's."""
+    with cast.progress.stage(what, len(begin)) as tell:
+        played = await rollouts(player, cast.worlds, begin, cast.seed, tell)
+    config = cast.recipe.judge.config
+    timeout = config.timeout_s if isinstance(config, JudgeConfig) else 600.0
+    judged: list[Judged] = []
+    for _, group in groupby(played, key=lambda t: (t.task.id, t.seed)):
+        judged += await verdicts(cast.judge, list(group), timeout)
+    cast.played += judged
+    return judged
+
+
+async def verdicts(judge: Judge, group: Sequence[Trajectory], timeout_s: float) -> list[Judged]:
+    """One verdict each. A judge that breaks or is late has not decided; that is not a 0."""
+    try:
+        async with deadline(timeout_s, "the judge"):
+            given = await judge.judge(group)
+        if len(given) != len(group):
+            raise ValueError(f"{len(given)} verdicts for {len(group)} trajectories")
+    except Exception as cause:
+        given = [Verdict(None, f"{type(cause).__name__}: {cause}", "broken")] * len(group)
+    return [Judged(t, v) for t, v in zip(group, given, strict=True)]
+
+
+def summary(played: Sequence[Judged]) -> Metrics:
+    """What was played, in numbers; nothing undefined is written down as a number."""
+    trajectories = [j.trajectory for j in played]
+    scores = [j.verdict.score for j in played if j.verdict.score is not None]
+    own = [step for t in trajectories for step in t.steps[t.replayed :]]
+    metrics: Metrics = {
+        "rollout/episodes": float(len(played)),
+        "rollout/environment_steps": float(sum(len(t.steps) for t in trajectories)),
+        "rollout/tokens": float(tokens_sampled(trajectories)),
+        "rollout/failed": float(sum(t.stop == Stop.FAILED for t in trajectories)),
+        "judge/undecided": float(len(played) - len(scores)),
+        "judge/broken": float(sum(j.verdict.judge == "broken" for j in played)),
+    }
+    metrics |= {f"failures/{k}": float(v) for k, v in failures_by_name(trajectories).items()}
+    if played:
+        metrics["rollout/success"] = sum(t.success for t in trajectories) / len(played)
+        metrics["rollout/reward"] = sum(t.reward for t in trajectories) / len(played)
+    if scores:
+        metrics["judge/score"] = sum(scores) / len(scores)
+    if own:
+        cut = sum(step.action.completion.finish == "length" for step in own)
+        metrics["rollout/cut_share"] = cut / len(own)
+    return metrics
+
+
+async def validated(cast: Cast, index: int) -> Metrics:
+    """A point of the learning curve, on validation tasks that nothing is trained on."""
+    settings = cast.recipe.evaluation
+    if not settings.every or (index + 1) % settings.every:
+        return {}
+    clock = Clock()
+    seed = derive(cast.recipe.seed, "validation")
+    tasks = draw(cast.worlds.tasks("validation"), settings.validation_tasks, seed)
+    player = cast.player(settings.temperature)
+    played = await rollouts(player, cast.worlds, starts(tasks, 1, seed), seed)
+    return {
+        "validation/success": sum(t.success for t in played) / len(played),
+        "validation/tasks": float(len(played)),
+        "time/validation_s": clock.lap(),
+    }
+
+
+async def evaluated(cast: Cast, kept: Run, name: str) -> None:
+    """``evaluations/NAME``, unless it is there already."""
+    if kept.has(f"evaluations/{name}"):
+        return
+    player = cast.player(cast.exam.temperature)
+    result, judged = await examine(cast.exam, player, cast.worlds, cast.progress, name)
+    with kept.draft(f"evaluations/{name}") as folder:
+        files.write(folder, result)
+        write_trajectories(folder / TRAJECTORIES, judged, kept.folder / "images")
+    low, high = result.interval
+    cast.progress.say(
+        f"{name}: {result.successes} of {result.tasks} {result.split} tasks solved, "
+        f"{result.success_rate:.1%} [{low:.1%}, {high:.1%}]"
+    )
+
+
+def watch(kept: Run, index: int) -> None:
+    """Raises: LearnerError: the last iterations had nothing to learn from."""
+    recent = [
+        read_json(kept.path(iteration_name(k)) / "metrics.json")
+        for k in range(max(0, index + 1 - PATIENCE), index + 1)
+    ]
+    if len(recent) == PATIENCE and not any(m.get("train/examples") for m in recent):
+        score = recent[-1].get("judge/score", "undefined")
+        raise LearnerError(
+            f"nothing is being learned: the trainer found no example in {PATIENCE} iterations "
+            f"(mean score {score}, {recent[-1]['judge/undecided']:.0f} undecided, "
+            f"{recent[-1]['rollout/failed']:.0f} failed); warm the policy up, make the tasks "
+            "easier, or loosen the trainer's filter"
+        )
+
+
+def conclude(cast: Cast, kept: Run) -> dict[str, Any]:
+    """The checkpoint's folder and ``result.json``."""
+    recipe = cast.recipe
+    if not kept.has("checkpoint"):
+        with kept.draft("checkpoint") as folder:
+            last = kept.path(iteration_name(recipe.iterations - 1)) / "checkpoint"
+            shutil.copytree(last, folder, dirs_exist_ok=True)
+            inside = Path(cast.base).is_dir()
+            if inside:
+                shutil.copytree(cast.base, folder / "base")
+            card: dict[str, Any] = recipe.dump()
+            card |= {"base": "base" if inside else cast.base, "base_inside": inside}
+            card |= {"temperature": recipe.evaluation.temperature, "turns": recipe.evaluation.turns}
+            write_card(folder, card)
+    base, final = (files.read(kept.path(f"evaluations/{name}")) for name in ("base", "final"))
+    rounds = [
+        read_json(kept.path(iteration_name(k)) / "metrics.json") for k in range(recipe.iterations)
+    ]
+
+    def total(key: str) -> int:
+        return int(sum(metrics.get(key, 0.0) for metrics in rounds))
+
+    compared = compare_outcomes(base.outcomes, final.outcomes)
+    result: dict[str, Any] = {
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "base": brief(base),
+        "final": brief(final),
+        "comparison": {
+            "difference": compared.difference,
+            "interval": list(compared.interval),
+            "p_value": compared.p_value,
+            "verdict": compared.verdict,
+            "test": compared.test,
+            "only_base": compared.only_a,
+            "only_final": compared.only_b,
+        },
+        "introspection": None,
+        "curve": [point(k, metrics) for k, metrics in enumerate(rounds) if points(metrics)],
+        "wall_s": base.wall_s
+        + final.wall_s
+        + sum(v for metrics in rounds for k, v in metrics.items() if k.startswith("time/")),
+        "environment_steps": total("rollout/environment_steps"),
+        "tokens_sampled": total("rollout/tokens"),
+        "tokens_trained": total("train/total_tokens"),
+    }
+    if base.introspection and final.introspection:
+        tables = (read_json(kept.path(f"evaluations/{n}/{files.FILE}")) for n in ("base", "final"))
+        result["introspection"] = dict(
+            zip(("base", "final"), (t["introspection"] for t in tables), strict=True)
+        )
+    write_json(kept.path("result.json"), result)
+    return result
+
+
+def brief(evaluation: files.EvaluationResult) -> dict[str, Any]:
+    return {
+        "tasks": evaluation.tasks,
+        "successes": evaluation.successes,
+        "success_rate": evaluation.success_rate,
+        "interval": list(evaluation.interval),
+        "failed": evaluation.failed,
+        "failures": evaluation.failures,
+    }
+
+
+def points(metrics: Metrics) -> bool:
+    return "validation/success" in metrics
+
+
+def point(index: int, metrics: Metrics) -> dict[str, Any]:
+    rate, tasks = metrics["validation/success"], int(metrics["validation/tasks"])
+    return {
+        "iteration": index + 1,
+        "success_rate": rate,
+        "interval": list(wilson(round(rate * tasks), tasks)),
+        "tasks": tasks,
+    }
+
+
+def line(index: int, iterations: int, metrics: Metrics) -> str:
+    """One iteration for people."""
+    parts = [f"iteration {index + 1}/{iterations}"]
+    if points(metrics):
+        parts.append(f"validation {metrics['validation/success']:.1%}")
+    if "judge/score" in metrics:
+        parts.append(f"score {metrics['judge/score']:.3f}")
+    if "train/loss" in metrics:
+        parts.append(f"loss {metrics['train/loss']:.3f}")
+    parts.append(f"{metrics.get('train/examples', 0):.0f} examples")
+    if metrics["rollout/failed"]:
+        parts.append(f"{metrics['rollout/failed']:.0f} failed")
+    seconds = sum(v for key, v in metrics.items() if key.startswith("time/"))
+    return ", ".join([*parts, f"{seconds:.1f} s"])
+
+
+class Clock:
+    """Seconds since it was last asked."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def lap(self) -> float:
+        now = time.monotonic()
+        gone, self._since = now - self._since, now
+        return gone

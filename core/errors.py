@@ -1,0 +1,37 @@
+"""Every error this package raises on purpose. Each is also a kind from the standard library."""
+
+
+class SelfwrightError(Exception):
+    """Catch this to catch all of them."""
+
+
+class RecipeError(SelfwrightError, ValueError):
+    """A recipe or a command line is malformed. The message lists every fault at once."""
+
+
+class PluginError(SelfwrightError, LookupError):
+    """A name matches no installed plug-in, or more than one."""
+
+
+class WorldError(SelfwrightError, RuntimeError):
+    """A world broke, hung, or answered with something that is not a time step."""
+
+
+class TooManyFailures(SelfwrightError, RuntimeError):
+    """More episodes failed than the recipe allows. Carries the first traceback."""
+
+
+class PolicyError(SelfwrightError, RuntimeError):
+    """A policy could not load a checkpoint or complete a prompt."""
+
+
+class JudgeError(SelfwrightError, RuntimeError):
+    """A judge broke, hung, or gave no usable verdict."""
+
+
+class LearnerError(SelfwrightError, RuntimeError):
+    """Nothing can be learned from a batch, or the learner was misused."""
+
+
+class StoreError(SelfwrightError, ValueError):
+    """A file of a run is missing, damaged, or belongs to another run."""

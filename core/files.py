@@ -1,0 +1,119 @@
+"""Files that are either whole or absent: atomic writes, and JSON that is always valid."""
+
+import json
+import math
+import os
+import uuid
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, cast
+
+from .errors import StoreError
+
+DRAFT = ".draft-"
+"""Names that begin so are unfinished work; whoever owns the folder may remove them."""
+
+
+@contextmanager
+def atomic_write(path: Path) -> Generator[IO[bytes]]:
+    """A file to write to, which appears at ``path`` only if the block ends well.
+
+    Raises:
+        StoreError: The file cannot be written, for example because the disk is full.
+    """
+    draft = path.with_name(f"{DRAFT}{uuid.uuid4().hex}")
+    try:
+        with draft.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):  # it is renamed if all went well
+            draft.unlink()
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path``, replacing it in one step; the folder must exist.
+
+    Raises:
+        StoreError: The file cannot be written.
+    """
+    with atomic_write(path) as file:
+        file.write(data)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` survive a power cut."""
+    _sync(folder)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make all files and names under ``folder`` survive a power cut."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if not os.path.islink(path := Path(parent, name)):
+                _sync(path)
+        _sync(Path(parent))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, obj: Any) -> None:
+    """Write ``obj`` as indented UTF-8 JSON, in one step; the folder must exist.
+
+    NaN and the infinities are refused: JSON has no word for them, and a metric that is one is a
+    fault better seen here than plotted as nothing. What has no value is left out, or None.
+
+    Raises:
+        StoreError: A number is not finite (the message names its key), or the disk is full.
+    """
+    if bad := _not_finite(obj, ""):
+        raise StoreError(f"cannot write {path}: {bad}; JSON holds finite numbers only")
+    text = json.dumps(obj, allow_nan=False, ensure_ascii=False, indent=2) + "\n"
+    # Half an emoji has no UTF-8; the escape Python writes for it is the one JSON reads.
+    atomic_write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def _not_finite(obj: Any, key: str) -> str:
+    """Which number under ``key`` is not finite; empty if all are."""
+    if isinstance(obj, float) and not math.isfinite(obj):
+        return f"{key or 'the value'} is {obj}"
+    if isinstance(obj, Mapping):
+        items = cast("Mapping[Any, Any]", obj).items()
+    elif isinstance(obj, list | tuple):
+        items = enumerate(cast("Sequence[Any]", obj))
+    else:
+        return ""
+    found = (_not_finite(value, f"{key}.{name}" if key else str(name)) for name, value in items)
+    return next(filter(None, found), "")
+
+
+def read_json(path: Path) -> Any:
+    """What ``path`` holds.
+
+    Raises:
+        StoreError: The file is missing, unreadable or not valid JSON.
+    """
+    try:
+        return json.loads(path.read_bytes(), parse_constant=_refuse)
+    except FileNotFoundError:
+        raise StoreError(f"{path} is missing") from None
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{path} is damaged: not valid JSON ({error})") from error
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a JSON number")

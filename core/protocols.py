@@ -1,0 +1,195 @@
+"""What the rooms promise one another. Nothing inherits from these; a class fits or it does not.
+
+How plug-ins are made, by the name of their entry-point group:
+
+    selfwright.environments   World(config)
+    selfwright.agents         Agent(config)
+    selfwright.judges         Judge(config, world)
+    selfwright.trainers       Trainer(config, context)
+    selfwright.policies       Policy(config, model, seed)
+    selfwright.learners       Learner(config, model, seed)
+
+``config`` is an instance of the class's nested ``Config`` (see ``core.config.Config``).
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+from .types import (
+    Batch,
+    Completion,
+    Judged,
+    Message,
+    Metrics,
+    Observation,
+    Sampling,
+    Start,
+    Step,
+    Task,
+    TimeStep,
+    Trajectory,
+    Verdict,
+)
+
+
+class Environment(Protocol):
+    """A world. One instance plays one episode at a time; ``reset`` may be called again.
+
+    Optional class attributes: ``isolation`` is ``"inline"`` for a world that never blocks (it then
+    runs in this process, thousands at once) and ``"process"``, the default, for any other;
+    ``per_process`` says how many instances one such process hosts (default 1); ``reward_range`` is
+    the least and most an episode may pay (default (0, 1)).
+    """
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        """The tasks of ``train``, ``validation`` or ``test``: disjoint, the same on every call.
+
+        May be huge and lazy; only ``len`` and single items are asked for.
+        """
+        ...
+
+    async def reset(self, task: Task, seed: int) -> Observation: ...
+    async def step(self, action: str) -> TimeStep: ...
+    async def close(self) -> None: ...
+
+
+@runtime_checkable
+class HasExpert(Protocol):
+    """A world that can show how it is done."""
+
+    async def expert(self) -> str | None:
+        """A good next action from the present state; None if it knows none from here."""
+        ...
+
+
+@runtime_checkable
+class HasRandom(Protocol):
+    """A world without listed actions that can still draw one uniformly."""
+
+    async def random(self, seed: int) -> str: ...
+
+
+@runtime_checkable
+class HasAttempts(Protocol):
+    """A world where every action is a whole attempt at the task; a right one is paid 1."""
+
+    def answer(self, task: Task, action: str) -> str | None:
+        """The answer an attempt gives, in one canonical form, without looking at the right one.
+
+        None if the attempt is not a legal one (it then casts no vote).
+        """
+        ...
+
+    def without_oracle(self) -> "Environment":
+        """The same world, but it never says whether an attempt was right and never ends early.
+
+        Rewards are still paid, for the evaluator to see; observations do not depend on them.
+        """
+        ...
+
+
+class Agent(Protocol):
+    """How a model reads and acts: two pure functions, no I/O."""
+
+    def prompt(
+        self, task: Task, history: Sequence[Step], observation: Observation
+    ) -> tuple[Message, ...]: ...
+    def parse(self, completion: str) -> str: ...
+
+
+class Policy(Protocol):
+    """A served model. ``checkpoint`` names the weights that answer."""
+
+    @property
+    def checkpoint(self) -> str: ...
+    def seat(self) -> AbstractContextManager[None]:
+        """Held by whoever will soon ask for a completion.
+
+        A policy that batches waits until every seat's holder has asked, so that the make-up of
+        its batches, and with it every sampled token, does not hang on timing.
+        """
+        ...
+
+    async def complete(
+        self, prompt: Sequence[Message], sampling: Sampling, seed: int
+    ) -> Completion: ...
+    async def score(self, prompt: Sequence[Message], text: str) -> Completion:
+        """``text`` as a completion of ``prompt``, with its token ids and log-probabilities."""
+        ...
+
+    async def load(self, checkpoint: Path | None) -> None:
+        """Answer with these weights from now on; None is the base model."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Judge(Protocol):
+    """One verdict per trajectory, in order. All trajectories of one call share one task."""
+
+    async def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]: ...
+
+
+class Learner(Protocol):
+    """The weights in training and their optimiser: the only thing that touches a gradient."""
+
+    def update(self, batch: Batch, progress: float) -> Metrics:
+        """Learn ``batch``. ``progress`` in [0, 1] is the share of the run done, for schedules."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Write what a policy loads: a PEFT adapter folder, or a whole model folder."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write all that ``restore`` needs to go on as if nothing had happened."""
+        ...
+
+    def restore(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the loop plays before it calls the trainer, each iteration."""
+
+    tasks: int
+    attempts: int
+    """Per task: the size of a group."""
+    turns: int | None = None
+    """Actions per episode; None: to its end."""
+    player: Literal["policy", "expert"] = "policy"
+
+
+Attempt: TypeAlias = Callable[[Sequence[Start]], Awaitable[list[Judged]]]
+"""Plays and judges episodes, in order; they also go to the run's store and are counted."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a trainer may use besides the judged trajectories it is handed."""
+
+    agent: Agent
+    judge: Judge
+    policy: Policy
+    """The policy in training, for trainers that ask it something outside a world."""
+    attempt: Attempt
+    """With the policy in training."""
+    play_as: Callable[[str], Awaitable[Attempt]]
+    """Somebody else, as a teacher: ``expert`` is the world's own, any other name a model folder or
+    hub id. ``await (await play_as(name))(starts)``."""
+
+
+class Trainer(Protocol):
+    """Where the advantages come from: judged trajectories in, batches to learn out, in order."""
+
+    @property
+    def plan(self) -> Plan: ...
+    async def batches(self, judged: Sequence[Judged]) -> list[Batch]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-serialisable; saved with every iteration."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

@@ -1,0 +1,384 @@
+"""A recipe: one strict YAML file, one run. Every fault is found at once and said with its place."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar, cast
+
+from pydantic import Field
+
+from . import strict_yaml
+from .config import Config, Evaluation, Fleet
+from .errors import PluginError, RecipeError
+from .faults import show, validate
+from .plugins import load, nearest
+from .strict_yaml import KeyPath
+
+SECTIONS = {
+    "environment": "environments",
+    "agent": "agents",
+    "policy": "policies",
+    "judge": "judges",
+    "trainer": "trainers",
+    "learner": "learners",
+}
+"""A recipe's plug-in sections, and the kind of plug-in each one uses."""
+
+DEFAULTS = {"agent": "chat", "policy": "transformers", "judge": "reward", "learner": "plain"}
+"""What a section uses if it does not say. A world and a trainer must be chosen."""
+
+_SHIPPED = Path(__file__).parents[1] / "recipes"
+_FLEET = frozenset(Fleet.model_fields)
+
+C = TypeVar("C", bound=Config)
+_Place: TypeAlias = tuple[int, str]
+"""Sorts as a reader goes: lines of the file, then the command line; and what to print."""
+
+
+class Top(Config):
+    """The keys of a recipe that belong to no plug-in."""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    """All randomness of a run is derived from it."""
+    iterations: int = Field(10, ge=1)
+    """Rounds of playing and learning."""
+    evaluation: Evaluation = Field(default_factory=lambda: Evaluation.model_validate({}))
+
+
+@dataclass(frozen=True)
+class Section:
+    """A plug-in as a recipe uses it: its name, its class, its checked config."""
+
+    use: str
+    plugin: type[Any]
+    config: Config
+
+    def make(self, *arguments: Any) -> Any:
+        """The plug-in itself: its class called with the config and the other ``arguments``."""
+        return self.plugin(self.config, *arguments)
+
+    def dump(self) -> dict[str, Any]:
+        return {"use": self.use, **self.config.model_dump(mode="json")}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    """The file's, without folder and suffix."""
+    seed: int
+    iterations: int
+    environment: Section
+    agent: Section
+    policy: Section
+    judge: Section
+    trainer: Section
+    learner: Section
+    evaluation: Evaluation
+    fleet: Fleet
+    """Stands among the environment's keys."""
+    notes: tuple[str, ...] = ()
+    """What the reader should know: keys that an override made void."""
+
+    def dump(self) -> dict[str, Any]:
+        """Every key with its value, defaults included, as a recipe would say it."""
+        sections: dict[str, Section] = {key: getattr(self, key) for key in SECTIONS}
+        plain: dict[str, Any] = {"seed": self.seed, "iterations": self.iterations}
+        plain |= {key: section.dump() for key, section in sections.items()}
+        plain["environment"] |= self.fleet.model_dump(mode="json")
+        plain["evaluation"] = self.evaluation.model_dump(mode="json")
+        return plain
+
+
+def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: a file, or the name of a recipe that comes with the package (``quickstart``).
+        overrides: ``key.path=value`` each, the value in YAML; the later one wins.
+
+    Raises:
+        RecipeError: listing every fault of the file and of the overrides, one a line.
+    """
+    file = _find(Path(path))
+    draft = _Draft.parsed(_text(file), str(path) if Path(path) == file else file.name)
+    draft.override(overrides)
+    for key in draft.values:
+        if key not in SECTIONS and key not in Top.model_fields:
+            known = (*SECTIONS, *Top.model_fields)
+            draft.fault((key,), f"unknown key; {nearest(key, known)}")
+    top = draft.checked(Top, {k: v for k, v in draft.values.items() if k in Top.model_fields})
+    fleet = draft.fleet()
+    sections = {key: draft.section(key) for key in SECTIONS}
+    draft.stop_if_faulty()
+    found = {key: section for key, section in sections.items() if section}
+    assert top and fleet and len(found) == len(SECTIONS)
+    return Recipe(
+        name=file.stem,
+        seed=top.seed,
+        iterations=top.iterations,
+        evaluation=top.evaluation,
+        fleet=fleet,
+        notes=tuple(draft.notes),
+        **found,
+    )
+
+
+def section(
+    key: str,
+    use: str,
+    overrides: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> tuple[Section, Fleet]:
+    """One section on its own, for commands that need no recipe.
+
+    Args:
+        key: the section: ``environment``, ``agent``, ...
+        use: the plug-in's name.
+        overrides: as for ``read``; only keys of this section are known.
+        settings: what to start from, a part of an earlier ``Recipe.dump``.
+
+    Returns:
+        The section, and the fleet, which only the environment's keys can change.
+
+    Raises:
+        PluginError: no such plug-in.
+        RecipeError: listing every fault.
+    """
+    load(SECTIONS[key], use)
+    draft = _Draft({key: {**(settings or {}), "use": use}}, {(): (0, "settings")})
+    mine = [text for text in overrides if text.startswith(f"{key}.")]
+    for text in overrides:
+        path = text.partition("=")[0]
+        if text not in mine or path == f"{key}.use":
+            said = f"{path}: only {key}.KEY=VALUE can be set here"
+            draft.faults.append((_late(len(overrides), text), said))
+    draft.override([text for text in mine if not text.startswith(f"{key}.use=")])
+    fleet, found = draft.fleet(), draft.section(key)
+    draft.stop_if_faulty()
+    assert fleet and found
+    return found, fleet
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return {file.stem: file for file in sorted(_SHIPPED.glob("*.yaml"))}
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Where two dumps differ: ``trainer.tau: 0.5 -> 0.7``, one a line, in the order of the keys."""
+    lines: list[str] = []
+    for key in dict.fromkeys([*a, *b]):
+        if key in a and key in b and a[key] == b[key]:
+            continue
+        inner_a, inner_b = _mapping(a.get(key)), _mapping(b.get(key))
+        if inner_a is not None and inner_b is not None:
+            lines += [f"{key}.{line}" for line in differences(inner_a, inner_b)]
+        else:
+            old, new = (json.dumps(side[key]) if key in side else "absent" for side in (a, b))
+            lines.append(f"{key}: {old} -> {new}")
+    return lines
+
+
+class _Draft:
+    """A recipe's values on their way to being checked, with the place each came from."""
+
+    def __init__(self, values: dict[str, Any], places: dict[KeyPath, _Place]) -> None:
+        self.values = values
+        self.places = places
+        self.faults: list[tuple[_Place, str]] = []
+        self.spoiled: set[KeyPath] = set()
+        """What could not even be read: enough was said of it."""
+        self.notes: list[str] = []
+
+    @classmethod
+    def parsed(cls, text: str, file: str) -> "_Draft":
+        document = strict_yaml.parse(text)
+        places = {path: (line, f"{file}:{line}") for path, line in document.lines.items()}
+        draft = cls({}, {(): (1, f"{file}:1"), **places})
+        for path, line, said in document.faults:
+            draft.faults.append(((line, f"{file}:{line}"), _named(path, said)))
+            draft.spoiled.add(path)
+        values = _mapping(document.value)
+        if values is not None:
+            draft.values = values
+        elif not document.faults:
+            got = "nothing" if document.value is None else show(document.value)
+            known = ", ".join([*SECTIONS, *Top.model_fields])
+            draft.fault((), f"a recipe is a mapping with the keys {known}; got {got}")
+        if draft.faults and not draft.values:
+            draft.stop_if_faulty()  # What else is missing would only be noise.
+        return draft
+
+    def fault(self, path: KeyPath, said: str) -> None:
+        if path not in self.spoiled:
+            self.faults.append((self._place(path), _named(path, said)))
+
+    def stop_if_faulty(self) -> None:
+        if self.faults:
+            lines = [f"{label}: {said}" for (_, label), said in sorted(self.faults)]
+            raise RecipeError("\n".join(dict.fromkeys(lines)))
+
+    def override(self, overrides: Sequence[str]) -> None:
+        """Set each ``key.path=value``; whole sections first, then what they use, then the rest."""
+        parsed: list[tuple[KeyPath, Any, _Place]] = []
+        for index, text in enumerate(overrides):
+            name, equals, raw = text.partition("=")
+            path, place = tuple(name.split(".")), _late(index, text)
+            document = strict_yaml.parse(raw)
+            if not equals or not all(part and part == part.strip() for part in path):
+                said = f"wanted key.path=value, such as trainer.use=rise, got {text!r}"
+                self.faults.append((place, said))
+            elif document.faults:
+                self.faults.append((place, f"{name}: {document.faults[0][2]}; try quotes"))
+            else:
+                parsed.append((path, document.value, place))
+        for path, value, place in sorted(parsed, key=lambda one: _rank(one[0])):
+            if path[1:] == ("use",) and path[0] in SECTIONS and isinstance(value, str):
+                self._switch(str(path[0]), value, place)
+            self._set(path, value, place)
+
+    def fleet(self) -> Fleet | None:
+        given = _mapping(self.values.get("environment")) or {}
+        mine = {key: value for key, value in given.items() if key in _FLEET}
+        return self.checked(Fleet, mine, ("environment",))
+
+    def section(self, key: str) -> Section | None:
+        """The section ``key``, or None with what is wrong added to the faults."""
+        if key not in self.values and key not in DEFAULTS:
+            self.fault((), f"{key} is missing; give {key}: {{use: NAME, ...}}")
+            return None
+        came: Any = self.values.get(key, {})
+        given = _mapping(came)
+        if given is None:
+            said = f"wanted a mapping {{use: NAME, ...}}, got {show(came)}"
+            near = f"; did you mean {key}: {{use: {came}}}?" if isinstance(came, str) else ""
+            self.fault((key,), said + near)
+            return None
+        use: Any = given.get("use", DEFAULTS.get(key))
+        if not isinstance(use, str):
+            which = (
+                "use is missing; say which" if "use" not in given else f"got {show(use)} for use"
+            )
+            self.fault((key,), f"{which}: {key}: {{use: NAME, ...}}")
+            return None
+        try:
+            plugin = load(SECTIONS[key], use)
+            model = config_class(plugin)
+        except PluginError as error:
+            self.fault((key, "use") if "use" in given else (key,), str(error))
+            return None
+        beside = _FLEET if key == "environment" else frozenset[str]()
+        own = {k: value for k, value in given.items() if k != "use" and k not in beside}
+        config = self.checked(model, own, (key,), {"use", *beside})
+        return Section(use, plugin, config) if config is not None else None
+
+    def checked(
+        self,
+        model: type[C],
+        values: Mapping[str, Any],
+        at: KeyPath = (),
+        also: set[str] | frozenset[str] = frozenset(),
+    ) -> C | None:
+        config, faults = validate(model, values, also)
+        for path, said in faults:
+            self.fault((*at, *path), said)
+        return config
+
+    def _place(self, path: KeyPath) -> _Place:
+        while path and path not in self.places:
+            path = path[:-1]
+        return self.places[path]
+
+    def _set(self, path: KeyPath, value: Any, place: _Place) -> None:
+        holder: Any = self.values
+        for depth, part in enumerate(path[:-1], 1):
+            if holder.get(part) is None:
+                holder[part] = {}
+                self.places[path[:depth]] = place
+            elif not isinstance(holder[part], dict):
+                said = f"{'.'.join(map(str, path[:depth]))} is {show(holder[part])}, not a mapping"
+                if depth == 1 and part in SECTIONS:
+                    said += " {use: NAME, ...}"
+                self.faults.append((place, _named(path, said)))
+                return
+            holder = holder[part]
+        holder[path[-1]] = value
+        self.places = {p: old for p, old in self.places.items() if p[: len(path)] != path}
+        self.places[path] = place
+
+    def _switch(self, key: str, use: str, place: _Place) -> None:
+        """Leave out what only the plug-in used before knows: an override of ``use`` says so."""
+        given = _mapping(self.values.get(key)) or {}
+        before = given.get("use", DEFAULTS.get(key))
+        try:
+            known = {"use", *config_class(load(SECTIONS[key], use)).model_fields}
+        except PluginError:
+            return  # Said when the section is checked.
+        extra = set(given) - known - (_FLEET if key == "environment" else frozenset())
+        if before == use or not extra:
+            return
+        try:
+            old = set(config_class(load(SECTIONS[key], str(before))).model_fields)
+        except PluginError:
+            old = extra
+        for name in sorted(extra & old):
+            del given[name]
+            where = self._place((key, name))[1]
+            self.notes.append(
+                f"{place[1]}: left out {key}.{name} ({where}), which {use!r} does not have"
+            )
+
+
+def config_class(plugin: type[Any]) -> type[Config]:
+    """The nested ``Config`` of a plug-in.
+
+    Raises:
+        PluginError: there is none, or it is not a strict one.
+    """
+    config = getattr(plugin, "Config", None)
+    if isinstance(config, type) and issubclass(config, Config):
+        return config
+    name = f"{plugin.__module__}:{plugin.__qualname__}"
+    raise PluginError(f"{name} lacks a nested class Config that derives from core.config.Config")
+
+
+def _find(path: Path) -> Path:
+    if path.is_file():
+        return path
+    ours = shipped()
+    if str(path) in ours:
+        return ours[str(path)]
+    if path.is_dir():
+        raise RecipeError(f"{path}: is a folder; a recipe is a YAML file")
+    if path.exists():
+        return path
+    near = nearest(path.stem, ours)
+    raise RecipeError(f"{path}: no such file, nor a recipe that comes with selfwright; {near}")
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        byte = f"0x{error.object[error.start]:02x}"
+        raise RecipeError(f"{file}:{line}: not UTF-8 text: byte {byte}; save it as UTF-8") from None
+    except OSError as error:
+        raise RecipeError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _mapping(value: Any) -> dict[str, Any] | None:
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
+
+
+def _named(path: KeyPath, said: str) -> str:
+    return f"{'.'.join(map(str, path))}: {said}" if path else said
+
+
+def _late(index: int, override: str) -> _Place:
+    return (1 << 40) + index, f"-o {override}"
+
+
+def _rank(path: KeyPath) -> int:
+    return 0 if len(path) == 1 else 1 if path[1:] == ("use",) else 2

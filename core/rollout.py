@@ -1,0 +1,300 @@
+"""Episodes: many at once, every wait under a deadline, every failure data."""
+
+import asyncio
+import random
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+from .config import Fleet
+from .errors import TooManyFailures, WorldError
+from .protocols import Agent, Policy
+from .seeds import derive
+from .types import (
+    Action,
+    Completion,
+    Observation,
+    Sampling,
+    Start,
+    Step,
+    Stop,
+    Task,
+    TimeStep,
+    Trajectory,
+)
+from .worlds import World, Worlds
+
+
+class Player(Protocol):
+    """Whoever acts."""
+
+    @property
+    def name(self) -> str: ...
+    def seat(self) -> AbstractContextManager[None]: ...
+    async def act(
+        self,
+        world: World,
+        task: Task,
+        history: Sequence[Step],
+        observation: Observation,
+        seed: int,
+    ) -> Action | None:
+        """The next action; None gives up."""
+        ...
+
+
+@dataclass(frozen=True)
+class PolicyPlayer:
+    """A model, through its agent."""
+
+    agent: Agent
+    policy: Policy
+    sampling: Sampling
+    timeout_s: float = 600.0
+    listed: bool = False
+    """Restrict completions to the actions a world lists."""
+
+    @property
+    def name(self) -> str:
+        return self.policy.checkpoint
+
+    def seat(self) -> AbstractContextManager[None]:
+        return self.policy.seat()
+
+    async def act(
+        self,
+        world: World,
+        task: Task,
+        history: Sequence[Step],
+        observation: Observation,
+        seed: int,
+    ) -> Action | None:
+        sampling = self.sampling
+        if self.listed and observation.actions:
+            sampling = Sampling(
+                sampling.temperature,
+                sampling.top_p,
+                sampling.max_tokens,
+                sampling.stop,
+                observation.actions,
+            )
+        prompt = self.agent.prompt(task, history, observation)
+        async with deadline(self.timeout_s, "the policy's completion"):
+            completion = await self.policy.complete(prompt, sampling, seed)
+        return Action(self.agent.parse(completion.text), completion)
+
+
+@dataclass(frozen=True)
+class ExpertPlayer:
+    """The world's own expert; with ``noise``, that share of its actions is random instead."""
+
+    noise: float = 0.0
+    name: str = "expert"
+
+    def seat(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def errs(self, seed: int) -> bool:
+        """Whether the action drawn with this seed is a random one."""
+        return self.noise > 0 and random.Random(seed).random() < self.noise
+
+    async def act(
+        self,
+        world: World,
+        task: Task,
+        history: Sequence[Step],
+        observation: Observation,
+        seed: int,
+    ) -> Action | None:
+        if self.errs(seed):
+            return await uniform(world, observation, seed)
+        text = await world.expert()
+        return None if text is None else Action(text, Completion(text))
+
+
+@dataclass(frozen=True)
+class RandomPlayer:
+    """Uniform over the listed actions, or over whatever the world calls random."""
+
+    name: str = "random"
+
+    def seat(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    async def act(
+        self,
+        world: World,
+        task: Task,
+        history: Sequence[Step],
+        observation: Observation,
+        seed: int,
+    ) -> Action | None:
+        return await uniform(world, observation, seed)
+
+
+async def uniform(world: World, observation: Observation, seed: int) -> Action:
+    if observation.actions:
+        text = random.Random(seed).choice(observation.actions)
+    else:
+        text = await world.random(seed)
+    return Action(text, Completion(text))
+
+
+class deadline:
+    """``async with deadline(seconds, what)``: a timeout that says what was waited for."""
+
+    def __init__(self, seconds: float, what: str) -> None:
+        self._timeout = asyncio.timeout(seconds)
+        self._seconds = seconds
+        self._what = what
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+
+    async def __aexit__(self, *exc: object) -> bool | None:
+        try:
+            return await self._timeout.__aexit__(*exc)  # pyright: ignore[reportArgumentType]
+        except TimeoutError:
+            raise TimeoutError(f"{self._what} took longer than {self._seconds:g} s") from None
+
+
+def turn_seed(seed: int, start: Start, turn: int) -> int:
+    """The seed of one action: of the round's seed, the task, the attempt and the turn."""
+    return derive(seed, start.task.id, start.attempt, turn)
+
+
+async def play(
+    player: Player, world: World, start: Start, fleet: Fleet, seed: int, steps: list[Step]
+) -> Trajectory:
+    """One episode from ``start``; ``steps`` grows as it goes.
+
+    Raises whatever the world, or the policy, raised; ``TimeoutError`` past a deadline.
+    """
+    task = start.task
+    async with deadline(fleet.reset_timeout_s, "the world's reset"):
+        observation = await world.reset(task, start.seed)
+    last: TimeStep | None = None
+
+    async def execute(action: Action) -> None:
+        nonlocal observation, last
+        async with deadline(fleet.step_timeout_s, "the world's step"):
+            last = await world.step(action.text)
+        steps.append(Step(observation, action, last.reward))
+        observation = last.observation
+
+    for step in start.prefix:
+        if observation.text != step.observation.text or over(last):
+            raise WorldError(
+                f"{task.id!r} did not repeat itself: replaying action {len(steps) + 1} met "
+                f"{observation.text[:80]!r} where {step.observation.text[:80]!r} was before; "
+                "a world must depend on nothing but its task, its seed and its actions"
+            )
+        await execute(step.action)
+    limit = task.max_steps if start.turns is None else len(start.prefix) + start.turns
+    while not over(last) and len(steps) < min(limit, task.max_steps):
+        turn = turn_seed(seed, start, len(steps))
+        action = await player.act(world, task, steps, observation, turn)
+        if action is None:
+            break
+        await execute(action)
+    return Trajectory(
+        task,
+        tuple(steps),
+        observation,
+        Stop.TERMINATED if last is not None and last.terminated else Stop.TRUNCATED,
+        player.name,
+        start.seed,
+        start.attempt,
+        len(start.prefix),
+        last is not None and last.success,
+    )
+
+
+def over(last: TimeStep | None) -> bool:
+    return last is not None and (last.terminated or last.truncated)
+
+
+async def rollouts(
+    player: Player,
+    worlds: Worlds,
+    starts: Sequence[Start],
+    seed: int,
+    done: Callable[[int], None] = lambda _: None,
+) -> list[Trajectory]:
+    """Play every start, at most ``fleet.parallel`` at once; results in the order of ``starts``.
+
+    A world that breaks, hangs or returns rubbish gives a trajectory with ``Stop.FAILED`` and the
+    error's name and words; that instance is thrown away. ``done`` is told how many have ended.
+
+    Raises:
+        TooManyFailures: more than ``fleet.max_failures`` of the starts failed; holds the first
+            traceback.
+    """
+    fleet = worlds.fleet
+    results: list[Trajectory | None] = [None] * len(starts)
+    queue = iter(enumerate(starts))
+    failures: list[str] = []
+    ended = 0
+
+    async def slot(seat: ExitStack) -> None:
+        nonlocal ended
+        # The seat is held across episodes: between two of them a policy still waits for us.
+        with seat:
+            for index, start in queue:
+                results[index] = await attempt(start)
+                ended += 1
+                done(ended)
+
+    async def attempt(start: Start) -> Trajectory:
+        steps: list[Step] = []
+        async with worlds.lease() as world:
+            try:
+                return await play(player, world, start, fleet, seed, steps)
+            except Exception as cause:
+                worlds.discard(world)
+                failures.append("".join(traceback.format_exception(cause)))
+                if len(failures) > fleet.max_failures * len(starts):
+                    raise TooManyFailures(
+                        f"{len(failures)} of {len(starts)} episodes failed, more than "
+                        f"environment.max_failures={fleet.max_failures:g} allows; "
+                        f"the first:\n{failures[0].rstrip()}"
+                    ) from None
+                return failed(start, steps, player.name, cause)
+
+    # All seats are taken before the first slot runs, so that the first batch is a full one.
+    seats = [ExitStack() for _ in range(min(fleet.parallel, len(starts)))]
+    for seat in seats:
+        seat.enter_context(player.seat())
+    try:
+        async with asyncio.TaskGroup() as group:
+            for seat in seats:
+                group.create_task(slot(seat))
+    except* TooManyFailures as several:
+        raise several.exceptions[0] from None
+    finally:
+        for seat in seats:
+            seat.close()
+    return [result for result in results if result is not None]
+
+
+def failed(start: Start, steps: Sequence[Step], policy: str, cause: BaseException) -> Trajectory:
+    return Trajectory(
+        start.task,
+        tuple(steps),
+        Observation(""),
+        Stop.FAILED,
+        policy,
+        start.seed,
+        start.attempt,
+        min(len(start.prefix), len(steps)),
+        error=f"{type(cause).__name__}: {cause}",
+    )
+
+
+def failures_by_name(trajectories: Sequence[Trajectory]) -> dict[str, int]:
+    """How many episodes failed, by the error's name."""
+    counts = Counter(t.error.split(":")[0] for t in trajectories if t.stop == Stop.FAILED)
+    return dict(sorted(counts.items()))

@@ -1,0 +1,243 @@
+"""The data that flows through the loop: plain frozen dataclasses, no imports of ours.
+
+tasks -> starts -> rollouts -> trajectories -> judge -> judged -> trainer -> batches -> learner -> policy
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal, Protocol, TypeAlias
+
+Metrics: TypeAlias = dict[str, float]
+"""Scalars for the log, keyed ``area/name`` (``rollout/steps``, ``train/loss``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: Literal["system", "user", "assistant"]
+    text: str
+    images: tuple[bytes, ...] = ()
+    """PNG-encoded RGB frames, shown before the text."""
+    token_ids: tuple[int, ...] = ()
+    """What a policy sampled, if this is its own earlier turn; kept so that it is never re-tokenised."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    text: str
+    images: tuple[bytes, ...] = ()
+    """PNG-encoded RGB frames, oldest first."""
+    actions: tuple[str, ...] = ()
+    """Every action legal now, if the world lists them; empty means free text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample one completion."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    max_tokens: int = 64
+    stop: tuple[str, ...] = ()
+    """The completion ends before the first of these texts."""
+    choices: tuple[str, ...] = ()
+    """If given, the completion is exactly one of these."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    text: str
+    """Decoded, without the end token and without stop texts."""
+    token_ids: tuple[int, ...] = ()
+    """(T,) as sampled, the end token included, never re-tokenised; empty if not sampled."""
+    logprobs: tuple[float, ...] = ()
+    """(T,) nats, of the model's own distribution (temperature 1, no constraint); empty if unknown."""
+    finish: Literal["stop", "length", ""] = ""
+    """``length``: cut at ``max_tokens``. Empty if not sampled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    text: str
+    """What the environment executes."""
+    completion: Completion
+    """What the model said; ``text`` was parsed from it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TimeStep:
+    observation: Observation
+    reward: float
+    """What this action earned, undiscounted."""
+    terminated: bool
+    """The task itself ended, well or badly."""
+    truncated: bool = False
+    """The environment's own limit cut the episode."""
+    success: bool = False
+    """The task is solved. May be true only together with ``terminated``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    observation: Observation
+    """What the agent saw before it acted."""
+    action: Action
+    reward: float
+    """What the environment paid for this action, undiscounted."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to be done. Environments subclass it to add typed fields (a start URL, numbers)."""
+
+    id: str
+    """Unique over all splits of one world."""
+    instruction: str
+    max_steps: int
+    """The most actions an agent may take, at least 1."""
+
+
+class Stop(StrEnum):
+    """Why an episode ended."""
+
+    TERMINATED = "terminated"
+    """The world ended it."""
+    TRUNCATED = "truncated"
+    """A limit on steps cut it."""
+    FAILED = "failed"
+    """Something broke; ``error`` says what. Not the agent's doing."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an episode begins: at a task, or part-way through an earlier episode of it."""
+
+    task: Task
+    seed: int
+    """Seeds the world. Attempts of one group share it, so that they meet the same world."""
+    attempt: int = 0
+    """Tells attempts apart; enters the seeds of sampling, not the world's."""
+    prefix: tuple[Step, ...] = ()
+    """Steps to replay before the policy acts."""
+    turns: int | None = None
+    """How many actions the policy may take after the prefix; None: up to the task's limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    task: Task
+    steps: tuple[Step, ...]
+    final: Observation
+    """What the world showed last."""
+    stop: Stop
+    policy: str
+    """The checkpoint that acted."""
+    seed: int
+    """The world's seed."""
+    attempt: int = 0
+    replayed: int = 0
+    """How many leading steps were replayed from ``Start.prefix``."""
+    success: bool = False
+    error: str = ""
+    """Set if and only if ``stop`` is FAILED: the error's name, then what it said."""
+
+    @property
+    def reward(self) -> float:
+        """Sum of all steps' rewards."""
+        return sum(step.reward for step in self.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    score: float | None
+    """In [0, 1]; None if the judge could not decide (never counted as 0)."""
+    feedback: str
+    """Why, in words."""
+    judge: str
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    trajectory: Trajectory
+    verdict: Verdict
+
+
+Aggregation: TypeAlias = Literal[
+    "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
+]
+"""How token losses become one number: mean over all tokens of the batch; mean over sequences of each
+one's token mean; mean over sequences of token sums; the same divided by a constant length (Dr.GRPO)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenArrays:
+    """What a loss sees: the trained tokens of a micro-batch, flattened; all (N,) float32, nats."""
+
+    logprobs: Any
+    """Under the weights being trained; carries the gradient."""
+    old_logprobs: Any
+    """Under the policy that sampled; ``logprobs`` detached where unknown."""
+    advantages: Any
+    reference_logprobs: Any = None
+    """Under the frozen base model; None unless the loss asks for it."""
+
+
+class Loss(Protocol):
+    """A frozen dataclass of settings that is also the function from token arrays to token losses."""
+
+    @property
+    def aggregation(self) -> Aggregation: ...
+    @property
+    def length(self) -> int:
+        """The constant of ``seq-mean-token-sum-norm``, in tokens."""
+        ...
+
+    @property
+    def needs_reference(self) -> bool: ...
+    def __call__(self, arrays: TokenArrays) -> Any:
+        """(N,) losses, before aggregation."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    prompt: tuple[Message, ...]
+    completion: Completion
+    advantage: float = 1.0
+    """Multiplies log p(completion | prompt); 1 is plain imitation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A preference: learned through DPO or a reward model, not by the plain loop."""
+
+    prompt: tuple[Message, ...]
+    chosen: Completion
+    rejected: Completion
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What to learn, by which loss, and how often."""
+
+    loss: Loss
+    examples: tuple[Example, ...]
+    epochs: int = 1
+
+
+@dataclass(slots=True)
+class Costs:
+    """What a run has spent so far."""
+
+    environment_steps: int = 0
+    tokens_sampled: int = 0
+    tokens_trained: int = 0
+    """Tokens that went forward and backward through the learner, context included."""
+    episodes: int = 0
+    failures: dict[str, int] = field(default_factory=dict[str, int])
+    """Failed episodes by the error's name."""
+
+
+Progress: TypeAlias = Callable[[str, float, float], None]
+"""``progress(what, done, of)``: called often, must be cheap."""

@@ -1,0 +1,681 @@
+"""Hosts worlds: in this process, or in processes of their own that die with it.
+
+A process hosts ``per_process`` instances and speaks JSON lines over its standard streams; the other
+end is ``core.world_process``. Whatever a world answers is checked before anyone sees it.
+"""
+
+import asyncio
+import base64
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Protocol, Self, cast, overload
+
+from .config import Fleet
+from .errors import WorldError
+from .plugins import load
+from .types import Observation, Task, TimeStep
+
+GRACE_S = 2.0
+"""How long a world that is thrown away may take to close."""
+LAST_WORDS = 12
+"""Lines of a dead process's standard error that its error message quotes."""
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class World(Protocol):
+    """A leased instance. Every answer is checked; whatever fails raises."""
+
+    broken: bool
+    """To be thrown away: discarded, or a call was cancelled half-way."""
+
+    @property
+    def gone(self) -> bool:
+        """Closed, or its process has died."""
+        ...
+
+    async def reset(self, task: Task, seed: int) -> Observation: ...
+    async def step(self, action: str) -> TimeStep: ...
+    async def expert(self) -> str | None: ...
+    async def random(self, seed: int) -> str: ...
+    async def close(self) -> None: ...
+
+
+class Host(Protocol):
+    """Where instances live."""
+
+    @property
+    def sample(self) -> Any: ...
+    @property
+    def processes(self) -> list[int]: ...
+    def tasks(self, split: str) -> Sequence[Task]: ...
+    async def open(self) -> None: ...
+    async def add(self) -> World: ...
+    async def drop(self, world: World) -> None: ...
+    async def close(self) -> None: ...
+
+
+class Worlds:
+    """Instances of one world, made as needed, at most ``fleet.parallel`` in play at once."""
+
+    def __init__(self, name: str, fleet: Fleet, host: Host) -> None:
+        self.fleet = fleet
+        self._name = name
+        self._host = host
+        self._free: list[World] = []
+        self._room = asyncio.Semaphore(fleet.parallel)
+        self._closed = False
+
+    @property
+    def sample(self) -> Any:
+        """For asking what the world can do: ``isinstance(sample, HasExpert)``, ``answer``."""
+        return self._host.sample
+
+    @property
+    def processes(self) -> list[int]:
+        """The ids of the processes that host instances now."""
+        return self._host.processes
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        return self._host.tasks(split)
+
+    @asynccontextmanager
+    async def lease(self) -> AsyncGenerator[World]:
+        """An instance of one's own; waits until one may be had."""
+        async with self._room:
+            if self._closed:
+                raise WorldError(f"the worlds of {self._name} are closed; open them again")
+            world = None
+            while self._free and (world is None or world.gone):
+                world = self._free.pop()
+            if world is None or world.gone:
+                world = await self._host.add()
+            try:
+                yield world
+            finally:
+                if world.broken and not world.gone:
+                    await self._host.drop(world)
+                if not world.gone:
+                    self._free.append(world)
+
+    def discard(self, world: object) -> None:
+        """Throw away a leased instance that broke or hangs, when its lease ends.
+
+        If its process then does not answer within ``GRACE_S``, the process is killed, and the
+        other instances in it raise WorldError.
+        """
+        if isinstance(world, InlineWorld | RemoteWorld):
+            world.broken = True
+
+    async def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            await self._host.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+async def open_worlds(
+    name: str, config: dict[str, Any], fleet: Fleet, *, without_oracle: bool = False
+) -> Worlds:
+    """Host the world called ``name`` (an entry point, or ``module:Class``).
+
+    ``without_oracle``: every instance is ``instance.without_oracle()``.
+
+    Raises:
+        PluginError: there is no such world.
+        pydantic.ValidationError: ``config`` is not the world's.
+        WorldError: the first instance could not be made in ``fleet.reset_timeout_s``.
+    """
+    plugin = load("environments", name)
+    text = json.dumps(config)
+    settings = plugin.Config.model_validate_json(text)
+    isolation = fleet.isolation
+    if isolation == "auto":
+        isolation = getattr(plugin, "isolation", "process")
+    if isolation not in ("inline", "process"):
+        raise WorldError(f"{name}.isolation is {isolation!r}; wanted 'inline' or 'process'")
+    host: Host
+    if isolation == "inline":
+        host = InlineHost(name, plugin, settings, without_oracle)
+    else:
+        opening = {"name": name, "config": text, "without_oracle": without_oracle}
+        host = ProcessHost(name, opening, getattr(plugin, "per_process", 1), fleet)
+    try:
+        await host.open()
+    except BaseException:
+        await host.close()
+        raise
+    return Worlds(name, fleet, host)
+
+
+@contextmanager
+def call_to(world: World) -> Generator[None]:
+    """Notices when a call does not come to its end."""
+    before, world.broken = world.broken, True
+    try:
+        yield
+    except Exception:
+        world.broken = before
+        raise
+    world.broken = before
+
+
+class InlineWorld:
+    """An instance in this process."""
+
+    def __init__(self, name: str, instance: Any) -> None:
+        self.instance = instance
+        self.broken = False
+        self.gone = False
+        self._name = name
+
+    async def reset(self, task: Task, seed: int) -> Observation:
+        with call_to(self):
+            return checked_observation(await self.instance.reset(task, seed), self._name)
+
+    async def step(self, action: str) -> TimeStep:
+        with call_to(self):
+            return checked_time_step(await self.instance.step(action), self._name)
+
+    async def expert(self) -> str | None:
+        with call_to(self):
+            return checked_expert(await offered(self.instance, "expert", self._name)(), self._name)
+
+    async def random(self, seed: int) -> str:
+        with call_to(self):
+            return checked_text(
+                await offered(self.instance, "random", self._name)(seed), self._name
+            )
+
+    async def close(self) -> None:
+        self.gone = True
+        await self.instance.close()
+
+
+class InlineHost:
+    """Instances in this process."""
+
+    def __init__(self, name: str, plugin: type[Any], settings: Any, without_oracle: bool) -> None:
+        self.processes: list[int] = []
+        self._name = name
+        self._plugin = plugin
+        self._settings = settings
+        self._without_oracle = without_oracle
+        self._sample: Any = None
+        self._spare: list[Any] = []
+        self._worlds: set[InlineWorld] = set()
+
+    @property
+    def sample(self) -> Any:
+        return self._sample
+
+    async def open(self) -> None:
+        self._sample = self._make()
+        self._spare.append(self._sample)
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        return self._sample.tasks(split)
+
+    async def add(self) -> World:
+        world = InlineWorld(self._name, self._spare.pop() if self._spare else self._make())
+        self._worlds.add(world)
+        return world
+
+    async def drop(self, world: World) -> None:
+        assert isinstance(world, InlineWorld)
+        self._worlds.discard(world)
+        with suppress(Exception):
+            async with asyncio.timeout(GRACE_S):
+                await world.close()
+
+    async def close(self) -> None:
+        for world in list(self._worlds):
+            await self.drop(world)
+        for instance in self._spare:
+            await self.drop(InlineWorld(self._name, instance))
+
+    def _make(self) -> Any:
+        return made(self._name, self._plugin, self._settings, self._without_oracle)
+
+
+@dataclass(frozen=True)
+class RemoteTask(Task):
+    """A task whose other fields stayed in the world's own process."""
+
+    split: str
+    index: int
+
+
+class RemoteTasks(Sequence[RemoteTask]):
+    """A split of a world in another process; items are fetched when asked for."""
+
+    def __init__(self, host: "ProcessHost", split: str) -> None:
+        self._host = host
+        self._split = split
+        self._length = int(host.ask_now("tasks", split=split))
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> RemoteTask: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[RemoteTask]: ...
+    def __getitem__(self, index: int | slice) -> RemoteTask | Sequence[RemoteTask]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._length))]
+        place = index + self._length if index < 0 else index
+        if not 0 <= place < self._length:
+            raise IndexError(f"{self._split} has {self._length} tasks, no {index}")
+        fields = self._host.ask_now("task", split=self._split, index=place)
+        name, instruction, max_steps = fields
+        return RemoteTask(name, instruction, max_steps, self._split, place)
+
+
+class RemoteSample:
+    """Stands for an instance in another process when its abilities are asked about."""
+
+    def __init__(self, host: "ProcessHost", offers: Sequence[str]) -> None:
+        self._host = host
+        # Set on the instance, so that isinstance with the optional protocols tells the truth.
+        for name in offers:
+            setattr(self, name, getattr(self, f"_{name}"))
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        return self._host.tasks(split)
+
+    def _answer(self, task: Task, action: str) -> str | None:
+        split, index = place_of(task)
+        return self._host.ask_now("answer", split=split, index=index, action=action)
+
+    def _without_oracle(self) -> Any:
+        raise WorldError("in another process; use open_worlds(..., without_oracle=True)")
+
+    async def _expert(self) -> str | None:
+        raise WorldError("the sample plays no episode; lease an instance")
+
+    async def _random(self, seed: int) -> str:
+        raise WorldError("the sample plays no episode; lease an instance")
+
+
+class RemoteWorld:
+    """An instance in another process."""
+
+    def __init__(self, worker: "Worker", number: int, name: str) -> None:
+        self.worker = worker
+        self.number = number
+        self.broken = False
+        self._left = False
+        self._name = name
+
+    @property
+    def gone(self) -> bool:
+        return self._left or self.worker.dead is not None
+
+    async def reset(self, task: Task, seed: int) -> Observation:
+        split, index = place_of(task)
+        return observation_from(await self._ask("reset", split=split, index=index, seed=seed))
+
+    async def step(self, action: str) -> TimeStep:
+        answer = await self._ask("step", action=action)
+        return TimeStep(observation_from(answer.pop("observation")), **answer)
+
+    async def expert(self) -> str | None:
+        return await self._ask("expert")
+
+    async def random(self, seed: int) -> str:
+        return await self._ask("random", seed=seed)
+
+    async def close(self) -> None:
+        self._left = True
+        await self.worker.ask("drop", instance=self.number)
+        self.worker.instances -= 1
+
+    async def _ask(self, what: str, **details: Any) -> Any:
+        if self._left:
+            raise WorldError(f"this instance of {self._name} was discarded; lease another")
+        with call_to(self):
+            return await self.worker.ask(what, instance=self.number, **details)
+
+
+class ProcessHost:
+    """Instances in processes of their own."""
+
+    def __init__(self, name: str, opening: dict[str, Any], per_process: int, fleet: Fleet) -> None:
+        self._name = name
+        self._opening = opening
+        self._per_process = min(per_process, fleet.parallel)
+        self._deadline_s = fleet.reset_timeout_s
+        self._workers: list[Worker] = []
+        self._tasks: dict[str, RemoteTasks] = {}
+        self._sample: RemoteSample | None = None
+        self._made = 0
+
+    @property
+    def sample(self) -> Any:
+        return self._sample
+
+    @property
+    def processes(self) -> list[int]:
+        return [worker.pid for worker in self._living()]
+
+    async def open(self) -> None:
+        offers = await self._opened(self._start())
+        self._sample = RemoteSample(self, offers)
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        if split not in self._tasks:
+            self._tasks[split] = RemoteTasks(self, split)
+        return self._tasks[split]
+
+    def ask_now(self, what: str, **details: Any) -> Any:
+        """Ask any instance, and wait: for what answers at once."""
+        living = self._living()
+        worker = living[0] if living else self._start()
+        try:
+            worker.opened.result(self._deadline_s)
+            return worker.call(what, **details).result(self._deadline_s)
+        except TimeoutError:
+            raise WorldError(
+                f"{self._name} did not answer {what!r} within {self._deadline_s:g} s"
+            ) from None
+
+    async def add(self) -> World:
+        worker = next((w for w in self._living() if w.instances < self._per_process), None)
+        worker = worker or self._start()
+        worker.instances += 1  # at once: others are asking, too
+        self._made += 1
+        number = self._made
+        try:
+            await self._opened(worker)
+            async with asyncio.timeout(self._deadline_s):
+                await worker.ask("add", instance=number)
+        except BaseException as error:
+            worker.instances -= 1
+            if worker.dead is None:
+                worker.call("drop", instance=number)
+            if isinstance(error, TimeoutError):
+                raise WorldError(
+                    f"no instance of {self._name} was made within {self._deadline_s:g} s"
+                ) from None
+            raise
+        return RemoteWorld(worker, number, self._name)
+
+    async def drop(self, world: World) -> None:
+        assert isinstance(world, RemoteWorld)
+        try:
+            async with asyncio.timeout(GRACE_S):
+                await world.close()
+        except TimeoutError:
+            world.worker.kill(
+                f"a call to {self._name} hung, so its process and every instance in it was ended"
+            )
+        except WorldError:
+            pass
+
+    async def close(self) -> None:
+        await asyncio.gather(*(worker.stop() for worker in self._workers))
+
+    def _living(self) -> list["Worker"]:
+        self._workers = [worker for worker in self._workers if worker.dead is None]
+        return self._workers
+
+    def _start(self) -> "Worker":
+        worker = Worker(self._name, self._opening)
+        self._workers.append(worker)
+        return worker
+
+    async def _opened(self, worker: "Worker") -> list[str]:
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                return await asyncio.shield(asyncio.wrap_future(worker.opened))
+        except TimeoutError:
+            worker.kill(f"{self._name} did not start within {self._deadline_s:g} s")
+            raise WorldError(f"{worker.dead}{worker.last_words()}") from None
+
+
+class Worker:
+    """One process, and a thread that hears what it says."""
+
+    def __init__(self, name: str, opening: dict[str, Any]) -> None:
+        self.dead: str | None = None
+        """Why the process is no more."""
+        self.instances = 0
+        self._name = name
+        self._lock = threading.Lock()
+        self._pending: dict[int, Future[Any]] = {}
+        self._asked = 0
+        self._words: deque[str] = deque(maxlen=LAST_WORDS)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", f"{__package__}.world_process", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # a group of its own, to be killed whole
+        )
+        self._overhears = threading.Thread(target=self._overhear, daemon=True)
+        self._hears = threading.Thread(target=self._hear, daemon=True)
+        self._overhears.start()
+        self._hears.start()
+        self.opened: Future[list[str]] = self.call("open", path=sys.path, **opening)
+        """Its result: which optional methods the world has."""
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def call(self, what: str, **details: Any) -> Future[Any]:
+        """Send a question; the answer, or what went wrong, comes to the future.
+
+        Raises:
+            WorldError: the process is dead.
+        """
+        future: Future[Any] = Future()
+        with self._lock:
+            if self.dead is not None:
+                raise WorldError(self.dead)
+            self._asked += 1
+            self._pending[self._asked] = future
+            question = json.dumps({"id": self._asked, "call": what, **details})
+            assert self._process.stdin
+            with suppress(OSError):  # it has died: the listening thread will say so
+                self._process.stdin.write(question.encode() + b"\n")
+                self._process.stdin.flush()
+        return future
+
+    async def ask(self, what: str, **details: Any) -> Any:
+        return await asyncio.wrap_future(self.call(what, **details))
+
+    def kill(self, reason: str) -> None:
+        """End the process and all that it started; calls in progress raise ``reason``."""
+        with self._lock:
+            self.dead = self.dead or reason
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    async def stop(self) -> None:
+        """Let the instances close, then end the process."""
+        if self.dead is None:
+            with suppress(TimeoutError, WorldError):
+                async with asyncio.timeout(GRACE_S):
+                    await self.ask("close")
+        self.kill(f"the worlds of {self._name} are closed; open them again")
+        await asyncio.to_thread(self._hears.join, GRACE_S)
+
+    def last_words(self) -> str:
+        return "; its last words:\n" + "\n".join(self._words) if self._words else ""
+
+    def _hear(self) -> None:
+        assert self._process.stdout
+        with suppress(ValueError):  # no JSON: treated as a death
+            for line in self._process.stdout:
+                self._settle(json.loads(line))
+        self._bury()
+
+    def _settle(self, answer: dict[str, Any]) -> None:
+        with self._lock:
+            future = self._pending.pop(answer["id"], None)
+        if future is None or not future.set_running_or_notify_cancel():
+            return
+        if "error" in answer:
+            future.set_exception(raised(**answer["error"]))
+        else:
+            future.set_result(answer["value"])
+
+    def _overhear(self) -> None:
+        assert self._process.stderr
+        for line in self._process.stderr:
+            self._words.append(line.decode(errors="replace").rstrip())
+
+    def _bury(self) -> None:
+        """The process has closed its output: find out why, and tell whoever waits."""
+        try:
+            code = self._process.wait(timeout=GRACE_S)
+        except subprocess.TimeoutExpired:
+            code = None
+        with suppress(ProcessLookupError):  # what it started may have outlived it
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+        self._overhears.join(timeout=GRACE_S)
+        how = "speaking no protocol" if code is None else f"exit code {code}"
+        if code is not None and code < 0:
+            how = signal.Signals(-code).name
+        with self._lock:
+            self.dead = self.dead or f"a process of {self._name} died ({how}){self.last_words()}"
+            waiting = list(self._pending.values())
+            self._pending.clear()
+            for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+                assert stream
+                with suppress(OSError):
+                    stream.close()
+        for future in waiting:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(WorldError(self.dead))
+
+
+def made(name: str, plugin: type[Any], settings: Any, without_oracle: bool) -> Any:
+    """An instance of ``plugin``."""
+    instance = plugin(settings)
+    return offered(instance, "without_oracle", name)() if without_oracle else instance
+
+
+def offered(instance: Any, method: str, world: str) -> Any:
+    """An optional method.
+
+    Raises:
+        WorldError: the world does not have it.
+    """
+    found = getattr(instance, method, None)
+    if found is None:
+        raise WorldError(f"{world} has no method {method!r}")
+    return found
+
+
+def place_of(task: Task) -> tuple[str, int]:
+    if not isinstance(task, RemoteTask):
+        raise WorldError(
+            f"task {task.id!r} is a {type(task).__name__}; a world in its own process plays the "
+            "tasks that its own tasks() gives"
+        )
+    return task.split, task.index
+
+
+def raised(kind: str, text: str, traceback: str) -> WorldError:
+    """An error of another process, under its own name."""
+    if kind == WorldError.__name__:
+        return WorldError(text)
+    error = type(kind, (WorldError,), {})(text)
+    error.add_note(traceback)
+    return error
+
+
+def observation_from(fields: dict[str, Any]) -> Observation:
+    images = tuple(base64.b64decode(image) for image in fields["images"])
+    return Observation(fields["text"], images, tuple(fields["actions"]))
+
+
+def checked_observation(value: object, world: str) -> Observation:
+    """``value``, if it is what ``reset`` should give.
+
+    Raises:
+        WorldError: it is not; the message says what came and what is right.
+    """
+    if not isinstance(value, Observation):
+        raise WorldError(f"{world} gave {_said(value)}; wanted an Observation")
+    text, images, actions = _loose(value.text), _loose(value.images), _loose(value.actions)
+    if not isinstance(text, str):
+        raise WorldError(f"{world}: Observation.text is {_said(text)}; wanted a str")
+    if not _all(images, _is_png):
+        raise WorldError(f"{world}: Observation.images is {_said(images)}; wanted PNG bytes")
+    if not _all(actions, lambda action: isinstance(action, str)):
+        raise WorldError(f"{world}: Observation.actions is {_said(actions)}; wanted a tuple of str")
+    return value
+
+
+def checked_time_step(value: object, world: str) -> TimeStep:
+    """``value``, if it is what ``step`` should give; its reward made a float.
+
+    Raises:
+        WorldError: it is not; the message says what came and what is right.
+    """
+    if not isinstance(value, TimeStep):
+        raise WorldError(f"{world} gave {_said(value)}; wanted a TimeStep")
+    checked_observation(value.observation, world)
+    reward = _loose(value.reward)
+    if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
+        raise WorldError(f"{world}: TimeStep.reward is {_said(reward)}; wanted a finite float")
+    for field in ("terminated", "truncated", "success"):
+        flag = getattr(value, field)
+        if not isinstance(flag, bool):
+            raise WorldError(f"{world}: TimeStep.{field} is {_said(flag)}; wanted a bool")
+    if value.success and not value.terminated:
+        raise WorldError(f"{world}: TimeStep.success without terminated; success ends an episode")
+    return replace(value, reward=float(reward))
+
+
+def checked_expert(value: object, world: str) -> str | None:
+    return None if value is None else checked_text(value, world)
+
+
+def checked_text(value: object, world: str) -> str:
+    if not isinstance(value, str):
+        raise WorldError(f"{world} gave {_said(value)}; wanted an action, a str")
+    return value
+
+
+def _loose(value: object) -> object:
+    """Forget what the type should be: that is what is being checked."""
+    return value
+
+
+def _all(values: object, right: Callable[[object], bool]) -> bool:
+    return isinstance(values, tuple) and all(map(right, cast(tuple[object, ...], values)))
+
+
+def _is_png(value: object) -> bool:
+    return isinstance(value, bytes) and value.startswith(PNG)
+
+
+def _said(value: object) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"

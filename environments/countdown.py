@@ -1,0 +1,300 @@
+"""Countdown: reach a target from given numbers, each used once; every action is a whole attempt.
+
+The number puzzle of the television game, as used to study search and reinforcement learning in small
+language models (Gandhi et al. 2024, arXiv:2404.03683). Puzzles are seeded and endless. A puzzle's
+split follows from a hash of the puzzle itself, so that no two splits can share one.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from itertools import combinations
+from typing import ClassVar, Literal, overload
+
+from pydantic import Field
+
+from ..core.config import Config
+from ..core.types import Observation, Task, TimeStep
+
+PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
+SHARES = (("test", 10), ("validation", 20), ("train", 100))
+"""Cumulative per cent of all puzzles."""
+
+
+class Illegal(ValueError):
+    """An attempt that is no legal expression; the message says why."""
+
+
+def evaluate(text: str, numbers: Sequence[int], operators: str) -> Fraction:
+    """The value of ``text``, which must use each of ``numbers`` exactly once.
+
+    A recursive-descent reader: nothing of the text is ever executed.
+
+    Raises:
+        Illegal: not an expression, a stranger among the numbers, a division by zero.
+    """
+    tokens = _tokens(text, operators)
+    used: list[int] = []
+    value, rest = _sum(tokens, 0, used)
+    if rest != len(tokens):
+        raise Illegal(f"{tokens[rest]} is out of place")
+    if sorted(used) != sorted(numbers):
+        raise Illegal("use each number once")
+    return value
+
+
+def _tokens(text: str, operators: str) -> list[str]:
+    if len(text) > 120:
+        raise Illegal("too long")
+    tokens: list[str] = []
+    for at, sign in enumerate(text):
+        if sign.isascii() and sign.isdigit():
+            if at and text[at - 1].isdigit() and tokens:
+                tokens[-1] += sign
+            else:
+                tokens.append(sign)
+        elif sign in operators or sign in "()":
+            tokens.append(sign)
+        elif not sign.isspace():
+            raise Illegal("only numbers, operators and brackets")
+    return tokens
+
+
+def _sum(tokens: list[str], at: int, used: list[int]) -> tuple[Fraction, int]:
+    value, at = _product(tokens, at, used)
+    while at < len(tokens) and tokens[at] in "+-":
+        right, after = _product(tokens, at + 1, used)
+        value = value + right if tokens[at] == "+" else value - right
+        at = after
+    return value, at
+
+
+def _product(tokens: list[str], at: int, used: list[int]) -> tuple[Fraction, int]:
+    value, at = _atom(tokens, at, used)
+    while at < len(tokens) and tokens[at] in "*/":
+        right, after = _atom(tokens, at + 1, used)
+        if tokens[at] == "/" and not right:
+            raise Illegal("division by zero")
+        value = value * right if tokens[at] == "*" else value / right
+        at = after
+    return value, at
+
+
+def _atom(tokens: list[str], at: int, used: list[int]) -> tuple[Fraction, int]:
+    if at == len(tokens):
+        raise Illegal("it breaks off")
+    token = tokens[at]
+    if token == "(":
+        value, at = _sum(tokens, at + 1, used)
+        if at == len(tokens) or tokens[at] != ")":
+            raise Illegal("a bracket is not closed")
+        return value, at + 1
+    if not token.isdigit():
+        raise Illegal(f"{token} is out of place")
+    used.append(int(token))
+    return Fraction(int(token)), at + 1
+
+
+@dataclass(frozen=True)
+class Term:
+    """A value reached by combining numbers, and how to write it."""
+
+    value: int
+    text: str
+    operator: str = ""
+    """The outermost one; empty for a plain number."""
+
+    def inside(self, operator: str, right: bool) -> str:
+        """The text as an operand, in brackets only where they are needed."""
+        if not self.operator:
+            return self.text
+        mine, outer = PRECEDENCE[self.operator], PRECEDENCE[operator]
+        bare = mine > outer or (mine == outer and not (right and operator in "-/"))
+        return self.text if bare else f"({self.text})"
+
+
+def combine(operator: str, left: Term, right: Term) -> Term | None:
+    """``left operator right``; None for a division that leaves a remainder."""
+    match operator:
+        case "+":
+            value = left.value + right.value
+        case "-":
+            value = left.value - right.value
+        case "*":
+            value = left.value * right.value
+        case _:
+            if not right.value or left.value % right.value:
+                return None
+            value = left.value // right.value
+    text = f"{left.inside(operator, False)}{operator}{right.inside(operator, True)}"
+    return Term(value, text, operator)
+
+
+@lru_cache(maxsize=8192)
+def solutions(numbers: tuple[int, ...], operators: str) -> dict[int, str]:
+    """Every value reachable from all ``numbers``, each with its first shortest expression."""
+    found: dict[int, str] = {}
+    for term in _terms(tuple(Term(n, str(n)) for n in numbers), operators):
+        if term.value not in found or len(term.text) < len(found[term.value]):
+            found[term.value] = term.text
+    return found
+
+
+def _terms(terms: tuple[Term, ...], operators: str) -> Iterator[Term]:
+    if len(terms) == 1:
+        yield terms[0]
+        return
+    for i, j in combinations(range(len(terms)), 2):
+        rest = tuple(t for k, t in enumerate(terms) if k not in (i, j))
+        for operator in operators:
+            pairs = ((i, j),) if operator in "+*" else ((i, j), (j, i))
+            for left, right in pairs:
+                term = combine(operator, terms[left], terms[right])
+                if term is not None:
+                    yield from _terms((*rest, term), operators)
+
+
+def guess(numbers: Sequence[int], operators: str, rng: random.Random) -> Term:
+    """A random expression that uses every number once."""
+    terms = [Term(n, str(n)) for n in numbers]
+    while len(terms) > 1:
+        rng.shuffle(terms)
+        term = combine(rng.choice(operators), terms[0], terms[1])
+        if term is not None:
+            terms[:2] = [term]
+    return terms[0]
+
+
+class CountdownConfig(Config):
+    numbers: int = Field(3, ge=2, le=6)
+    """How many numbers a puzzle gives."""
+    largest: int = Field(20, ge=2, le=1000)
+    """They are drawn from 1 to this."""
+    target: int = Field(99, ge=9, le=100_000)
+    """Targets lie between 1 and this."""
+    operators: Literal["+-", "+-*", "+-*/"] = "+-*"
+    attempts: int = Field(4, ge=1, le=64)
+    """How many tries a task allows."""
+
+
+@dataclass(frozen=True)
+class CountdownTask(Task):
+    numbers: tuple[int, ...]
+    """Ascending."""
+    target: int
+    witness: str
+    """The expression the puzzle was made from."""
+
+
+class Puzzles(Sequence[CountdownTask]):
+    """A split: the i-th puzzle is drawn by hashing the split's name and i. Lazy and endless."""
+
+    def __init__(self, split: str, config: CountdownConfig) -> None:
+        if split not in dict(SHARES):
+            raise ValueError(f"no split {split!r}: it is train, validation or test")
+        self._split = split
+        self._config = config
+
+    def __len__(self) -> int:
+        return 1 << 40
+
+    @overload
+    def __getitem__(self, index: int) -> CountdownTask: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[CountdownTask]: ...
+    def __getitem__(self, index: int | slice) -> CountdownTask | Sequence[CountdownTask]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        config = self._config
+        rng = random.Random(f"countdown/{self._split}/{index}")
+        while True:
+            numbers = tuple(sorted(rng.randint(1, config.largest) for _ in range(config.numbers)))
+            made = guess(numbers, config.operators, rng)
+            if not 1 <= made.value <= config.target:
+                continue
+            target = made.value
+            name = f"countdown {' '.join(map(str, numbers))} = {target}"
+            if split_of(name) == self._split:
+                signs = " ".join(config.operators)
+                given = " ".join(map(str, numbers))
+                instruction = f"Make {target} from {given} with {signs}, each number once."
+                return CountdownTask(name, instruction, config.attempts, numbers, target, made.text)
+
+
+def split_of(name: str) -> str:
+    """Where a puzzle belongs, whatever the settings that drew it."""
+    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % 100
+    return next(split for split, below in SHARES if place < below)
+
+
+class Countdown:
+    """One puzzle at a time. A wrong attempt is answered with what it evaluates to."""
+
+    Config = CountdownConfig
+    isolation: ClassVar[str] = "inline"
+
+    def __init__(self, config: CountdownConfig, oracle: bool = True) -> None:
+        self._config = config
+        self._oracle = oracle
+        self._task: CountdownTask | None = None
+        self._left = 0
+
+    def tasks(self, split: str) -> Sequence[CountdownTask]:
+        return Puzzles(split, self._config)
+
+    async def reset(self, task: Task, seed: int) -> Observation:
+        if not isinstance(task, CountdownTask):
+            raise TypeError(f"countdown plays CountdownTask, got {type(task).__name__}")
+        self._task, self._left = task, task.max_steps
+        return Observation("")
+
+    async def step(self, action: str) -> TimeStep:
+        task = self._playing()
+        self._left -= 1
+        try:
+            value = evaluate(action, task.numbers, self._config.operators)
+            solved, said = value == task.target, f"That makes {value}. Try again."
+        except Illegal as fault:
+            solved, said = False, f"Not legal: {fault}. Try again."
+        over = solved and self._oracle
+        return TimeStep(
+            Observation("Solved." if over else said),
+            reward=float(solved),
+            terminated=over,
+            truncated=not over and self._left == 0,
+            success=over,
+        )
+
+    async def close(self) -> None:
+        self._task = None
+
+    async def expert(self) -> str | None:
+        task = self._playing()
+        if len(task.numbers) > 4:  # the full table grows too fast
+            return task.witness
+        return solutions(task.numbers, self._config.operators)[task.target]
+
+    async def random(self, seed: int) -> str:
+        return guess(self._playing().numbers, self._config.operators, random.Random(seed)).text
+
+    def answer(self, task: Task, action: str) -> str | None:
+        """The value reached, which is what the task asks about."""
+        if not isinstance(task, CountdownTask):
+            raise TypeError(f"countdown plays CountdownTask, got {type(task).__name__}")
+        try:
+            return str(evaluate(action, task.numbers, self._config.operators))
+        except Illegal:
+            return None
+
+    def without_oracle(self) -> "Countdown":
+        return Countdown(self._config, oracle=False)
+
+    def _playing(self) -> CountdownTask:
+        if self._task is None:
+            raise RuntimeError("reset the world before acting in it")
+        return self._task

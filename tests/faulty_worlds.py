@@ -1,0 +1,145 @@
+"""Worlds that do one thing wrong, for the tests of what hosts and checks worlds."""
+
+import asyncio
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
+
+from selfwright.core.config import Config
+from selfwright.core.types import Observation, Task, TimeStep
+
+PICTURE = b"\x89PNG\r\n\x1a\n and so on"
+LEAK_BYTES = 2**20
+
+
+class FaultyConfig(Config):
+    fault: str = ""
+    """What goes wrong, when the action is ``fault`` or always; empty: nothing."""
+
+
+class Faulty:
+    """Say ``right`` within four steps. The observation counts steps and repeats the action."""
+
+    Config = FaultyConfig
+    isolation: ClassVar[str] = "inline"
+
+    def __init__(self, config: FaultyConfig) -> None:
+        if config.fault == "slow start":
+            time.sleep(60)
+        if config.fault == "no start":
+            raise RuntimeError("the licence has run out")
+        self.fault = config.fault
+        self.turn = 0
+        self.drawn = 0.0
+        self.hoard: list[bytes] = []
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        home = "everywhere" if self.fault == "shared tasks" else split
+        steps = 0 if self.fault == "no steps" else 4
+        return [Task(f"{home} {i}", f"Say right, {i}.", steps) for i in range(40)]
+
+    async def reset(self, task: Task, seed: int) -> Observation:
+        self.turn = 0
+        if self.fault == "leak":
+            self.hoard.append(os.urandom(LEAK_BYTES))
+        drawn = random.Random() if self.fault == "moody" else random.Random(seed)
+        self.drawn = drawn.random()
+        return Observation(f"{task.id}: {self.drawn}", (PICTURE,))
+
+    async def step(self, action: str) -> TimeStep:
+        self.turn += 1
+        if action == "fault" or self.fault.startswith("always"):
+            await self._go_wrong()
+        right = action == "right"
+        observation = Observation(f"{self.turn}: {action}")
+        reward = 2.0 if right and self.fault == "generous" else float(right)
+        if self.fault == "rubbish" and action == "fault":
+            return cast(TimeStep, {"reward": 1})
+        if self.fault == "not finite" and action == "fault":
+            return TimeStep(observation, float("nan"), False)
+        return TimeStep(observation, reward, terminated=right, success=right)
+
+    async def _go_wrong(self) -> None:
+        match self.fault:
+            case "raise":
+                raise ZeroDivisionError("the world fell off its edge")
+            case "hang":
+                await asyncio.sleep(60)
+            case "block" | "always block":
+                time.sleep(60)  # noqa: ASYNC251 - this is the fault
+            case "exit":
+                print("the last thing I said", file=sys.stderr)
+                os._exit(7)
+            case "print":
+                print('{"id": 1, "value": "nonsense"}', flush=True)
+            case "read":
+                assert sys.stdin.read() == ""
+            case _:
+                pass
+
+    async def close(self) -> None:
+        pass
+
+    async def random(self, seed: int) -> str:
+        return random.Random(seed).choice(["left", "wrong", "right"])
+
+    async def expert(self) -> str | None:
+        return "left" if self.fault == "liar" else "right"
+
+
+class Apart(Faulty):
+    """The same in a process of its own."""
+
+    isolation: ClassVar[str] = "process"
+
+
+class Together(Faulty):
+    """Four of the same in one process."""
+
+    isolation: ClassVar[str] = "process"
+    per_process: ClassVar[int] = 4
+
+
+class Sum:
+    """Attempts at a sum; without its oracle one fault still tells."""
+
+    Config = FaultyConfig
+    isolation: ClassVar[str] = "inline"
+
+    def __init__(self, config: FaultyConfig, oracle: bool = True) -> None:
+        self.config = config
+        self.oracle = oracle
+        self.turn = 0
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        return [Task(f"{split} {i}", "2 + 2", 3) for i in range(40)]
+
+    async def reset(self, task: Task, seed: int) -> Observation:
+        self.turn = 0
+        return Observation("go")
+
+    async def step(self, action: str) -> TimeStep:
+        self.turn += 1
+        right = action == "4"
+        said = "Yes." if right and (self.oracle or self.config.fault == "tells") else "Hm."
+        ends = right and (self.oracle or self.config.fault == "ends")
+        observation = Observation(f"{action}? {said}")
+        return TimeStep(observation, float(right) if self.oracle else right / 4, ends, False, ends)
+
+    async def close(self) -> None:
+        pass
+
+    async def expert(self) -> str | None:
+        return "4"
+
+    async def random(self, seed: int) -> str:
+        return random.Random(seed).choice(["1", "2", "3"])
+
+    def answer(self, task: Task, action: str) -> str | None:
+        return action if action.isdigit() else None
+
+    def without_oracle(self) -> Any:
+        return Sum(self.config, oracle=False)

@@ -1,0 +1,175 @@
+"""The command line: what it prints where, and one clear message for every slip."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from selfwright import __version__
+from selfwright.commands.cli import call
+
+SCRIPT = Path(sys.executable).with_name("selfwright")
+RECIPE = """\
+seed: 1
+environment: {use: countdown, numbers: 3}
+agent: {use: chat}
+trainer: {use: imitation}
+evaluatoin: {tasks: 5}
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test runs in a folder of its own, with a faulty recipe in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text(RECIPE)
+    (tmp_path / "empty.yaml").write_text("")
+    (tmp_path / "broken.yaml").write_text("environment: {use: countdown\ntrainer: x: y\n")
+    return tmp_path
+
+
+MISTAKES = [
+    ("rnu bad.yaml", "No such command 'rnu'. Did you mean 'run'?"),
+    ("run", "Missing argument 'recipe'"),
+    ("run bad.yaml extra", "Got unexpected extra argument"),
+    ("run bad.yaml --outptu x", "No such option: --outptu (Possible options: --output)"),
+    ("run bad.yaml --output", "Option '--output' requires an argument"),
+    ("run bad.yaml --output empty.yaml", "is a file"),
+    ("run bad.yaml", "bad.yaml:5: evaluatoin: unknown key; did you mean 'evaluation'?"),
+    ("run bad.yaml --json", "bad.yaml:5: evaluatoin: unknown key; did you mean 'evaluation'?"),
+    ("run empty.yaml", "empty.yaml:1: a recipe is a mapping with the keys"),
+    ("run broken.yaml", "broken.yaml:2: not valid YAML"),
+    ("run nowhere.yaml", "nowhere.yaml: no such file, nor a recipe that comes with selfwright"),
+    ("run .", ".: is a folder; a recipe is a YAML file"),
+    ("run bad.yaml -o trainer", "-o trainer: wanted key.path=value, such as trainer.use=rise"),
+    ("run bad.yaml -o", "Option '-o' requires an argument"),
+    ("run bad.yaml -o environment.numbers=x", "numbers: wanted a whole number, got the text 'x'"),
+    ("run bad.yaml -o environment.use=countdwn", "did you mean 'countdown'?"),
+    ("run bad.yaml -o environment.numbesr=3", "did you mean 'numbers'?"),
+    ("check countdwn", "no entry 'countdwn' in selfwright.environments; did you mean 'countdown'?"),
+    ("check countdown -o environment.numbers=99", "numbers: wanted at most 6, got 99"),
+    ("check countdown -o trainer.use=rise", "only environment.KEY=VALUE can be set here"),
+    ("check no_such_module:World", "there is no module 'no_such_module'"),
+    ("check os:Environ", "module 'os' has no 'Environ'"),
+    ("compare a", "Missing argument 'b'"),
+    ("compare a b", "no evaluation at a"),
+    ("evaluate", "Missing argument 'checkpoint'"),
+    ("evaluate expert --split tset", "'tset' is not one of 'train', 'validation', 'test'"),
+    ("evaluate expert --tasks 0", "Invalid value for '--tasks'"),
+    ("evaluate expert --seed one", "Invalid value for '--seed'"),
+    ("list", "Missing argument 'kind'"),
+    ("list trainer", "nothing to list is called 'trainer'; did you mean 'trainers'?"),
+    ("--verison", "No such option: --verison (Possible options: --version)"),
+]
+
+
+@pytest.mark.parametrize(("line", "said"), MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_a_mistake_is_one_clear_message(
+    line: str, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert call(line.split()) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert said in err
+    assert "Traceback" not in err and "pydantic" not in err
+    assert len(err.splitlines()) <= 4, "the recipe's own faults are three"
+
+
+def script(*arguments: str, code: str = "") -> subprocess.CompletedProcess[str]:
+    """The real command, or ``code`` in a fresh interpreter."""
+    command = [sys.executable, "-c", code] if code else [str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_the_installed_command() -> None:
+    done = script("--version")
+    assert (done.stdout, done.stderr, done.returncode) == (f"selfwright {__version__}\n", "", 0)
+    done = script("run", "bad.yaml")
+    assert (done.stdout, done.returncode) == ("", 2)
+    assert "Traceback" not in done.stderr
+    helped = script()
+    assert helped.returncode == 0
+    assert {"run", "evaluate", "check", "compare", "list"} <= set(helped.stdout.split())
+
+
+def test_list_prints_one_object(capfd: pytest.CaptureFixture[str]) -> None:
+    assert call(["list", "environments", "--json"]) == 0
+    listed = json.loads(capfd.readouterr().out)
+    assert listed["countdown"] == {
+        "target": "selfwright.environments.countdown:Countdown",
+        "distribution": "selfwright",
+    }
+    assert call(["list", "environments"]) == 0
+    assert capfd.readouterr().out.splitlines()[0].split()[0] == "countdown"
+    assert call(["list", "recipes", "--json"]) == 0
+    assert all(one["about"] for one in json.loads(capfd.readouterr().out).values())
+
+
+NOISY = """
+import os, sys
+from selfwright.commands import cli
+with cli._stdout_for_results() as stdout:
+    print("python")
+    os.write(1, b"native\\n")
+    os.system("echo child")
+    cli._emit({"a": float("nan"), "b": [1, (2.5, float("inf"))], "c": {"d": None}}, stdout, None)
+print("after")
+"""
+
+
+def test_only_the_result_reaches_stdout() -> None:
+    done = script(code=NOISY)
+    first, last = done.stdout.splitlines()
+    assert json.loads(first) == {"a": None, "b": [1, [2.5, None]], "c": {"d": None}}
+    assert last == "after"
+    assert set(done.stderr.split()) == {"python", "native", "child"}
+
+
+def raising(error: str) -> str:
+    """A program whose ``list`` command raises ``error``."""
+    return (
+        "import sys\nfrom selfwright.core import errors, plugins\n"
+        "from selfwright.commands.cli import call\n"
+        f"def names(kind): raise {error}\n"
+        "plugins.names = names\nsys.exit(call(['list', 'agents']))"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        ("errors.StoreError('a damaged file')", 2, "a damaged file\n"),
+        ("errors.TooManyFailures('most episodes broke')", 1, "most episodes broke\n"),
+        ("KeyboardInterrupt", 130, "selfwright: interrupted\n"),
+    ],
+)
+def test_faults_we_know_are_told_plainly(error: str, code: int, said: str) -> None:
+    done = script(code=raising(error))
+    assert (done.returncode, done.stderr, done.stdout) == (code, said, "")
+
+
+def test_faults_we_do_not_know_keep_their_traceback() -> None:
+    done = script(code=raising("ZeroDivisionError('unforeseen')"))
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "ZeroDivisionError: unforeseen" in done.stderr
+
+
+def test_an_interrupt_while_waiting_is_one_line() -> None:
+    code = (
+        "import asyncio, sys\nfrom selfwright.core import plugins\n"
+        "from selfwright.commands.cli import call\n"
+        "def names(kind):\n print('ready', flush=True)\n asyncio.run(asyncio.sleep(60))\n"
+        "plugins.names = names\nsys.exit(call(['list', 'agents']))"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True) as one:
+        assert one.stdout and one.stdout.readline() == "ready\n"
+        time.sleep(0.2)  # The handler is set a moment after.
+        os.kill(one.pid, signal.SIGINT)
+        _, err = one.communicate(timeout=10)
+    assert (one.returncode, err) == (130, "selfwright: interrupted\n")

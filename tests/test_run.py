@@ -1,0 +1,239 @@
+"""The run folder: whatever kills its process, what is committed is whole."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfwright.core.errors import StoreError
+from selfwright.core.files import read_json, write_json
+from selfwright.core.run import Run, iteration_name, iterations
+from selfwright.core.store import TRAJECTORIES, read_trajectories
+
+RECIPE = {"seed": 1, "trainer": {"use": "rise", "sizes": (1, 2)}}
+
+PRELUDE = """
+import os, resource, sys, time
+from pathlib import Path
+from selfwright.core.errors import StoreError
+from selfwright.core.files import write_json
+from selfwright.core.run import Run, iteration_name
+from selfwright.core.store import write_trajectories
+from selfwright.core.types import *
+
+RECIPE = {"seed": 1, "trainer": {"use": "rise", "sizes": (1, 2)}}
+folder = Path(sys.argv[1])
+run = Run.open(folder, RECIPE, lambda stored, wanted: ["seed"] if stored != wanted else [])
+
+def judged(index, count=5):
+    seen = Observation("see", (b"frame", bytes([index % 256])))
+    step = Step(seen, Action("go", Completion("go")), 1.0)
+    one = Trajectory(Task(f"{index}", "walk", 3), (step,), seen, Stop.TERMINATED, "base", 1)
+    return [Judged(one, Verdict(1.0, "", "reward"))] * count
+print("ready", flush=True)
+"""
+
+COMMITTER = """
+while True:
+    index = run.finished
+    with run.draft(iteration_name(index)) as draft:
+        write_trajectories(draft / "trajectories.parquet", judged(index), folder / "images")
+        (draft / "adapter").mkdir()
+        (draft / "adapter" / "weights").write_bytes(bytes([index % 256]) * 300_000)
+        write_json(draft / "metrics.json", {"index": index})
+    print(index, flush=True)
+"""
+
+
+def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    keys = sorted(stored.keys() | wanted.keys())
+    pairs = ((key, stored.get(key), wanted.get(key)) for key in keys)
+    return [f"{key}: {was!r} there, {now!r} now" for key, was, now in pairs if was != now]
+
+
+def launch(code: str, folder: Path) -> "subprocess.Popen[str]":
+    """A process that has the run of ``folder`` open."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PRELUDE + code, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    return process
+
+
+def kill(process: "subprocess.Popen[str]") -> None:
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=10)
+
+
+def test_killed_at_any_moment_leaves_whole_iterations(tmp_path: Path) -> None:
+    dice = random.Random(0)
+    finished = 0
+    for _ in range(6):
+        process = launch(COMMITTER, tmp_path)
+        assert process.stdout and process.stdout.readline() == f"{finished}\n"  # it is warm now
+        time.sleep(dice.uniform(0, 0.06))
+        assert process.poll() is None
+        kill(process)
+        with Run.open(tmp_path, RECIPE, differences) as run:
+            assert run.finished > finished
+            finished = run.finished
+        assert not list(tmp_path.rglob(".draft-*"))
+        for index, folder in enumerate(iterations(tmp_path)):
+            (task,) = {item.trajectory.task.id for item in read_trajectories(folder / TRAJECTORIES)}
+            assert task == str(index)
+            weights = (folder / "adapter/weights").read_bytes()
+            assert weights == bytes([index % 256]) * 300_000
+            assert read_json(folder / "metrics.json") == {"index": index}
+
+
+def test_only_one_process_at_a_time(tmp_path: Path) -> None:
+    process = launch("time.sleep(60)", tmp_path)
+    try:
+        with pytest.raises(StoreError, match=rf"is in use by process {process.pid}; wait"):
+            Run.open(tmp_path, RECIPE, differences)
+    finally:
+        kill(process)
+    Run.open(tmp_path, RECIPE, differences).close()
+
+
+def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
+    code = """
+child = os.fork()
+if not child:
+    os.close(1)
+    time.sleep(60)
+print(child, flush=True)
+time.sleep(60)
+"""
+    process = launch(code, tmp_path)
+    assert process.stdout
+    child = int(process.stdout.readline())
+    time.sleep(0.1)
+    try:
+        kill(process)
+        Run.open(tmp_path, RECIPE, differences).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_another_recipe_is_refused_by_key(tmp_path: Path) -> None:
+    Run.open(tmp_path, RECIPE, differences).close()
+    Run.open(tmp_path, RECIPE, differences).close()
+    with pytest.raises(StoreError) as caught:
+        Run.open(tmp_path, RECIPE | {"seed": 2}, differences)
+    assert "seed: 1 there, 2 now" in str(caught.value)
+    assert "another --output" in str(caught.value)
+    assert read_json(tmp_path / "recipe.json")["seed"] == 1
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "recipe.json"])
+def test_a_foreign_folder_is_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"eggs": 3}')
+    with pytest.raises(StoreError, match="use another --output"):
+        Run.open(tmp_path, RECIPE, differences)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    with pytest.raises(StoreError, match="cannot use"):
+        Run.open(tmp_path / name, RECIPE, differences)
+
+
+def test_drafts_become_folders_whole_or_not_at_all(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "deep/run", RECIPE, differences) as run:
+        for name in ("iterations/0000", "evaluations/base", "checkpoint"):
+            with pytest.raises(KeyError), run.draft(name) as draft:
+                (draft / "half").write_text("half")
+                raise KeyError
+            assert not run.has(name)
+            with run.draft(name) as draft:
+                (draft / "whole").write_text("whole")
+                assert not run.has(name)
+            assert (run.path(name) / "whole").read_text() == "whole"
+            with pytest.raises(StoreError, match="is there already"), run.draft(name):
+                pass
+        assert run.finished == 1
+        assert not list(run.folder.rglob(".draft-*"))
+        with pytest.raises(ValueError, match="is no name"), run.draft("../elsewhere"):
+            pass
+
+
+def test_leftovers_go_when_the_run_is_opened(tmp_path: Path) -> None:
+    Run.open(tmp_path, RECIPE, differences).close()
+    for name in ("iterations/.draft-0000/adapter", ".draft-checkpoint", "images/ab"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "images/ab/.draft-1234").write_text("half")
+    with Run.open(tmp_path, RECIPE, differences) as run:
+        assert run.finished == 0
+    assert not list(tmp_path.rglob(".draft-*"))
+
+
+def test_a_gap_is_an_error(tmp_path: Path) -> None:
+    for index in (0, 2):
+        (tmp_path / iteration_name(index)).mkdir(parents=True)
+    with pytest.raises(StoreError, match=r"0001 is missing, though 0002 is there"):
+        iterations(tmp_path)
+
+
+def test_a_full_disk_is_named_and_commits_nothing(tmp_path: Path) -> None:
+    code = """
+def attempt(write):
+    try:
+        with run.draft(iteration_name(0)) as draft:
+            write(draft)
+    except StoreError as error:
+        print(error, flush=True)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+attempt(lambda draft: write_json(draft / "metrics.json", {"text": "x" * 5000}))
+noise = [replace(one, verdict=Verdict(None, os.urandom(3000).hex(), "")) for one in judged(0)]
+attempt(lambda draft: write_trajectories(draft / "all.parquet", noise, folder / "images"))
+picture = replace(noise[0].trajectory, final=Observation("", (b"x" * 3000,)))
+seen = [Judged(picture, Verdict(1.0, "", ""))]
+attempt(lambda draft: write_trajectories(draft / "all.parquet", seen, folder / "images"))
+print("torch" in sys.modules, run.finished, os.listdir(folder / "iterations"))
+"""
+    process = launch("from dataclasses import replace\n" + code, tmp_path)
+    lines = process.communicate(timeout=30)[0].splitlines()
+    assert [line.partition("cannot write ")[2].split(":")[1] for line in lines[:3]] == [
+        " File too large"
+    ] * 3
+    assert "metrics.json" in lines[0] and "all.parquet" in lines[1] and ".png" in lines[2]
+    assert lines[3] == "False 0 []"
+    assert not list(tmp_path.rglob(".draft-*"))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_json_holds_finite_numbers_only(tmp_path: Path, bad: float) -> None:
+    path = tmp_path / "metrics.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(StoreError, match=r"train\.loss\.1 is -?(nan|inf)"):
+        write_json(path, {"train": {"loss": (0.5, bad)}})
+    assert read_json(path) == {"a": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_json_keeps_any_text(tmp_path: Path) -> None:
+    value = {"Grüße": ["日本 😀", "\ud83d", "\\ud83d", "\x00"], "none": None, "deep": {"x": 1e-5}}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+    assert "日本 😀" in (tmp_path / "a.json").read_text("utf-8")
+
+
+@pytest.mark.parametrize("data", [b"", b'{"a": ', b'{"a": NaN}', b"\xff\xfe", b"[" * 100_000])
+def test_broken_json_is_named(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "metrics.json"
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match=r"metrics\.json is damaged: not valid JSON"):
+        read_json(path)
+    with pytest.raises(StoreError, match=r"other\.json is missing"):
+        read_json(tmp_path / "other.json")
+
+
+def test_json_is_valid_for_others(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"x": [1.5, True, "a"]})
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == {"x": [1.5, True, "a"]} and text.endswith("}\n")

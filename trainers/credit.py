@@ -1,0 +1,55 @@
+"""From judged trajectories to groups, and from trajectories to examples."""
+
+from collections.abc import Iterable, Sequence
+
+from pydantic import Field
+
+from ..core.config import Config
+from ..core.protocols import Agent
+from ..core.types import Completion, Example, Judged, Trajectory
+
+
+class TrainerConfig(Config):
+    """What every trainer's config has: how much is played before it is called."""
+
+    tasks_per_iteration: int = Field(64, ge=1)
+    attempts_per_task: int = Field(1, ge=1)
+    """The size of a group."""
+    epochs: int = Field(1, ge=1)
+    """Passes over an iteration's examples."""
+
+
+def by_task(batch: Iterable[Judged]) -> list[list[Judged]]:
+    """Groups of attempts at one task with one seed, without the undecided; never an empty group."""
+    groups: dict[tuple[str, int], list[Judged]] = {}
+    for judged in batch:
+        if judged.verdict.score is not None:
+            key = (judged.trajectory.task.id, judged.trajectory.seed)
+            groups.setdefault(key, []).append(judged)
+    return list(groups.values())
+
+
+def score(judged: Judged) -> float:
+    """The verdict's score, of one that ``by_task`` let through."""
+    assert judged.verdict.score is not None, "by_task drops the undecided"
+    return judged.verdict.score
+
+
+def example(agent: Agent, trajectory: Trajectory, turn: int, weight: float) -> Example:
+    """One turn to imitate: its ids as sampled, or its text where it was not sampled.
+
+    The log-probabilities of sampling are left out: imitation does not compare with the past.
+    """
+    step = trajectory.steps[turn]
+    said = step.action.completion
+    return Example(
+        agent.prompt(trajectory.task, trajectory.steps[:turn], step.observation),
+        Completion(said.text, said.token_ids),
+        weight,
+    )
+
+
+def imitate(agent: Agent, trajectory: Trajectory, weight: float = 1.0) -> list[Example]:
+    """Every turn that was not replayed."""
+    turns: Sequence[int] = range(trajectory.replayed, len(trajectory.steps))
+    return [example(agent, trajectory, turn, weight) for turn in turns]

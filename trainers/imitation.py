@@ -1,0 +1,68 @@
+"""Behaviour cloning: of the world's expert, of stored trajectories, or of the policy's successes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ..core.protocols import Context, Plan
+from ..core.store import read_trajectories
+from ..core.types import Batch, Judged, Stop
+from .credit import TrainerConfig, by_task, imitate, score
+from .loss import NLL
+
+
+class ImitationConfig(TrainerConfig):
+    source: Literal["expert", "file", "self"] = "expert"
+    """Who is imitated: the world's expert, ``trajectories``, or the policy itself."""
+    trajectories: str = ""
+    """With ``source: file``: a parquet file of trajectories, as runs store them."""
+    threshold: float = Field(1.0, ge=0, le=1)
+    """The least score of a trajectory that is imitated."""
+
+    @model_validator(mode="after")
+    def _file(self) -> Self:
+        if (self.source == "file") != bool(self.trajectories):
+            raise ValueError("source: file and trajectories: PATH go together")
+        return self
+
+
+class Imitation:
+    """Maximise the likelihood of demonstrated actions (Pomerleau 1989, "ALVINN").
+
+    With ``source: self`` this is rejection-sampling fine-tuning: the baseline that every claim
+    of a cleverer method must beat at the same data volume.
+    """
+
+    Config = ImitationConfig
+
+    def __init__(self, config: ImitationConfig, context: Context) -> None:
+        self._config = config
+        self._context = context
+        self._given = read_trajectories(Path(config.trajectories)) if config.trajectories else []
+
+    @property
+    def plan(self) -> Plan:
+        config = self._config
+        if config.source == "file":
+            return Plan(0, 0)
+        player = "expert" if config.source == "expert" else "policy"
+        return Plan(config.tasks_per_iteration, config.attempts_per_task, player=player)
+
+    async def batches(self, judged: Sequence[Judged]) -> list[Batch]:
+        examples = tuple(
+            example
+            for group in by_task(self._given or judged)
+            for one in group
+            if score(one) >= self._config.threshold and one.trajectory.stop != Stop.FAILED
+            for example in imitate(self._context.agent, one.trajectory)
+        )
+        return [Batch(NLL(), examples, self._config.epochs)] if examples else []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            raise ValueError(f"imitation keeps no state, got keys {sorted(state)}")

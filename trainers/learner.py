@@ -1,0 +1,305 @@
+"""The learner: one plain loop, the only place with gradients. Knows losses, no trainer."""
+
+import random
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..core.config import Config
+from ..core.errors import LearnerError
+from ..core.models import open_model
+from ..core.seeds import derive
+from ..core.types import Batch, Loss, Metrics, TokenArrays
+from .pack import Row, micro_batches, pack, token_weights
+
+LOGITS = 1 << 26
+"""The most logits held at once: 256 MiB in float32."""
+
+
+class LearnerConfig(Config):
+    method: Literal["lora", "full"] = "lora"
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    """LoRA's scale is alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+    learning_rate: float = Field(1e-4, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Over the whole run."""
+    warmup: int = Field(0, ge=0)
+    """Updates over which the rate rises from 0."""
+    batch_size: int = Field(64, ge=1)
+    """Examples per optimiser step, about: a row of several turns is never split."""
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    token_budget: int = Field(8192, ge=1)
+    """Padded tokens per micro-batch; gradients of a step's micro-batches are accumulated."""
+    gradient_checkpointing: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """``bfloat16``: frozen weights and activations in bf16; what is trained stays float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    trust_remote_code: bool = False
+
+
+class PlainLearner:
+    """AdamW on LoRA or full weights.
+
+    A step's loss is normalised over all of its examples, whatever micro-batches or processes they
+    are cut into. The model's head sees only trained positions.
+    """
+
+    Config = LearnerConfig
+
+    def __init__(self, config: LearnerConfig, model: str, seed: int) -> None:
+        self._config = config
+        self._seed = seed
+        self._accelerator = Accelerator(
+            cpu=config.device == "cpu",
+            mixed_precision="bf16" if config.precision == "bfloat16" else "no",
+        )
+        lora_bf16 = config.precision == "bfloat16" and config.method == "lora"
+        weights, self._tokens = open_model(
+            model,
+            str(self._accelerator.device.type),
+            "bfloat16" if lora_bf16 else "float32",
+            config.trust_remote_code,
+        )
+        if config.gradient_checkpointing:
+            weights.gradient_checkpointing_enable({"use_reentrant": False})
+            weights.enable_input_require_grads()
+        self._model: Any = self._adapt(weights) if config.method == "lora" else weights
+        self._model.train()
+        self._head: Any = weights.get_output_embeddings()
+        self._trained: dict[str, Tensor] = {
+            name: p for name, p in self._model.named_parameters() if p.requires_grad
+        }
+        self._optimizer = torch.optim.AdamW(
+            self._trained.values(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self._updates = 0
+        torch.manual_seed(derive(seed, "learner"))
+
+    def _adapt(self, weights: Any) -> Any:
+        from peft import LoraConfig, get_peft_model
+
+        config = self._config
+        settings = LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=config.targets,
+            task_type="CAUSAL_LM",
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(derive(self._seed, "lora"))
+            return get_peft_model(weights, settings, autocast_adapter_dtype=True)
+
+    def update(self, batch: Batch, progress: float) -> Metrics:
+        """One pass per epoch over the examples, in optimiser steps of about ``batch_size``.
+
+        Raises:
+            LearnerError: no examples, a loss that needs a frozen base which full training has
+                not got, or a loss that is not finite (the weights are then those before it).
+        """
+        if not batch.examples:
+            raise LearnerError("the batch holds no examples: nothing can be learned from it")
+        if batch.loss.needs_reference and self._config.method == "full":
+            raise LearnerError(
+                "KL to the base needs learner.method: lora; full weights keep no base"
+            )
+        before = self._tokens.breaks
+        rows = pack(batch.examples, self._tokens)
+        totals = {"loss": 0.0, "grad_norm": 0.0, "ratio": 0.0, "kl_old": 0.0, "tokens": 0.0}
+        steps = 0
+        for epoch in range(batch.epochs):
+            for chunk in self._steps(rows, len(batch.examples), epoch):
+                for key, value in self._step(chunk, batch.loss, progress).items():
+                    totals[key] += value
+                steps += 1
+        self._model.zero_grad(set_to_none=True)
+        tokens = totals.pop("tokens")
+        metrics = {f"train/{key}": value / steps for key, value in totals.items()}
+        return metrics | {
+            "train/examples": float(len(batch.examples)),
+            "train/rows": float(len(rows)),
+            "train/updates": float(steps),
+            "train/tokens": tokens,
+            "train/prefix_breaks": float(self._tokens.breaks - before),
+            "train/learning_rate": self._rate(progress),
+        }
+
+    def _steps(self, rows: Sequence[Row], examples: int, epoch: int) -> Iterable[list[Row]]:
+        order = list(rows)
+        random.Random(derive(self._seed, "order", self._updates, epoch)).shuffle(order)
+        steps = min(len(order), max(1, round(examples / self._config.batch_size)))
+        return (
+            order[len(order) * k // steps : len(order) * (k + 1) // steps] for k in range(steps)
+        )
+
+    def _step(self, rows: list[Row], loss: Loss, progress: float) -> dict[str, float]:
+        weights = token_weights(rows, loss.aggregation, loss.length)
+        self._optimizer.zero_grad(set_to_none=True)
+        vocabulary = self._model.config.get_text_config().vocab_size
+        groups = micro_batches(rows, self._config.token_budget, max(1, LOGITS // vocabulary))
+        mine = groups[self._accelerator.process_index :: self._accelerator.num_processes]
+        sums = torch.zeros(4, dtype=torch.float64)
+        for group in mine:
+            sums += self._backward([rows[k] for k in group], [weights[k] for k in group], loss)
+        if self._accelerator.num_processes > 1:
+            sums = self._add_up(sums)
+        norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), self._config.max_grad_norm)
+        total, ratio, kl_old, trained = sums.tolist()
+        if not (torch.isfinite(norm) and total == total):
+            self._optimizer.zero_grad(set_to_none=True)
+            raise LearnerError(
+                f"update {self._updates + 1} has loss {total} and gradient norm {float(norm)}; "
+                "lower learner.learning_rate or look for extreme advantages"
+            )
+        for settings in self._optimizer.param_groups:
+            settings["lr"] = self._rate(progress)
+        self._optimizer.step()
+        self._updates += 1
+        return {
+            "loss": total,
+            "grad_norm": float(norm),
+            "ratio": ratio / trained,
+            "kl_old": kl_old / trained,
+            "tokens": float(sum(len(row.ids) for row in rows)),
+        }
+
+    def _add_up(self, sums: Tensor) -> Tensor:
+        """Gradients and sums over all processes. By hand: processes may hold unlike numbers of rows."""
+        for weight in self._trained.values():
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            weight.grad = self._accelerator.reduce(weight.grad, "sum")  # pyright: ignore[reportAttributeAccessIssue]
+        moved = self._accelerator.reduce(sums.to(self._accelerator.device), "sum")
+        return moved.cpu()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType, reportUnknownMemberType]
+
+    def _backward(
+        self, rows: Sequence[Row], weights: Sequence[list[list[float]]], loss: Loss
+    ) -> Tensor:
+        """Gradients of one micro-batch; sums of loss, ratio, estimated KL to the sampler, tokens."""
+        device = self._accelerator.device
+        ids, where = self._tensors(rows)
+        logprobs = self._logprobs(ids, where)
+        reference = None
+        if loss.needs_reference:
+            with torch.no_grad(), self._model.disable_adapter():
+                reference = self._logprobs(ids, where)
+        known = [s.old_logprobs or [torch.nan] * (s.end - s.begin) for r in rows for s in r.spans]
+        old = torch.tensor([x for span in known for x in span], device=device)
+        old = old.where(~old.isnan(), logprobs.detach())
+        advantages = torch.tensor(
+            [s.advantage for r in rows for s in r.spans for _ in range(s.begin, s.end)],
+            device=device,
+            dtype=torch.float32,
+        )
+        scale = torch.tensor([w for row in weights for span in row for w in span], device=device)
+        losses = loss(TokenArrays(logprobs, old, advantages, reference))
+        total = (losses * scale).sum()
+        self._accelerator.backward(total)
+        gap = (old - logprobs).detach()
+        return torch.stack(
+            [
+                total.detach(),
+                (-gap).exp().sum(),
+                (gap.exp() - gap - 1).sum(),
+                torch.tensor(float(len(gap)), device=device),
+            ]
+        ).to("cpu", torch.float64)
+
+    def _tensors(self, rows: Sequence[Row]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(B, T) ids, padded on the right, and (N,), (N,): row and position of trained tokens."""
+        longest = max(len(row.ids) for row in rows)
+        pad = self._tokens.pad
+        ids = torch.tensor([row.ids + [pad] * (longest - len(row.ids)) for row in rows])
+        spots = [
+            (k, at)
+            for k, row in enumerate(rows)
+            for span in row.spans
+            for at in range(span.begin, span.end)
+        ]
+        place = torch.tensor(spots).to(self._accelerator.device)
+        return ids.to(self._accelerator.device), (place[:, 0], place[:, 1])
+
+    def _logprobs(self, ids: Tensor, where: tuple[Tensor, Tensor]) -> Tensor:
+        """(N,) float32, nats. No mask is needed: padding stands on the right of a causal row."""
+        rows, at = where
+        with self._only(rows, at - 1), self._accelerator.autocast():
+            logits = self._model(input_ids=ids, use_cache=False).logits.float()
+        chosen = logits.gather(1, ids[rows, at][:, None])[:, 0]
+        return chosen - logits.logsumexp(-1)
+
+    @contextmanager
+    def _only(self, rows: Tensor, at: Tensor) -> Generator[None]:
+        """The head gets (N, D) hidden states of these positions in place of (B, T, D)."""
+        hook = self._head.register_forward_pre_hook(lambda _, args: (args[0][rows, at],))  # pyright: ignore[reportUnknownLambdaType]
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _rate(self, progress: float) -> float:
+        from math import cos, pi
+
+        left = 1 - min(max(progress, 0.0), 1.0)
+        match self._config.schedule:
+            case "constant":
+                share = 1.0
+            case "linear":
+                share = left
+            case "cosine":
+                share = (1 - cos(pi * left)) / 2
+        if self._config.warmup:
+            share *= min(1.0, (self._updates + 1) / self._config.warmup)
+        return self._config.learning_rate * share
+
+    def export(self, folder: Path) -> None:
+        if self._accelerator.is_main_process:
+            self._model.save_pretrained(folder)
+
+    def save(self, folder: Path) -> None:
+        """Weights in training, optimiser state and random state, all as safetensors."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+        for name, weight in self._trained.items():
+            state[f"weight.{name}"] = weight.detach()
+            for key, value in self._optimizer.state.get(weight, {}).items():
+                state[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+        state["updates"] = torch.tensor(self._updates)
+        save_file(
+            {k: v.contiguous().cpu().clone() for k, v in state.items()},
+            folder / "learner.safetensors",
+        )
+
+    def restore(self, folder: Path) -> None:
+        """Raises: LearnerError: the folder is of a learner with other weights."""
+        state = load_file(folder / "learner.safetensors")
+        names = {key.removeprefix("weight.") for key in state if key.startswith("weight.")}
+        if names != set(self._trained):
+            raise LearnerError(
+                f"{folder} holds {len(names)} trained tensors, this learner has "
+                f"{len(self._trained)}: it was written with another model or learner config"
+            )
+        self._updates = int(state["updates"])
+        torch.set_rng_state(state["rng"])
+        slots = {key.split(".")[1] for key in state if key.startswith("optimizer.")}
+        for name, weight in self._trained.items():
+            with torch.no_grad():
+                weight.copy_(state[f"weight.{name}"])
+            self._optimizer.state[weight] = {
+                slot: value.to("cpu" if value.ndim == 0 else weight.device)
+                for slot in slots
+                if (value := state.get(f"optimizer.{slot}.{name}")) is not None
+            }
