@@ -1,4 +1,4 @@
-"""An agent that talks: the task first, then what the world said and what the model answered, in turn."""
+"""An agent that talks: the task first, then what the world said and the model answered, in turn."""
 
 from collections.abc import Sequence
 

@@ -26,6 +26,8 @@ from .progress import Progress
 
 VALIDATION = 200
 """Tasks on which a warm start's skill is measured."""
+MADE = 2
+"""Raise this whenever the same settings would give another model."""
 WORDS = 4000
 """Expert episodes that a new tokenizer is trained on."""
 
@@ -72,7 +74,7 @@ async def prepare(recipe: Recipe, worlds: Worlds, progress: Progress) -> str:
 def _key(recipe: Recipe, config: PolicyConfig) -> str:
     """A hash of all that the model depends on."""
     told = {
-        "version": __version__,
+        "version": [__version__, MADE],
         "model": config.model,
         "files": _contents(Path(config.model)),
         "warm_start": None if config.warm_start is None else config.warm_start.model_dump(),

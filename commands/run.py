@@ -46,6 +46,8 @@ class Cast:
     judge: Judge
     learner: Learner
     progress: Progress
+    blind: Worlds | None = None
+    """Worlds that never say whether an attempt was right; opened when first asked for."""
     seed: int = 0
     """Of the iteration in hand."""
     played: list[Judged] = field(default_factory=list[Judged])
@@ -93,7 +95,11 @@ async def run(recipe: Recipe, output: Path, console: Console) -> dict[str, Any]:
                 agent, judge = recipe.agent.make(), recipe.judge.make(worlds.sample)
                 learner = recipe.learner.make(base, recipe.seed)
                 cast = Cast(recipe, worlds, base, agent, policy, judge, learner, progress)
-                await improve(cast, kept)
+                try:
+                    await improve(cast, kept)
+                finally:
+                    if cast.blind is not None:
+                        await cast.blind.close()
             finally:
                 await policy.close()
         result = conclude(cast, kept)
@@ -168,6 +174,15 @@ def context(cast: Cast, teachers: dict[str, Policy]) -> Context:
     async def play(begin: Sequence[Start]) -> list[Judged]:
         return await attempt(cast, cast.player(), begin, "playing on")
 
+    async def play_blind(begin: Sequence[Start]) -> list[Judged]:
+        if cast.blind is None:
+            world = cast.recipe.environment
+            settings = world.config.model_dump(mode="json")
+            cast.blind = await open_worlds(
+                world.use, settings, cast.recipe.fleet, without_oracle=True
+            )
+        return await attempt(cast, cast.player(), begin, "playing on", cast.blind)
+
     async def play_as(name: str) -> Attempt:
         player: Player = ExpertPlayer()
         if name != "expert":
@@ -182,13 +197,15 @@ def context(cast: Cast, teachers: dict[str, Policy]) -> Context:
 
         return teach
 
-    return Context(cast.agent, cast.judge, cast.policy, play, play_as)
+    return Context(cast.agent, cast.judge, cast.policy, play, play_blind, play_as)
 
 
-async def attempt(cast: Cast, player: Player, begin: Sequence[Start], what: str) -> list[Judged]:
+async def attempt(
+    cast: Cast, player: Player, begin: Sequence[Start], what: str, worlds: Worlds | None = None
+) -> list[Judged]:
     """Play and judge; the episodes join the iteration's."""
     with cast.progress.stage(what, len(begin)) as tell:
-        played = await rollouts(player, cast.worlds, begin, cast.seed, tell)
+        played = await rollouts(player, worlds or cast.worlds, begin, cast.seed, tell)
     config = cast.recipe.judge.config
     timeout = config.timeout_s if isinstance(config, JudgeConfig) else 600.0
     judged: list[Judged] = []

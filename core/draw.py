@@ -33,7 +33,9 @@ def draw(tasks: Sequence[Task], count: int, seed: int) -> list[Task]:
     return list(chosen.values())
 
 
-def starts(tasks: Sequence[Task], attempts: int, seed: int, turns: int | None = None) -> list[Start]:
+def starts(
+    tasks: Sequence[Task], attempts: int, seed: int, turns: int | None = None
+) -> list[Start]:
     """Each task ``attempts`` times in a row, in the same world for all of them."""
     return [
         Start(task, derive(seed, "world", task.id), attempt, turns=turns)

@@ -13,7 +13,8 @@ def open_model(
     """Weights and tokenizer of a folder or hub id, safetensors only.
 
     Raises:
-        PolicyError: it is not there, or is no causal language model with a chat template.
+        PolicyError: it is not there, is damaged or incomplete, or is no causal language model with
+            a chat template; or there is no such device.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,18 +24,32 @@ def open_model(
     transformers_logging.disable_progress_bar()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise PolicyError(f"device {device} was asked for, but torch sees no GPU; use auto or cpu")
+    # Untyped: their from_pretrained is only partly known to a type checker.
+    tokenizers: Any = AutoTokenizer
+    models: Any = AutoModelForCausalLM
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-        weights: Any = AutoModelForCausalLM.from_pretrained(
+        tokenizer = tokenizers.from_pretrained(model, trust_remote_code=trust_remote_code)
+        weights, report = models.from_pretrained(
             model,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as cause:
+    # Not narrower: a damaged file is a plain Exception to tokenizers and to safetensors.
+    except Exception as cause:
         first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         raise PolicyError(
             f"cannot open the model {model!r}: {first}; give a model folder, a hub id, or "
             "scratch:WIDTHxLAYERS"
         ) from cause
+    if report["missing_keys"]:
+        # They would have been filled with random numbers.
+        missing = sorted(report["missing_keys"])
+        raise PolicyError(
+            f"the model {model!r} is incomplete: {len(missing)} tensors are not in its files, such "
+            f"as {missing[0]}"
+        )
     return weights.to(device), ChatTokens(tokenizer)

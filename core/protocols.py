@@ -177,6 +177,9 @@ class Context:
     """The policy in training, for trainers that ask it something outside a world."""
     attempt: Attempt
     """With the policy in training."""
+    attempt_blind: Attempt
+    """The same, where the world never says whether an attempt was right and goes on after it.
+    Raises WorldError for worlds without attempts (see ``HasAttempts``)."""
     play_as: Callable[[str], Awaitable[Attempt]]
     """Somebody else, as a teacher: ``expert`` is the world's own, any other name a model folder or
     hub id. ``await (await play_as(name))(starts)``."""

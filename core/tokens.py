@@ -2,10 +2,21 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
 
 from .errors import PolicyError
 from .types import Message
+
+
+class Rendered(NamedTuple):
+    """One prompt."""
+
+    text: str
+    ids: tuple[int, ...]
+    broken: bool
+    """It holds sampled turns, but had to be tokenised from its text."""
 
 
 class ChatTokens:
@@ -16,8 +27,12 @@ class ChatTokens:
     text; ``breaks`` counts those prompts, ``prompts`` all of them.
     """
 
-    def __init__(self, tokenizer: Any, remember: int = 65_536) -> None:
-        """``tokenizer``: a transformers tokenizer with a chat template."""
+    def __init__(self, tokenizer: Any, remember: int = 1 << 22) -> None:
+        """``tokenizer``: a transformers tokenizer with a chat template.
+
+        ``remember``: how many ids of prompts are kept, so that a conversation is not rendered
+        anew from its beginning every turn.
+        """
         if not getattr(tokenizer, "chat_template", None):
             raise PolicyError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; use an "
@@ -26,20 +41,29 @@ class ChatTokens:
         if tokenizer.eos_token_id is None:
             raise PolicyError(f"the tokenizer of {tokenizer.name_or_path!r} has no end token")
         self.tokenizer = tokenizer
-        self.end: int = tokenizer.eos_token_id
-        self.end_text: str = tokenizer.eos_token
-        self.pad: int = self.end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.eos: int = tokenizer.eos_token_id
+        self.end: int = self._end_of_turn()
+        """What an answer ends with: mostly ``eos``, but some templates close turns otherwise."""
+        self.end_text: str = tokenizer.convert_ids_to_tokens(self.end)
+        self.pad: int = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.breaks = 0
         self.prompts = 0
         self._remember = remember
-        self._known: OrderedDict[tuple[Message, ...], tuple[str, tuple[int, ...]]] = OrderedDict()
+        self._remembered = 0
+        self._known: OrderedDict[tuple[Message, ...], Rendered] = OrderedDict()
 
     def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """The ids a model sees before it answers."""
+        """The ids a model sees before it answers.
+
+        Raises:
+            PolicyError: there are images, or the template refuses these messages.
+        """
         if any(message.images for message in messages):
             raise PolicyError("this model reads text only, but the prompt holds images")
+        rendered = self._prompt(tuple(messages))
         self.prompts += 1
-        return self._prompt(tuple(messages))[1]
+        self.breaks += rendered.broken
+        return rendered.ids
 
     def completion(self, text: str) -> tuple[int, ...]:
         """The ids of an answer that was not sampled, its end token included."""
@@ -53,39 +77,71 @@ class ChatTokens:
             clean_up_tokenization_spaces=False,
         )
 
-    def _prompt(self, messages: tuple[Message, ...]) -> tuple[str, tuple[int, ...]]:
-        known = self._known.get(messages)
-        if known is not None:
-            self._known.move_to_end(messages)
-            return known
-        whole = self._render(messages)
-        rendered = (whole, self._continued(messages, whole) or self._encode(whole))
-        self._known[messages] = rendered
-        if len(self._known) > self._remember:
-            self._known.popitem(last=False)
+    def _prompt(self, messages: tuple[Message, ...]) -> Rendered:
+        """Turn by turn, from the longest beginning that is known."""
+        cuts = [k for k, message in enumerate(messages) if k and message.token_ids]
+        cuts.append(len(messages))
+        rendered, begin = None, 0
+        for k in reversed(range(len(cuts))):
+            rendered = self._known.get(messages[: cuts[k]])
+            if rendered is not None:
+                self._known.move_to_end(messages[: cuts[k]])
+                begin = k + 1
+                break
+        for k in range(begin, len(cuts)):
+            said = messages[cuts[k - 1]] if k else None
+            rendered = self._rendered(messages[: cuts[k]], rendered, said)
+            self._keep(messages[: cuts[k]], rendered)
+        assert rendered is not None, "there is always a last cut"
         return rendered
 
-    def _continued(self, messages: tuple[Message, ...], whole: str) -> tuple[int, ...] | None:
-        """The prompt of the last sampled turn, what was sampled, and the text since."""
-        sampled = [k for k, message in enumerate(messages) if message.token_ids]
-        if not sampled:
-            return None
-        last = messages[sampled[-1]]
-        before, ids = self._prompt(messages[: sampled[-1]])
-        if not whole.startswith(before + last.text):
-            self.breaks += 1
-            return None
-        since = whole[len(before) + len(last.text) :]
-        if last.token_ids[-1] == self.end and since.startswith(self.end_text):
-            since = since[len(self.end_text) :]
-        return (*ids, *last.token_ids, *self._encode(since))
+    def _keep(self, messages: tuple[Message, ...], rendered: Rendered) -> None:
+        self._known[messages] = rendered
+        self._remembered += len(rendered.ids)
+        while self._remembered > self._remember and len(self._known) > 1:
+            self._remembered -= len(self._known.popitem(last=False)[1].ids)
 
-    def _render(self, messages: tuple[Message, ...]) -> str:
-        return self.tokenizer.apply_chat_template(
-            [{"role": message.role, "content": message.text} for message in messages],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+    def _rendered(
+        self, messages: tuple[Message, ...], before: Rendered | None, said: Message | None
+    ) -> Rendered:
+        """``before`` is the prompt that ``said`` answered; both None if nothing was sampled yet."""
+        whole = self._render(messages, add_generation_prompt=True)
+        if before is None or said is None:
+            return Rendered(whole, self._encode(whole), False)
+        # Many templates trim what was said; the tokens are those sampled all the same.
+        for text in (said.text, said.text.strip()):
+            if whole.startswith(before.text + text):
+                since = whole[len(before.text) + len(text) :]
+                if said.token_ids[-1] == self.end:
+                    since = since.removeprefix(self.end_text)
+                return Rendered(whole, (*before.ids, *said.token_ids, *self._encode(since)), False)
+        return Rendered(whole, self._encode(whole), True)
+
+    def _end_of_turn(self) -> int:
+        """The special token that the template writes after an answer; the end token if none."""
+        answer = "ANSWER"
+        try:
+            shown = self._render((Message("user", "?"), Message("assistant", answer)))
+        except PolicyError:
+            return self.eos
+        after = self._encode(shown.rpartition(answer)[2].strip())
+        added = self.tokenizer.added_tokens_decoder
+        is_special = bool(after) and after[0] in added and added[after[0]].special
+        return after[0] if is_special else self.eos
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                [{"role": message.role, "content": message.text} for message in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except TemplateError as cause:
+            roles = ", ".join(message.role for message in messages)
+            raise PolicyError(
+                f"the chat template of {self.tokenizer.name_or_path!r} refuses a conversation of "
+                f"{roles}: {cause}"
+            ) from cause
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,7 +1,7 @@
 """Countdown: reach a target from given numbers, each used once; every action is a whole attempt.
 
-The number puzzle of the television game, as used to study search and reinforcement learning in small
-language models (Gandhi et al. 2024, arXiv:2404.03683). Puzzles are seeded and endless. A puzzle's
+The number puzzle of the television game, as used to study search and learning in small language
+models (Gandhi et al. 2024, arXiv:2404.03683). Puzzles are seeded and endless. A puzzle's
 split follows from a hash of the puzzle itself, so that no two splits can share one.
 """
 
@@ -233,7 +233,10 @@ def split_of(name: str) -> str:
 
 
 class Countdown:
-    """One puzzle at a time. A wrong attempt is answered with what it evaluates to."""
+    """One puzzle at a time. A wrong attempt is answered with what it evaluates to.
+
+    The answer names the target again but no verdict, so that it reads the same without an oracle.
+    """
 
     Config = CountdownConfig
     isolation: ClassVar[str] = "inline"
@@ -258,7 +261,7 @@ class Countdown:
         self._left -= 1
         try:
             value = evaluate(action, task.numbers, self._config.operators)
-            solved, said = value == task.target, f"That makes {value}. Try again."
+            solved, said = value == task.target, f"That makes {value}, wanted {task.target}. Try again."
         except Illegal as fault:
             solved, said = False, f"Not legal: {fault}. Try again."
         over = solved and self._oracle

@@ -4,21 +4,31 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..core.config import JudgeConfig
+from ..core.protocols import HasAttempts
 from ..core.types import Stop, Trajectory, Verdict
 
 
 class RewardJudge:
-    """An episode's reward, clipped to [0, 1]. Undecided about episodes that failed to run."""
+    """An episode's reward, clipped to [0, 1]. Undecided about episodes that failed to run.
+
+    In a world of attempts it is the last attempt's: what an episode that never ends by success
+    has come to.
+    """
 
     Config = JudgeConfig
 
     def __init__(self, config: JudgeConfig, world: Any) -> None:
-        pass
+        self._last = isinstance(world, HasAttempts)
 
     async def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
         return [
             Verdict(None, t.error, "reward")
             if t.stop == Stop.FAILED
-            else Verdict(min(max(t.reward, 0.0), 1.0), t.final.text, "reward")
+            else Verdict(min(max(self._paid(t), 0.0), 1.0), t.final.text, "reward")
             for t in trajectories
         ]
+
+    def _paid(self, trajectory: Trajectory) -> float:
+        if self._last:
+            return trajectory.steps[-1].reward if trajectory.steps else 0.0
+        return trajectory.reward

@@ -4,9 +4,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..core.protocols import Attempt, Context, Plan
 from ..core.types import Batch, Example, Judged, Start, Step, Trajectory
@@ -24,6 +24,9 @@ class RISEConfig(TrainerConfig):
     actions share its score (there is then one state per task, its start)."""
     history: Literal["best", "sampled"] = "best"
     """Which candidate the conversation goes on from: the best, or a fair sample of the policy."""
+    settle: bool = False
+    """Also learn to stand by a right attempt: conversations go on after it, in a world that does
+    not say which attempts are right. For agents that must do without an oracle in the end."""
     teacher: str = ""
     """Who plays the turns after the first. Empty: the policy (self-distillation); ``expert``: the
     world's; else a model folder or hub id (distillation)."""
@@ -41,6 +44,12 @@ class RISEConfig(TrainerConfig):
     gamma: float = Field(1.0, ge=0, le=1)
     """With ``unit: episode``: an action k steps before the end has gamma**k of the score."""
 
+    @model_validator(mode="after")
+    def _settled(self) -> Self:
+        if self.settle and (self.teacher or self.unit == "episode"):
+            raise ValueError("settle goes with unit: turn and without a teacher")
+        return self
+
 
 class RISE:
     """Roll out turn by turn, keep the best of several candidates, imitate with exp(r / tau).
@@ -50,7 +59,7 @@ class RISE:
     each prefix is a target.
 
     Departures, each an option whose default is the paper's: ``keep: all``, ``history: sampled``,
-    ``unit: episode``, ``normalize``, the state baselines, ``gamma``. In the paper's code a
+    ``unit: episode``, ``settle``, ``normalize``, the state baselines, ``gamma``. In the paper's code a
     candidate counts as better if its reward is; ties go to the earliest here.
     """
 
@@ -95,11 +104,12 @@ class RISE:
     async def _improver(self) -> Attempt:
         if self._config.teacher:
             return await self._context.play_as(self._config.teacher)
-        return self._context.attempt
+        return self._context.attempt_blind if self._config.settle else self._context.attempt
 
     def _retries(self, carried: Trajectory) -> list[Start]:
         """Candidates for the turn after ``carried``; none once it is solved or out of steps."""
-        if carried.success or len(carried.steps) >= carried.task.max_steps or not carried.steps:
+        done = carried.success and not self._config.settle
+        if done or len(carried.steps) >= carried.task.max_steps or not carried.steps:
             return []
         return [
             Start(carried.task, carried.seed, attempt, carried.steps, turns=1)
@@ -119,7 +129,9 @@ class RISE:
             if not kept(config.filter, reward, earlier) or any(map(degenerate, texts(new))):
                 continue
             action = "\n".join(texts(new))
-            if action in said or action in texts(trajectory.steps[: trajectory.replayed]):
+            before = texts(trajectory.steps[: trajectory.replayed])
+            # A wrong attempt is not worth repeating; to repeat a right one is what settling is.
+            if action in said or (action in before and not (self._config.settle and reward >= 1)):
                 continue
             said.add(action)
             for turn in range(trajectory.replayed, len(trajectory.steps)):

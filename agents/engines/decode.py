@@ -1,5 +1,6 @@
-"""Samples many completions of a causal language model at once. Knows tensors, nothing of episodes."""
+"""Samples many completions of a causal language model at once. Knows tensors, no episodes."""
 
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ class Want:
     top_p: float = 1.0
     max_tokens: int = 64
     choices: tuple[tuple[int, ...], ...] = ()
-    """If given: the ids the completion may consist of, each ending in the end token."""
+    """If given: the ids of every allowed completion, each ending in the end token."""
     stopped: Callable[[Sequence[int]], bool] | None = None
     """Asked after every token whether the text so far is complete."""
 
@@ -40,64 +41,127 @@ class RoomyLayer(DynamicLayer):
         super().__init__()
         self._room = room
         self._length = 0
-        self._store: tuple[Tensor, Tensor] | None = None
+        self.store: tuple[Tensor, Tensor] | None = None
+        """Keys and values, (B, H, room, D) each."""
+
+    def begin(self, keys: Tensor, values: Tensor) -> None:
+        """Start with these columns, (B, H, T, D), already there."""
+        self._append(keys, values)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        batch, heads, new, width = key_states.shape
-        if self._store is None:
-            self.dtype, self.device = key_states.dtype, key_states.device
+        self._append(key_states, value_states)
+        return self.keys, self.values
+
+    def _append(self, keys: Tensor, values: Tensor) -> None:
+        if self.store is None:
+            batch, heads, _, width = keys.shape
+            self.dtype, self.device = keys.dtype, keys.device
             self.is_initialized = True
-            self._store = (
-                key_states.new_empty(batch, heads, self._room, width),
-                value_states.new_empty(batch, heads, self._room, value_states.shape[-1]),
+            self.store = (
+                keys.new_empty(batch, heads, self._room, width),
+                values.new_empty(batch, heads, self._room, values.shape[-1]),
             )
-        end = self._length + new
-        for store, states in zip(self._store, (key_states, value_states), strict=True):
+        end = self._length + keys.shape[2]
+        for store, states in zip(self.store, (keys, values), strict=True):
             store[:, :, self._length : end] = states
         self._length = end
-        self.keys, self.values = (store[:, :, :end] for store in self._store)
-        return self.keys, self.values
+        self.keys, self.values = (store[:, :, :end] for store in self.store)
 
     def get_seq_length(self) -> int:
         return self._length
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        assert self._store is not None
-        keys, values = (store.index_select(0, indices) for store in self._store)
-        self._store = (keys, values)
-        self.keys, self.values = (store[:, :, : self._length] for store in self._store)
+        assert self.store is not None
+        # A new store: whoever remembers the old one finds it as it was.
+        self.store = tuple(store.index_select(0, indices) for store in self.store)
+        self.keys, self.values = (store[:, :, : self._length] for store in self.store)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the keys and values of a conversation so far are."""
+
+    stores: list[tuple[Tensor, Tensor]]
+    """Per layer."""
+    row: int
+    offset: int
+    """The column of its first token."""
+    length: int
+
+
+class Memory:
+    """Keys and values of conversations, so that the next turn reads only what is new.
+
+    Forgets its oldest batches once it holds more than ``limit`` bytes. Must be cleared whenever
+    the model's weights change.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._places: dict[tuple[int, ...], Place] = {}
+        self._batches: deque[list[tuple[Tensor, Tensor]]] = deque()
+        self._lengths: Counter[int] = Counter()
+
+    def find(self, prompt: tuple[int, ...]) -> Place | None:
+        """The longest conversation that ``prompt`` goes on from."""
+        for length in sorted(self._lengths, reverse=True):
+            if length < len(prompt):
+                place = self._places.get(prompt[:length])
+                if place is not None:
+                    return place
+        return None
+
+    def keep(
+        self, layers: Sequence[RoomyLayer], rows: Sequence[tuple[int, tuple[int, ...], int]]
+    ) -> None:
+        """Remember ``(row, ids, column of the first)`` of the layers' present stores."""
+        stores = [layer.store for layer in layers if layer.store is not None]
+        for row, ids, offset in rows:
+            if ids not in self._places:
+                self._lengths[len(ids)] += 1
+            self._places[ids] = Place(stores, row, offset, len(ids))
+        self._batches.append(stores)
+        while len(self._batches) > 1 and self.nbytes > self._limit:
+            self._forget(self._batches.popleft())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(k.nbytes + v.nbytes for stores in self._batches for k, v in stores)
+
+    def _forget(self, batch: list[tuple[Tensor, Tensor]]) -> None:
+        for ids in [ids for ids, place in self._places.items() if place.stores is batch]:
+            del self._places[ids]
+            self._lengths[len(ids)] -= 1
+        self._lengths = +self._lengths
+
+    def clear(self) -> None:
+        self._places.clear()
+        self._batches.clear()
+        self._lengths.clear()
 
 
 @torch.inference_mode()
-def sample(model: Any, wants: Sequence[Want], end: int, pad: int) -> list[Sampled]:
-    """Completions of ``wants``, in order. Equal prompts are read once.
+def sample(
+    model: Any, wants: Sequence[Want], end: int, pad: int, memory: Memory | None = None
+) -> list[Sampled]:
+    """Completions of ``wants``, in order. Equal prompts are read once, remembered ones not again.
 
     The result for one want depends on the others only through rounding.
+
+    Raises:
+        FloatingPointError: the model's logits are not finite.
     """
     device = model.device
     prompts = list(dict.fromkeys(want.prompt for want in wants))
-    place = {prompt: k for k, prompt in enumerate(prompts)}
-    longest = max(map(len, prompts))
     steps = max(want.max_tokens for want in wants)
-    ids = torch.full((len(prompts), longest), pad)
-    real = torch.zeros((len(prompts), longest + steps), dtype=torch.bool)
-    for k, prompt in enumerate(prompts):
-        ids[k, longest - len(prompt) :] = torch.tensor(prompt)
-        real[k, longest - len(prompt) : longest] = True
-    real[:, longest:] = True
-    ids, real = ids.to(device), real.to(device)
-    causal = torch.ones((longest, longest), dtype=torch.bool, device=device).tril()
-    # A padding token sees itself, so that no row of the softmax is empty.
-    mask = (real[:, None, None, :longest] & causal) | torch.eye(
-        longest, dtype=torch.bool, device=device
-    )
-    even = all(len(prompt) == longest for prompt in prompts)
-    layers = [RoomyLayer(longest + steps) for _ in range(model.config.num_hidden_layers)]
+    layers, real, logits = _read(model, prompts, steps, pad, memory)
     cache = Cache(layers=list(layers))
-    positions = (real[:, :longest].cumsum(1) - 1).clamp(min=0)
-    logits = _forward(model, ids, None if even else mask, positions, cache)
+    longest = real.shape[1] - steps
+    padded = any(len(prompt) < longest for prompt in prompts)
+    ready = _reads_masks(model)
+    place = {prompt: k for k, prompt in enumerate(prompts)}
     rows = torch.tensor([place[want.prompt] for want in wants], device=device)
     if len(prompts) != len(wants):
         cache.batch_select_indices(rows)
@@ -105,23 +169,127 @@ def sample(model: Any, wants: Sequence[Want], end: int, pad: int) -> list[Sample
     lengths = torch.tensor([len(want.prompt) for want in wants], device=device)
 
     results = [Sampled() for _ in wants]
-    chooser = Chooser(wants, steps, end, device)
+    chooser = Chooser(wants, steps, device)
     live = torch.arange(len(wants), device=device)
+
+    def remember(finished: Tensor) -> None:
+        if memory is None:
+            return
+        ended = [(row, int(live[row])) for row in finished.nonzero()[:, 0].tolist()]
+        # The last token sampled was never read.
+        memory.keep(
+            layers,
+            [
+                (row, (*wants[k].prompt, *results[k].ids[:-1]), longest - len(wants[k].prompt))
+                for row, k in ended
+            ],
+        )
+
     for step in range(steps):
         tokens, logprobs = chooser(logits, live, step, results)
         running = _record(wants, results, live, tokens, logprobs, end)
-        if not running.any():
-            break
-        if step + 1 == steps:
+        left = int(running.sum())
+        if not left or step + 1 == steps:
+            remember(torch.ones_like(running))
             break
         # Finished rows ride along until they are half of the batch: dropping them copies the cache.
-        if int(running.sum()) * 2 <= len(live) or len(live) <= 8:
+        if left * 2 <= len(live) or left < len(live) <= 8:
+            remember(~running)
             keep = running.nonzero()[:, 0].to(device)
             cache.batch_select_indices(keep)
             real, live, tokens, lengths = real[keep], live[keep], tokens[keep], lengths[keep]
-        seen = None if even else real[:, None, None, : longest + step + 1]
+        seen = _mask(real[:, : longest + step + 1], 1, ready) if padded else None
         logits = _forward(model, tokens[:, None], seen, (lengths + step)[:, None], cache)
     return results
+
+
+def _read(
+    model: Any,
+    prompts: Sequence[tuple[int, ...]],
+    steps: int,
+    pad: int,
+    memory: Memory | None,
+) -> tuple[list[RoomyLayer], Tensor, Tensor]:
+    """The cache after the prompts, which columns are real (B, T + steps), and (B, V) logits.
+
+    Prompts stand flush right. What memory knows of every one of them is copied, the rest read.
+    """
+    ids, real = _left_padded(prompts, steps, pad)
+    ids, real = ids.to(model.device), real.to(model.device)
+    longest = ids.shape[1]
+    depth = model.config.get_text_config().num_hidden_layers
+    layers = [RoomyLayer(longest + steps) for _ in range(depth)]
+    places = [place for prompt in prompts if memory and (place := memory.find(prompt))]
+    known = 0
+    if len(places) == len(prompts):
+        known = longest - max(len(p) - at.length for p, at in zip(prompts, places, strict=True))
+        _copy(layers, places, [longest - len(prompt) for prompt in prompts], known)
+    padded = any(len(prompt) < longest for prompt in prompts)
+    seen = None
+    if padded or known:
+        seen = _mask(real[:, :longest], longest - known, _reads_masks(model))
+    positions = (real[:, :longest].cumsum(1) - 1).clamp(min=0)[:, known:]
+    logits = _forward(model, ids[:, known:], seen, positions, Cache(layers=list(layers)))
+    return layers, real, logits
+
+
+def _copy(
+    layers: Sequence[RoomyLayer], places: Sequence[Place], offsets: Sequence[int], width: int
+) -> None:
+    """Fill the first ``width`` columns of every row from where its conversation is remembered.
+
+    ``offsets``: the column at which each row's prompt begins now.
+    """
+    batches: dict[int, list[int]] = {}
+    for k, place in enumerate(places):
+        batches.setdefault(id(place.stores), []).append(k)
+    for number, layer in enumerate(layers):
+        first = places[0].stores[number][0]
+        columns = torch.arange(width, device=first.device)
+        shape = (len(places), first.shape[1], width, first.shape[3])
+        filled = (first.new_zeros(shape), first.new_zeros(shape))
+        for members in batches.values():
+            rows = torch.tensor([places[k].row for k in members], device=first.device)
+            shift = torch.tensor([places[k].offset - offsets[k] for k in members])
+            where = (columns + shift.to(first.device)[:, None]).clamp(min=0)
+            for target, store in zip(filled, places[members[0]].stores[number], strict=True):
+                taken = store[rows[:, None], :, where.clamp(max=store.shape[2] - 1)]  # (R, W, H, D)
+                target[torch.tensor(members, device=first.device)] = taken.transpose(1, 2)
+        layer.begin(*filled)
+
+
+def _left_padded(prompts: Sequence[tuple[int, ...]], steps: int, pad: int) -> tuple[Tensor, Tensor]:
+    """(B, T) ids, and (B, T + steps) bool: which positions are, or will be, no padding."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad)
+    real = torch.ones((len(prompts), longest + steps), dtype=torch.bool)
+    for k, prompt in enumerate(prompts):
+        ids[k, longest - len(prompt) :] = torch.tensor(prompt)
+        real[k, : longest - len(prompt)] = False
+    return ids, real
+
+
+def _mask(real: Tensor, queries: int, ready: bool) -> Tensor:
+    """What the last ``queries`` columns of (B, K) ``real`` see: (B, 1, Q, K), or just ``real``."""
+    if not ready:
+        return real
+    if queries == 1:
+        return real[:, None, None]
+    before = real.shape[1] - queries
+    causal = torch.ones((queries, real.shape[1]), dtype=torch.bool, device=real.device).tril(before)
+    # A padding token sees itself, so that no row of the softmax is empty.
+    return (real[:, None, None] & causal) | causal.triu(before)
+
+
+def _reads_masks(model: Any) -> bool:
+    """Whether bool masks may be given ready-made, which spares making them anew for every token.
+
+    Other kinds of attention want other masks, and a model with sliding windows wants two.
+    """
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ("sliding_attention",)
+    slides = getattr(config, "sliding_window", None) and "sliding_attention" in kinds
+    return config._attn_implementation == "sdpa" and not slides
 
 
 def _forward(
@@ -154,6 +322,8 @@ def _record(
         if result.finish == "stop" or len(result.ids) >= want.max_tokens:
             running.append(False)
             continue
+        if logprob != logprob:
+            raise FloatingPointError("the model's logits are not finite")
         result.ids.append(token)
         result.logprobs.append(logprob)
         if token == end or (want.stopped is not None and want.stopped(result.ids)):
@@ -165,7 +335,7 @@ def _record(
 class Chooser:
     """Draws the next token of every row, each from its own random stream."""
 
-    def __init__(self, wants: Sequence[Want], steps: int, end: int, device: torch.device) -> None:
+    def __init__(self, wants: Sequence[Want], steps: int, device: torch.device) -> None:
         self._wants = wants
         self._temperature = torch.tensor([w.temperature for w in wants], device=device)
         self._top_p = torch.tensor([w.top_p for w in wants], device=device)
@@ -176,7 +346,8 @@ class Chooser:
             else np.zeros(steps)
             for w in wants
         ]
-        self._draws = torch.from_numpy(np.stack(draws)).to(device, torch.float32)
+        # float64: rounded to float32, one in 2^25 draws would be 1 and fall off the edge.
+        self._draws = torch.from_numpy(np.stack(draws)).to(device)
         self._greedy = all(w.temperature == 0 for w in wants)
         self._truncated = any(w.top_p < 1 for w in wants)
         self._constrained = any(w.choices for w in wants)
@@ -199,19 +370,22 @@ class Chooser:
         return tokens, chosen - logits_own.logsumexp(-1)
 
     def _draw(self, logits: Tensor, top_p: Tensor, draws: Tensor) -> Tensor:
-        """Inverse-CDF sampling; (B,) uniform ``draws`` in [0, 1)."""
+        """Inverse-CDF sampling; (B,) uniform ``draws`` in [0, 1), float64."""
         probs = logits.softmax(-1)
         if self._truncated:
             ordered, order = probs.sort(-1, descending=True)
             before = ordered.cumsum(-1) - ordered
-            ordered = ordered.masked_fill(before >= top_p[:, None], 0.0)
+            tail = (before >= top_p[:, None]) & (top_p < 1)[:, None]
+            tail[:, 0] = False
+            ordered = ordered.masked_fill(tail, 0.0)
             probs = torch.zeros_like(probs).scatter(1, order, ordered)
         # float64: a long float32 sum over a large vocabulary would misplace the tail.
         edges = probs.to(torch.float64).cumsum(-1)
-        aim = draws.to(torch.float64) * edges[:, -1]
-        return torch.searchsorted(edges, aim[:, None], right=True)[:, 0].clamp(
-            max=logits.shape[-1] - 1
-        )
+        total = edges[:, -1]
+        # Just below the total at most: the last token found is then one that may be drawn.
+        aim = torch.minimum(draws * total, torch.nextafter(total, torch.zeros_like(total)))
+        found = torch.searchsorted(edges, aim[:, None], right=True)[:, 0]
+        return found.clamp(max=logits.shape[-1] - 1)
 
     def _constrain(self, logits: Tensor, live: Tensor, results: Sequence[Sampled]) -> Tensor:
         barred = torch.zeros_like(logits)

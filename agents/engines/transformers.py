@@ -1,7 +1,7 @@
 """A policy inside this process: transformers, with concurrent requests sampled as one batch."""
 
 import asyncio
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ from ...core.types import Completion, Message, Sampling
 class TransformersConfig(PolicyConfig):
     batch_size: int = Field(512, ge=1)
     """Completions sampled together."""
+    memory_gb: float = Field(1.0, ge=0)
+    """For keys and values of conversations in play, so that each turn reads only what is new."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """``auto``: as the model was saved."""
@@ -35,7 +37,7 @@ class Request:
 
 
 class TransformersPolicy:
-    """Batches whatever is asked at the same time; a batch starts when every seat's holder has asked.
+    """Batches what is asked at the same time; a batch starts when every seat's holder has asked.
 
     Adapters are merged into the weights when they are loaded, so they cost nothing per token.
     """
@@ -58,6 +60,7 @@ class TransformersPolicy:
         self._seats = 0
         self._waiting: list[Request] = []
         self._batch: asyncio.Task[None] | None = None
+        self._memory = memory(config.memory_gb)
         # One thread: a model answers one batch at a time, and the event loop stays free.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
 
@@ -68,6 +71,10 @@ class TransformersPolicy:
             yield
         finally:
             self._seats -= 1
+            if not self._seats:
+                # Nobody is in a conversation. To forget now also makes what follows independent
+                # of what came before, rounding included.
+                self._forget()
             self._kick()
 
     async def complete(
@@ -115,8 +122,8 @@ class TransformersPolicy:
         asked.sort(key=lambda r: (len(r.prompt), r.prompt, r.seed))
         loop = asyncio.get_running_loop()
         try:
-            for k in range(0, len(asked), self._config.batch_size):
-                batch = [r for r in asked[k : k + self._config.batch_size] if not r.answer.done()]
+            for group in self._batches(asked):
+                batch = [request for request in group if not request.answer.done()]
                 if not batch:
                     continue
                 try:
@@ -134,6 +141,18 @@ class TransformersPolicy:
         finally:
             self._batch = None
             self._kick()
+
+    def _batches(self, asked: Sequence[Request]) -> Iterator[Sequence[Request]]:
+        """Conversations that memory knows, then new ones, which are read from the start."""
+        known = [self._memory is not None and bool(self._memory.find(r.prompt)) for r in asked]
+        for wanted in (True, False):
+            group = [r for r, k in zip(asked, known, strict=True) if k == wanted]
+            for k in range(0, len(group), self._config.batch_size):
+                yield group[k : k + self._config.batch_size]
+
+    def _forget(self) -> None:
+        if self._memory is not None:
+            self._memory.clear()
 
     def _generate(self, requests: Sequence[Request]) -> list[Completion]:
         from .decode import Want, sample
@@ -153,7 +172,9 @@ class TransformersPolicy:
         ]
         answers: list[Completion] = []
         for request, made in zip(
-            requests, sample(self.model, wants, tokens.end, tokens.pad), strict=True
+            requests,
+            sample(self.model, wants, tokens.end, tokens.pad, self._memory),
+            strict=True,
         ):
             text = tokens.text(made.ids)
             for stop in request.sampling.stop:
@@ -177,6 +198,7 @@ class TransformersPolicy:
             return tuple((chosen - logits.logsumexp(-1)).tolist())
 
     def _load(self, folder: Path | None) -> None:
+        self._forget()
         self._restore_base()
         if folder is None:
             return
@@ -229,3 +251,10 @@ class TransformersPolicy:
         if self._whole is not None:
             self.model.load_state_dict(self._whole)
             self._whole = None
+
+
+def memory(gigabytes: float) -> Any:
+    """Room for keys and values, or None for no room. torch is imported here, not with this file."""
+    from .decode import Memory
+
+    return Memory(int(gigabytes * 1e9)) if gigabytes else None
