@@ -3,6 +3,9 @@
 For machines that reach no model hub, and for proofs that must run in minutes.
 """
 
+# torch.random and save_pretrained are partly untyped.
+# pyright: reportUnknownMemberType=false
+
 import re
 from collections.abc import Iterable
 from pathlib import Path

@@ -59,7 +59,7 @@ class WarmStart(Config):
     """Clone the world's own expert before the run, for models that cannot play at all yet."""
 
     skill: float | None = Field(None, gt=0, le=1)
-    """Stop once this share of validation tasks is solved greedily; None: clone for all ``updates``."""
+    """Stop once this share of validation tasks is solved greedily; None: do all ``updates``."""
     updates: int = Field(2000, ge=1)
     """The most optimiser steps."""
     seconds: float = Field(600.0, gt=0)

@@ -16,8 +16,22 @@ def open_model(
         PolicyError: it is not there, is damaged or incomplete, or is no causal language model with
             a chat template; or there is no such device.
     """
+    weights = open_weights(model, device, dtype, trust_remote_code)
+    # Untyped: their from_pretrained is only partly known to a type checker.
+    from transformers import AutoTokenizer
+
+    tokenizers: Any = AutoTokenizer
+    try:
+        tokenizer = tokenizers.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except Exception as cause:
+        raise _cannot_open(model, cause) from cause
+    return weights, ChatTokens(tokenizer)
+
+
+def open_weights(model: str, device: str, dtype: str, trust_remote_code: bool) -> Any:
+    """The same without the tokenizer, as learners export it."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -26,11 +40,8 @@ def open_model(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise PolicyError(f"device {device} was asked for, but torch sees no GPU; use auto or cpu")
-    # Untyped: their from_pretrained is only partly known to a type checker.
-    tokenizers: Any = AutoTokenizer
     models: Any = AutoModelForCausalLM
     try:
-        tokenizer = tokenizers.from_pretrained(model, trust_remote_code=trust_remote_code)
         weights, report = models.from_pretrained(
             model,
             dtype=dtype,
@@ -40,11 +51,7 @@ def open_model(
         )
     # Not narrower: a damaged file is a plain Exception to tokenizers and to safetensors.
     except Exception as cause:
-        first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-        raise PolicyError(
-            f"cannot open the model {model!r}: {first}; give a model folder, a hub id, or "
-            "scratch:WIDTHxLAYERS"
-        ) from cause
+        raise _cannot_open(model, cause) from cause
     if report["missing_keys"]:
         # They would have been filled with random numbers.
         missing = sorted(report["missing_keys"])
@@ -52,4 +59,12 @@ def open_model(
             f"the model {model!r} is incomplete: {len(missing)} tensors are not in its files, such "
             f"as {missing[0]}"
         )
-    return weights.to(device), ChatTokens(tokenizer)
+    return weights.to(device)
+
+
+def _cannot_open(model: str, cause: Exception) -> PolicyError:
+    first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    return PolicyError(
+        f"cannot open the model {model!r}: {first}; give a model folder, a hub id, or "
+        "scratch:WIDTHxLAYERS"
+    )

@@ -1,6 +1,6 @@
 """The data that flows through the loop: plain frozen dataclasses, no imports of ours.
 
-tasks -> starts -> rollouts -> trajectories -> judge -> judged -> trainer -> batches -> learner -> policy
+tasks -> starts -> trajectories -> judge -> judged -> trainer -> batches -> learner -> policy
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class Message:
     images: tuple[bytes, ...] = ()
     """PNG-encoded RGB frames, shown before the text."""
     token_ids: tuple[int, ...] = ()
-    """What a policy sampled, if this is its own earlier turn; kept so that it is never re-tokenised."""
+    """What a policy sampled, if this is its own earlier turn: it is never re-tokenised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Completion:
     token_ids: tuple[int, ...] = ()
     """(T,) as sampled, the end token included, never re-tokenised; empty if not sampled."""
     logprobs: tuple[float, ...] = ()
-    """(T,) nats, of the model's own distribution (temperature 1, no constraint); empty if unknown."""
+    """(T,) nats, of the model's own distribution (temperature 1, unconstrained); or empty."""
     finish: Literal["stop", "length", ""] = ""
     """``length``: cut at ``max_tokens``. Empty if not sampled."""
 
@@ -166,8 +166,8 @@ class Judged:
 Aggregation: TypeAlias = Literal[
     "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
 ]
-"""How token losses become one number: mean over all tokens of the batch; mean over sequences of each
-one's token mean; mean over sequences of token sums; the same divided by a constant length (Dr.GRPO)."""
+"""How token losses become one number: mean over all tokens of the batch; mean over sequences of
+each one's token mean; mean over sequences of token sums; the same over a constant (Dr.GRPO)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +184,7 @@ class TokenArrays:
 
 
 class Loss(Protocol):
-    """A frozen dataclass of settings that is also the function from token arrays to token losses."""
+    """Settings, frozen, that are also the function from token arrays to token losses."""
 
     @property
     def aggregation(self) -> Aggregation: ...

@@ -261,7 +261,8 @@ class Countdown:
         self._left -= 1
         try:
             value = evaluate(action, task.numbers, self._config.operators)
-            solved, said = value == task.target, f"That makes {value}, wanted {task.target}. Try again."
+            solved = value == task.target
+            said = f"That makes {value}, wanted {task.target}. Try again."
         except Illegal as fault:
             solved, said = False, f"Not legal: {fault}. Try again."
         over = solved and self._oracle

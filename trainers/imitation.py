@@ -1,4 +1,4 @@
-"""Behaviour cloning: of the world's expert, of stored trajectories, or of the policy's successes."""
+"""Behaviour cloning: of the world's expert, of stored trajectories, of the policy's successes."""
 
 from collections.abc import Sequence
 from pathlib import Path

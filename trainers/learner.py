@@ -1,5 +1,6 @@
 """The learner: one plain loop, the only place with gradients. Knows losses, no trainer."""
 
+import math
 import random
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -7,9 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator  # pyright: ignore[reportMissingTypeStubs]
 from pydantic import Field
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import (
+    load_file,  # pyright: ignore[reportUnknownVariableType]
+    save_file,  # pyright: ignore[reportUnknownVariableType]
+)
 from torch import Tensor
 
 from ..core.config import Config
@@ -60,14 +65,15 @@ class PlainLearner:
     def __init__(self, config: LearnerConfig, model: str, seed: int) -> None:
         self._config = config
         self._seed = seed
-        self._accelerator = Accelerator(
-            cpu=config.device == "cpu",
-            mixed_precision="bf16" if config.precision == "bfloat16" else "no",
-        )
+        # No mixed precision here: accelerate keeps one for the whole process, whoever asks first.
+        self._accelerator: Any = Accelerator(cpu=config.device == "cpu")
+        self._device: torch.device = self._accelerator.device
+        if config.device == "cuda" and self._device.type != "cuda":
+            raise LearnerError("learner.device is cuda, but there is no GPU; use auto or cpu")
         lora_bf16 = config.precision == "bfloat16" and config.method == "lora"
         weights, self._tokens = open_model(
             model,
-            str(self._accelerator.device.type),
+            str(self._device),
             "bfloat16" if lora_bf16 else "float32",
             config.trust_remote_code,
         )
@@ -87,7 +93,6 @@ class PlainLearner:
             fused=True,
         )
         self._updates = 0
-        torch.manual_seed(derive(seed, "learner"))
 
     def _adapt(self, weights: Any) -> Any:
         from peft import LoraConfig, get_peft_model
@@ -100,9 +105,21 @@ class PlainLearner:
             target_modules=config.targets,
             task_type="CAUSAL_LM",
         )
-        with torch.random.fork_rng():
-            torch.manual_seed(derive(self._seed, "lora"))
+        with self._randomness("lora"):
             return get_peft_model(weights, settings, autocast_adapter_dtype=True)
+
+    @contextmanager
+    def _randomness(self, *parts: int | str) -> Generator[None]:
+        """Random numbers that follow from our seed and ``parts`` alone.
+
+        Whatever else draws in this process neither changes them nor is changed: a restored
+        learner drops out the same activations as one that never stopped.
+        """
+        rng: Any = torch.random
+        gpus = [self._device] if self._device.type == "cuda" else []
+        with rng.fork_rng(devices=gpus):
+            rng.manual_seed(derive(self._seed, *parts))
+            yield
 
     def update(self, batch: Batch, progress: float) -> Metrics:
         """One pass per epoch over the examples, in optimiser steps of about ``batch_size``.
@@ -120,10 +137,11 @@ class PlainLearner:
         before = self._tokens.breaks
         rows = pack(batch.examples, self._tokens)
         totals = {"loss": 0.0, "grad_norm": 0.0, "ratio": 0.0, "kl_old": 0.0, "tokens": 0.0}
-        steps = 0
+        steps, rate = 0, 0.0
         for epoch in range(batch.epochs):
             for chunk in self._steps(rows, len(batch.examples), epoch):
-                for key, value in self._step(chunk, batch.loss, progress).items():
+                rate = self._rate(progress)
+                for key, value in self._step(chunk, batch.loss, rate).items():
                     totals[key] += value
                 steps += 1
         self._model.zero_grad(set_to_none=True)
@@ -135,7 +153,7 @@ class PlainLearner:
             "train/updates": float(steps),
             "train/tokens": tokens,
             "train/prefix_breaks": float(self._tokens.breaks - before),
-            "train/learning_rate": self._rate(progress),
+            "train/learning_rate": rate,
         }
 
     def _steps(self, rows: Sequence[Row], examples: int, epoch: int) -> Iterable[list[Row]]:
@@ -146,28 +164,29 @@ class PlainLearner:
             order[len(order) * k // steps : len(order) * (k + 1) // steps] for k in range(steps)
         )
 
-    def _step(self, rows: list[Row], loss: Loss, progress: float) -> dict[str, float]:
+    def _step(self, rows: list[Row], loss: Loss, rate: float) -> dict[str, float]:
         weights = token_weights(rows, loss.aggregation, loss.length)
         self._optimizer.zero_grad(set_to_none=True)
         vocabulary = self._model.config.get_text_config().vocab_size
         groups = micro_batches(rows, self._config.token_budget, max(1, LOGITS // vocabulary))
         mine = groups[self._accelerator.process_index :: self._accelerator.num_processes]
         sums = torch.zeros(4, dtype=torch.float64)
-        for group in mine:
-            sums += self._backward([rows[k] for k in group], [weights[k] for k in group], loss)
+        with self._randomness("step", self._updates, self._accelerator.process_index):
+            for group in mine:
+                sums += self._backward([rows[k] for k in group], [weights[k] for k in group], loss)
         if self._accelerator.num_processes > 1:
             sums = self._add_up(sums)
         norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), self._config.max_grad_norm)
-        total, ratio, kl_old, trained = sums.tolist()
-        if not (torch.isfinite(norm) and total == total):
+        total, ratio, kl_old, trained = (float(x) for x in sums)
+        if not (torch.isfinite(norm) and math.isfinite(total)):
             self._optimizer.zero_grad(set_to_none=True)
             raise LearnerError(
                 f"update {self._updates + 1} has loss {total} and gradient norm {float(norm)}; "
                 "lower learner.learning_rate or look for extreme advantages"
             )
         for settings in self._optimizer.param_groups:
-            settings["lr"] = self._rate(progress)
-        self._optimizer.step()
+            settings["lr"] = rate
+        self._optimizer.step()  # pyright: ignore[reportUnknownMemberType]
         self._updates += 1
         return {
             "loss": total,
@@ -178,19 +197,18 @@ class PlainLearner:
         }
 
     def _add_up(self, sums: Tensor) -> Tensor:
-        """Gradients and sums over all processes. By hand: processes may hold unlike numbers of rows."""
+        """Gradients and sums over all processes. By hand: some may hold no row at all."""
         for weight in self._trained.values():
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-            weight.grad = self._accelerator.reduce(weight.grad, "sum")  # pyright: ignore[reportAttributeAccessIssue]
-        moved = self._accelerator.reduce(sums.to(self._accelerator.device), "sum")
-        return moved.cpu()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType, reportUnknownMemberType]
+            weight.grad = self._accelerator.reduce(weight.grad, "sum")
+        return self._accelerator.reduce(sums.to(self._device), "sum").cpu()
 
     def _backward(
         self, rows: Sequence[Row], weights: Sequence[list[list[float]]], loss: Loss
     ) -> Tensor:
-        """Gradients of one micro-batch; sums of loss, ratio, estimated KL to the sampler, tokens."""
-        device = self._accelerator.device
+        """Gradients of a micro-batch; sums of loss, ratio, estimated KL to the sampler, tokens."""
+        device = self._device
         ids, where = self._tensors(rows)
         logprobs = self._logprobs(ids, where)
         reference = None
@@ -230,13 +248,16 @@ class PlainLearner:
             for span in row.spans
             for at in range(span.begin, span.end)
         ]
-        place = torch.tensor(spots).to(self._accelerator.device)
-        return ids.to(self._accelerator.device), (place[:, 0], place[:, 1])
+        place = torch.tensor(spots).to(self._device)
+        return ids.to(self._device), (place[:, 0], place[:, 1])
 
     def _logprobs(self, ids: Tensor, where: tuple[Tensor, Tensor]) -> Tensor:
         """(N,) float32, nats. No mask is needed: padding stands on the right of a causal row."""
         rows, at = where
-        with self._only(rows, at - 1), self._accelerator.autocast():
+        mixed = torch.autocast(
+            self._device.type, torch.bfloat16, enabled=self._config.precision == "bfloat16"
+        )
+        with self._only(rows, at - 1), mixed:
             logits = self._model(input_ids=ids, use_cache=False).logits.float()
         chosen = logits.gather(1, ids[rows, at][:, None])[:, 0]
         return chosen - logits.logsumexp(-1)
@@ -251,8 +272,6 @@ class PlainLearner:
             hook.remove()
 
     def _rate(self, progress: float) -> float:
-        from math import cos, pi
-
         left = 1 - min(max(progress, 0.0), 1.0)
         match self._config.schedule:
             case "constant":
@@ -260,19 +279,23 @@ class PlainLearner:
             case "linear":
                 share = left
             case "cosine":
-                share = (1 - cos(pi * left)) / 2
+                share = (1 - math.cos(math.pi * left)) / 2
         if self._config.warmup:
             share *= min(1.0, (self._updates + 1) / self._config.warmup)
         return self._config.learning_rate * share
 
     def export(self, folder: Path) -> None:
         if self._accelerator.is_main_process:
-            self._model.save_pretrained(folder)
+            # Embeddings are not trained, and to ask whether they were resized peft may phone.
+            lora = {"save_embedding_layers": False} if self._config.method == "lora" else {}
+            self._model.save_pretrained(folder, **lora)
 
     def save(self, folder: Path) -> None:
-        """Weights in training, optimiser state and random state, all as safetensors."""
+        """Weights in training, optimiser state and the count that random numbers follow from."""
+        if not self._accelerator.is_main_process:
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        state: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+        state: dict[str, Tensor] = {}
         for name, weight in self._trained.items():
             state[f"weight.{name}"] = weight.detach()
             for key, value in self._optimizer.state.get(weight, {}).items():
@@ -284,22 +307,29 @@ class PlainLearner:
         )
 
     def restore(self, folder: Path) -> None:
-        """Raises: LearnerError: the folder is of a learner with other weights."""
-        state = load_file(folder / "learner.safetensors")
-        names = {key.removeprefix("weight.") for key in state if key.startswith("weight.")}
-        if names != set(self._trained):
+        """Raises: LearnerError: the folder is of a learner with other weights, or damaged."""
+        try:
+            state = load_file(folder / "learner.safetensors")
+        except (OSError, SafetensorError) as cause:
+            raise LearnerError(f"cannot read {folder}/learner.safetensors: {cause}") from cause
+        shapes = {
+            key.removeprefix("weight."): value.shape
+            for key, value in state.items()
+            if key.startswith("weight.")
+        }
+        if shapes != {name: weight.shape for name, weight in self._trained.items()}:
             raise LearnerError(
-                f"{folder} holds {len(names)} trained tensors, this learner has "
-                f"{len(self._trained)}: it was written with another model or learner config"
+                f"{folder} holds {len(shapes)} trained tensors, this learner has "
+                f"{len(self._trained)}, or of other shapes: it was written with another model or "
+                "learner config"
             )
         self._updates = int(state["updates"])
-        torch.set_rng_state(state["rng"])
         slots = {key.split(".")[1] for key in state if key.startswith("optimizer.")}
         for name, weight in self._trained.items():
             with torch.no_grad():
                 weight.copy_(state[f"weight.{name}"])
             self._optimizer.state[weight] = {
-                slot: value.to("cpu" if value.ndim == 0 else weight.device)
+                slot: value.to(weight.device)
                 for slot in slots
                 if (value := state.get(f"optimizer.{slot}.{name}")) is not None
             }

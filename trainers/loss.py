@@ -44,7 +44,8 @@ class Clip:
 
     def __call__(self, arrays: TokenArrays) -> Any:
         advantages = arrays.advantages
-        ratio = (arrays.logprobs - arrays.old_logprobs).exp()
+        # The bound is where float32 would overflow, and 0 * infinity spoil every gradient.
+        ratio = (arrays.logprobs - arrays.old_logprobs).clip(max=80).exp()
         clipped = ratio.clip(1 - self.low, 1 + self.high)
         loss = -(ratio * advantages).minimum(clipped * advantages)
         if self.dual is not None:

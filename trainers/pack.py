@@ -1,8 +1,9 @@
-"""Examples to rows of tokens: the turns of one trajectory share a row and cost their tokens once."""
+"""Examples to rows of tokens: turns of one trajectory share a row and cost their tokens once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..core.errors import LearnerError
 from ..core.tokens import ChatTokens
 from ..core.types import Aggregation, Example
 
@@ -33,6 +34,9 @@ def pack(examples: Sequence[Example], tokens: ChatTokens) -> list[Row]:
     An example joins the row whose tokens its prompt begins with, exactly. Under causal attention
     its log-probabilities there are those it has alone. A prompt that is no continuation (a
     window that moved on, a template that rewrites earlier turns) starts a row of its own.
+
+    Raises:
+        LearnerError: a completion with another number of log-probabilities than of tokens.
     """
     encoded = [
         (tokens.prompt(e.prompt), e.completion.token_ids or tokens.completion(e.completion.text))
@@ -54,6 +58,11 @@ def pack(examples: Sequence[Example], tokens: ChatTokens) -> list[Row]:
         begin = len(row.ids)
         row.ids += completion
         logprobs = examples[k].completion.logprobs
+        if logprobs and len(logprobs) != len(completion):
+            raise LearnerError(
+                f"example {k} has {len(completion)} tokens and {len(logprobs)} log-probabilities; "
+                "there must be one each, or none"
+            )
         row.spans.append(Span(begin, len(row.ids), examples[k].advantage, logprobs, k))
         whole.setdefault(tuple(row.ids), []).append(row)
         lengths.add(len(row.ids))

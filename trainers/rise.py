@@ -1,4 +1,4 @@
-"""Recursive introspection: learn to improve one's own last attempt (Qu et al. 2024, arXiv:2407.18219)."""
+"""Recursive introspection: learn to mend one's last attempt (Qu et al. 2024, arXiv:2407.18219)."""
 
 import math
 from collections import Counter
@@ -59,8 +59,8 @@ class RISE:
     each prefix is a target.
 
     Departures, each an option whose default is the paper's: ``keep: all``, ``history: sampled``,
-    ``unit: episode``, ``settle``, ``normalize``, the state baselines, ``gamma``. In the paper's code a
-    candidate counts as better if its reward is; ties go to the earliest here.
+    ``unit: episode``, ``settle``, ``normalize``, the state baselines, ``gamma``. Of equally good
+    candidates the earliest is the best.
     """
 
     Config = RISEConfig

@@ -1,9 +1,12 @@
 """Samples many completions of a causal language model at once. Knows tensors, no episodes."""
 
+# torch's tolist and numpy's random are partly untyped.
+# pyright: reportUnknownMemberType=false
+
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -51,10 +54,9 @@ class RoomyLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        self._append(key_states, value_states)
-        return self.keys, self.values
+        return self._append(key_states, value_states)
 
-    def _append(self, keys: Tensor, values: Tensor) -> None:
+    def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.store is None:
             batch, heads, _, width = keys.shape
             self.dtype, self.device = keys.dtype, keys.device
@@ -67,7 +69,7 @@ class RoomyLayer(DynamicLayer):
         for store, states in zip(self.store, (keys, values), strict=True):
             store[:, :, self._length : end] = states
         self._length = end
-        self.keys, self.values = (store[:, :, :end] for store in self.store)
+        return self._show(self.store)
 
     def get_seq_length(self) -> int:
         return self._length
@@ -75,8 +77,14 @@ class RoomyLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         assert self.store is not None
         # A new store: whoever remembers the old one finds it as it was.
-        self.store = tuple(store.index_select(0, indices) for store in self.store)
-        self.keys, self.values = (store[:, :, : self._length] for store in self.store)
+        keys, values = (store.index_select(0, indices) for store in self.store)
+        self.store = (keys, values)
+        self._show(self.store)
+
+    def _show(self, store: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        shown = (store[0][:, :, : self._length], store[1][:, :, : self._length])
+        self.keys, self.values = shown
+        return shown
 
 
 @dataclass(frozen=True)
@@ -175,7 +183,7 @@ def sample(
     def remember(finished: Tensor) -> None:
         if memory is None:
             return
-        ended = [(row, int(live[row])) for row in finished.nonzero()[:, 0].tolist()]
+        ended = [(row, k) for row, k in enumerate(_ints(live)) if finished[row]]
         # The last token sampled was never read.
         memory.keep(
             layers,
@@ -246,8 +254,10 @@ def _copy(
     for number, layer in enumerate(layers):
         first = places[0].stores[number][0]
         columns = torch.arange(width, device=first.device)
-        shape = (len(places), first.shape[1], width, first.shape[3])
-        filled = (first.new_zeros(shape), first.new_zeros(shape))
+        filled = [
+            store.new_zeros(len(places), store.shape[1], width, store.shape[3])
+            for store in places[0].stores[number]
+        ]
         for members in batches.values():
             rows = torch.tensor([places[k].row for k in members], device=first.device)
             shift = torch.tensor([places[k].offset - offsets[k] for k in members])
@@ -307,6 +317,10 @@ def _forward(
     return out.logits[:, -1].float()
 
 
+def _ints(numbers: Tensor) -> list[int]:
+    return cast(list[int], numbers.tolist())
+
+
 def _record(
     wants: Sequence[Want],
     results: list[Sampled],
@@ -317,7 +331,9 @@ def _record(
 ) -> Tensor:
     """Append what was sampled to the unfinished; which rows still run, (B,) bool on the CPU."""
     running: list[bool] = []
-    for row, token, logprob in zip(live.tolist(), tokens.tolist(), logprobs.tolist(), strict=True):
+    for row, token, logprob in zip(
+        _ints(live), _ints(tokens), cast(list[float], logprobs.tolist()), strict=True
+    ):
         want, result = wants[row], results[row]
         if result.finish == "stop" or len(result.ids) >= want.max_tokens:
             running.append(False)
@@ -389,7 +405,7 @@ class Chooser:
 
     def _constrain(self, logits: Tensor, live: Tensor, results: Sequence[Sampled]) -> Tensor:
         barred = torch.zeros_like(logits)
-        for row, k in enumerate(live.tolist()):
+        for row, k in enumerate(_ints(live)):
             choices = self._wants[k].choices
             if choices and results[k].finish != "stop":
                 allowed = list(_continuations(choices, results[k].ids))

@@ -1,10 +1,11 @@
 """A policy inside this process: transformers, with concurrent requests sampled as one batch."""
 
 import asyncio
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from pydantic import Field
 
 from ...core.config import PolicyConfig
 from ...core.errors import PolicyError
-from ...core.models import open_model
+from ...core.models import open_model, open_weights
 from ...core.types import Completion, Message, Sampling
 
 
@@ -32,6 +33,8 @@ class TransformersConfig(PolicyConfig):
 class Request:
     prompt: tuple[int, ...]
     sampling: Sampling
+    choices: tuple[tuple[int, ...], ...]
+    """The ids of ``sampling.choices``."""
     seed: int
     answer: asyncio.Future[Completion]
 
@@ -48,18 +51,20 @@ class TransformersPolicy:
         """Raises: PolicyError: the model cannot be loaded, or has no chat template."""
         self._config = config
         self._seed = seed
-        self.model, self.tokens = open_model(
-            model, config.device, config.dtype, config.trust_remote_code
-        )
+        opened = open_model(model, config.device, config.dtype, config.trust_remote_code)
+        self.model: Any = opened[0]
+        self.tokens = opened[1]
         self.model.eval()
         self.checkpoint = "base"
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self._context: int = limit or 1 << 30
         self._merged: list[tuple[Any, Any]] = []
-        self._whole: dict[str, Any] | None = None
+        self._base: Any = None
+        self._choice = lru_cache(1 << 16)(self.tokens.completion)
         self._seats = 0
         self._waiting: list[Request] = []
         self._batch: asyncio.Task[None] | None = None
+        self._closed = False
         self._memory = memory(config.memory_gb)
         # One thread: a model answers one batch at a time, and the event loop stays free.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
@@ -80,37 +85,57 @@ class TransformersPolicy:
     async def complete(
         self, prompt: Sequence[Message], sampling: Sampling, seed: int
     ) -> Completion:
+        """Raises: PolicyError: no room in the context, senseless sampling, or sampling broke."""
+        if sampling.max_tokens < 1 or "" in sampling.stop:
+            raise PolicyError(f"wanted max_tokens of at least 1 and no empty stop, got {sampling}")
         ids = self.tokens.prompt(prompt)
-        if len(ids) + sampling.max_tokens > self._context:
-            raise PolicyError(
-                f"a prompt of {len(ids)} tokens and {sampling.max_tokens} to sample exceed the "
-                f"model's context of {self._context}; shorten the agent's window or max_tokens"
-            )
+        choices = tuple(self._choice(text) for text in sampling.choices)
+        self._fit(len(ids), max(map(len, choices), default=sampling.max_tokens))
         answer: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self._waiting.append(Request(ids, sampling, seed, answer))
+        self._waiting.append(Request(ids, sampling, choices, seed, answer))
         self._kick()
         return await answer
 
     async def score(self, prompt: Sequence[Message], text: str) -> Completion:
         before, ids = self.tokens.prompt(prompt), self.tokens.completion(text)
+        self._fit(len(before), len(ids))
         loop = asyncio.get_running_loop()
         logprobs = await loop.run_in_executor(self._thread, self._score, before, ids)
         return Completion(text, ids, logprobs, "stop")
 
+    def _fit(self, prompt: int, more: int) -> None:
+        if self._closed:
+            raise PolicyError("this policy was closed")
+        if prompt + more > self._context:
+            raise PolicyError(
+                f"a prompt of {prompt} tokens and {more} to sample exceed the "
+                f"model's context of {self._context}; shorten the agent's window or max_tokens"
+            )
+
     async def load(self, checkpoint: Path | None) -> None:
+        """Raises: PolicyError: the folder holds nothing that fits; the base then answers."""
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._thread, self._load, checkpoint)
-        self.checkpoint = "base" if checkpoint is None else str(checkpoint)
 
     async def close(self) -> None:
+        """Whoever still waits for a completion gets a PolicyError."""
+        self._closed = True
         if self._batch is not None:
             self._batch.cancel()
-        for request in self._waiting:
-            request.answer.cancel()
+        self._give_up(self._waiting)
         self._thread.shutdown(wait=False, cancel_futures=True)
 
+    def _give_up(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            if not request.answer.done():
+                request.answer.set_exception(PolicyError("this policy was closed"))
+
     def _kick(self) -> None:
-        if self._batch is None and self._waiting and len(self._waiting) >= self._seats:
+        if self._batch is not None or self._closed or len(self._waiting) < self._seats:
+            return
+        # Whoever gave up waiting has no say in when the batch is full.
+        self._waiting = [request for request in self._waiting if not request.answer.done()]
+        if self._waiting and len(self._waiting) >= self._seats:
             self._batch = asyncio.ensure_future(self._answer())
 
     async def _answer(self) -> None:
@@ -140,6 +165,7 @@ class TransformersPolicy:
                         request.answer.set_result(answer)
         finally:
             self._batch = None
+            self._give_up(asked)
             self._kick()
 
     def _batches(self, asked: Sequence[Request]) -> Iterator[Sequence[Request]]:
@@ -164,29 +190,44 @@ class TransformersPolicy:
                 request.seed,
                 request.sampling.temperature,
                 request.sampling.top_p,
-                request.sampling.max_tokens,
-                tuple(tokens.completion(choice) for choice in request.sampling.choices),
-                self._stopper(request.sampling.stop),
+                # A choice is never cut, neither by length nor by a stop text inside it.
+                max(map(len, request.choices), default=request.sampling.max_tokens),
+                request.choices,
+                None if request.choices else self._stopper(request.sampling.stop),
             )
             for request in requests
         ]
-        answers: list[Completion] = []
-        for request, made in zip(
-            requests,
-            sample(self.model, wants, tokens.end, tokens.pad, self._memory),
-            strict=True,
-        ):
-            text = tokens.text(made.ids)
-            for stop in request.sampling.stop:
-                text = text.split(stop)[0]
-            finish = "stop" if made.finish == "stop" else "length"
-            answers.append(Completion(text, tuple(made.ids), tuple(made.logprobs), finish))
-        return answers
+        made = sample(self.model, wants, tokens.end, tokens.pad, self._memory)
+        return [
+            Completion(
+                self._text(request, tuple(one.ids)),
+                tuple(one.ids),
+                tuple(one.logprobs),
+                "stop" if one.finish == "stop" else "length",
+            )
+            for request, one in zip(requests, made, strict=True)
+        ]
 
-    def _stopper(self, stops: tuple[str, ...]) -> Any:
-        if not stops:
+    def _text(self, request: Request, ids: tuple[int, ...]) -> str:
+        if request.choices:
+            return request.sampling.choices[request.choices.index(ids)]
+        text = self.tokens.text(ids)
+        for stop in request.sampling.stop:
+            text = text.split(stop)[0]
+        return text
+
+    def _stopper(self, stops: tuple[str, ...]) -> Callable[[Sequence[int]], bool] | None:
+        tokens = self.tokens
+        if not stops and tokens.eos == tokens.end:
             return None
-        return lambda ids: any(stop in self.tokens.text(ids) for stop in stops)
+
+        def stopped(ids: Sequence[int]) -> bool:
+            if ids[-1] == tokens.eos:
+                return True
+            text = tokens.text(ids) if stops else ""
+            return any(stop in text for stop in stops)
+
+        return stopped
 
     def _score(self, prompt: tuple[int, ...], ids: tuple[int, ...]) -> tuple[float, ...]:
         import torch
@@ -200,47 +241,65 @@ class TransformersPolicy:
     def _load(self, folder: Path | None) -> None:
         self._forget()
         self._restore_base()
+        self.checkpoint = "base"
         if folder is None:
             return
         if (folder / "adapter_config.json").is_file():
             self._merge(folder)
-        elif (folder / "model.safetensors").is_file():
+        elif (folder / "config.json").is_file():
             self._replace(folder)
         else:
             raise PolicyError(
                 f"{folder} holds no checkpoint: neither adapter_config.json (an adapter) nor "
-                "model.safetensors (a whole model) is there"
+                "config.json (a whole model) is there"
             )
+        self.checkpoint = str(folder)
 
     def _merge(self, folder: Path) -> None:
-        from peft import PeftModel
+        """Raises: PolicyError: not all of the adapter fits, or it could not be taken out again."""
+        import peft
         from peft.tuners.tuners_utils import BaseTunerLayer
+        from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
-        if not (folder / "adapter_model.safetensors").is_file():
+        untyped: Any = peft
+        file = folder / "adapter_model.safetensors"
+        if not file.is_file():
             raise PolicyError(f"{folder} has no adapter_model.safetensors; no other form is read")
-        peft: Any = PeftModel.from_pretrained(self.model, str(folder))
-        for module in peft.modules():
-            if isinstance(module, BaseTunerLayer):
-                inner = module.get_base_layer()
-                self._merged.append((inner.weight, inner.weight.detach().clone()))
-        self.model = peft.merge_and_unload()
+        try:
+            settings: Any = untyped.PeftConfig.from_pretrained(str(folder))
+            given: dict[str, Any] = load_file(file)
+            if not isinstance(settings, peft.LoraConfig) or _touches_more(settings):
+                raise ValueError("only LoRA on weights is read, no biases or modules_to_save")
+            settings.inference_mode = True
+            wrapped: Any = untyped.get_peft_model(self.model, settings)
+            # To peft, tensors that fit nowhere are worth a warning; the base would answer.
+            wanted = untyped.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+            unlike = wanted.keys() ^ given
+            if unlike:
+                raise ValueError(f"{len(unlike)} tensors do not match, such as {min(unlike)}")
+            untyped.set_peft_model_state_dict(wrapped, given)
+            tied = _tied(self.model)
+            inner: list[Any] = [
+                module.get_base_layer()
+                for module in wrapped.modules()
+                if isinstance(module, BaseTunerLayer)
+            ]
+            if any(layer.weight is tied for layer in inner):
+                raise ValueError("it changes the output layer, whose weights are the embeddings'")
+        except Exception as cause:
+            self.model = _bare(self.model)
+            raise PolicyError(f"cannot load the adapter {folder}: {cause}") from cause
+        self._merged = [(layer.weight, layer.weight.detach().clone()) for layer in inner]
+        self.model = wrapped.merge_and_unload()
         self.model.eval()
 
     def _replace(self, folder: Path) -> None:
-        from safetensors.torch import load_file
-
-        self._whole = {name: t.clone() for name, t in self.model.state_dict().items()}
-        missing, strange = self.model.load_state_dict(
-            load_file(folder / "model.safetensors"), strict=False
-        )
-        # Tied weights are saved once, under one of their names.
-        tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
-        if strange or set(missing) - tied:
-            self._restore_base()
-            raise PolicyError(
-                f"{folder}/model.safetensors is of another architecture: "
-                f"{len(missing)} tensors missing, {len(strange)} unknown"
-            )
+        config = self._config
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        whole = open_weights(str(folder), str(self.model.device), dtype, config.trust_remote_code)
+        if _shapes(whole) != _shapes(self.model):
+            raise PolicyError(f"the model in {folder} is of another architecture than the base")
+        self._base, self.model = self.model, whole.eval()
 
     def _restore_base(self) -> None:
         # Copies, not subtraction of the adapter: weights come back bit for bit, whatever the
@@ -248,9 +307,37 @@ class TransformersPolicy:
         for weight, original in self._merged:
             weight.data.copy_(original)
         self._merged.clear()
-        if self._whole is not None:
-            self.model.load_state_dict(self._whole)
-            self._whole = None
+        if self._base is not None:
+            self.model, self._base = self._base, None
+
+
+def _touches_more(settings: Any) -> bool:
+    """Whether an adapter changes more than weight matrices, which is all that is restored."""
+    more = ("modules_to_save", "lora_bias", "trainable_token_indices")
+    return settings.bias != "none" or any(getattr(settings, key, None) for key in more)
+
+
+def _tied(model: Any) -> Any:
+    """The weight that a model both embeds and predicts with; None if there is no such one."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    weights = [getattr(layer, "base_layer", layer).weight for layer in (head, embeddings) if layer]
+    return weights[0] if len(weights) == 2 and weights[0] is weights[1] else None
+
+
+def _bare(model: Any) -> Any:
+    """``model`` without the adapter that was being put around its layers."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            model.set_submodule(name, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    return model
+
+
+def _shapes(model: Any) -> dict[str, Any]:
+    return {name: weight.shape for name, weight in model.state_dict().items()}
 
 
 def memory(gigabytes: float) -> Any:

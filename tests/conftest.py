@@ -1,0 +1,86 @@
+"""Models that many tests share: tiny, untrained, made once per session."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+THINKING = (
+    "{% for m in messages %}<|{{ m.role }}|>\n"
+    "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}"
+    "{% else %}{{ m.content }}{% endif %}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+"""As reasoning models have it: earlier thoughts are dropped, so it is not append-only."""
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a model of that kind.
+
+    ``scratch``: as users get it. The others have large random weights, so that a wrong mask or
+    position shows: ``qwen3``; ``llama``, with a template that drops thoughts; ``mistral``, with a
+    sliding window; ``wide``, with far more logits than its tokenizer has tokens.
+    """
+    import torch
+
+    from selfwright.agents import scratch
+    from selfwright.environments.countdown import Countdown, CountdownConfig
+
+    torch.set_num_threads(2)
+    made: dict[str, Path] = {}
+    root = tmp_path_factory.mktemp("models")
+
+    def folder(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = root / kind
+            if kind == "scratch":
+                tasks = Countdown(CountdownConfig.model_validate({})).tasks("train")
+                texts = [tasks[k].instruction for k in range(200)]
+                scratch.make("scratch:32x2", texts, made[kind], seed=0)
+            else:
+                _lively(kind, folder("scratch"), made[kind])
+        return made[kind]
+
+    return folder
+
+
+def _lively(kind: str, scratch_folder: Path, folder: Path) -> None:
+    import torch
+    import transformers
+
+    # Most of it has no types.
+    hf: Any = transformers
+    tokenizer = hf.AutoTokenizer.from_pretrained(scratch_folder)
+    settings: dict[str, Any] = {
+        "vocab_size": 40_000 if kind == "wide" else len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "initializer_range": 0.3,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": kind != "llama",
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    rng: Any = torch.random
+    with rng.fork_rng():
+        rng.manual_seed(1)
+        match kind:
+            case "qwen3" | "wide":
+                config: Any = hf.Qwen3Config(**settings)
+            case "llama":
+                config = hf.LlamaConfig(**settings)
+                tokenizer.chat_template = THINKING
+            case "mistral":
+                config = hf.MistralConfig(**settings, sliding_window=6)
+            case _:
+                raise ValueError(kind)
+        model = hf.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

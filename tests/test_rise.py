@@ -1,0 +1,250 @@
+"""RISE: weights by hand, turn filters, states the policy reached itself, one target a prefix."""
+
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from selfwright.agents.chat import Chat, ChatConfig
+from selfwright.core.protocols import Attempt, Context
+from selfwright.core.types import (
+    Action,
+    Batch,
+    Completion,
+    Judged,
+    Observation,
+    Start,
+    Step,
+    Stop,
+    Task,
+    Trajectory,
+    Verdict,
+)
+from selfwright.trainers.rise import RISE, RISEConfig, degenerate, kept
+
+TASK = Task("t", "guess", 4)
+
+
+@dataclass
+class Stage:
+    """A policy as a table: what each candidate says at each turn, and what that earns."""
+
+    lines: list[list[tuple[str, float]]]
+    played: list[Start] = field(default_factory=list[Start])
+    blind: bool = False
+
+    async def attempt(self, starts: Sequence[Start]) -> list[Judged]:
+        self.played += starts
+        return [self.play(start, len(start.prefix), start.attempt) for start in starts]
+
+    async def attempt_blind(self, starts: Sequence[Start]) -> list[Judged]:
+        self.blind = True
+        return await self.attempt(starts)
+
+    async def play_as(self, name: str) -> Attempt:
+        assert name == "expert"
+
+        async def teach(starts: Sequence[Start]) -> list[Judged]:
+            self.played += starts
+            return [self.judged(start.prefix, "taught", 1.0, start.attempt) for start in starts]
+
+        return teach
+
+    def play(self, start: Start, turn: int, attempt: int) -> Judged:
+        said, reward = self.lines[turn][attempt]
+        return self.judged(start.prefix, said, reward, attempt)
+
+    def judged(self, prefix: tuple[Step, ...], said: str, reward: float, attempt: int) -> Judged:
+        step = Step(Observation(f"o{len(prefix)}"), Action(said, Completion(said, (7,))), reward)
+        right = reward >= 1 and not self.blind
+        trajectory = Trajectory(
+            TASK,
+            (*prefix, step),
+            Observation("next"),
+            Stop.TERMINATED if right else Stop.TRUNCATED,
+            "base",
+            0,
+            attempt,
+            len(prefix),
+            right,
+        )
+        return Judged(trajectory, Verdict(reward, "", "reward"))
+
+
+def run(stage: Stage, **settings: Any) -> list[Batch]:
+    context = Context(
+        agent=Chat(ChatConfig()),
+        judge=None,  # pyright: ignore[reportArgumentType]
+        policy=None,  # pyright: ignore[reportArgumentType]
+        attempt=stage.attempt,
+        attempt_blind=stage.attempt_blind,
+        play_as=stage.play_as,
+    )
+    samples = len(stage.lines[1]) if len(stage.lines) > 1 else 1
+    trainer = RISE(RISEConfig.model_validate({"samples": samples, **settings}), context)
+    first = [stage.play(Start(TASK, 0, k), 0, k) for k in range(len(stage.lines[0]))]
+    return asyncio.run(trainer.batches(first))
+
+
+def learned(batches: list[Batch]) -> list[tuple[str, float]]:
+    assert len(batches) == 1
+    return [(e.completion.text, e.advantage) for e in batches[0].examples]
+
+
+MENDED = [[("a", 0.0)], [("b", 0.0), ("c", 0.0)], [("d", 0.0), ("e", 1.0)]]
+
+
+def test_weights_are_exp_of_reward_over_tau() -> None:
+    assert learned(run(Stage(MENDED), turns=3)) == [
+        ("a", 1.0),
+        ("b", 1.0),
+        ("e", pytest.approx(math.exp(2.5))),
+    ]
+
+
+def test_the_prompt_is_the_policys_own_history_and_only_the_last_turn_is_a_target() -> None:
+    (batch,) = run(Stage(MENDED), turns=3)
+    last = batch.examples[-1]
+    assert [(m.role, m.text) for m in last.prompt] == [
+        ("user", "guess\no0"),
+        ("assistant", "a"),
+        ("user", "o1"),
+        ("assistant", "b"),
+        ("user", "o2"),
+    ]
+    assert last.prompt[1].token_ids == (7,) and last.completion.token_ids == (7,)
+
+
+def test_nothing_is_played_or_learned_after_the_first_success() -> None:
+    stage = Stage([[("a", 0.0)], [("b", 1.0), ("c", 0.0)], [("d", 1.0), ("e", 1.0)]])
+    assert [text for text, _ in learned(run(stage, turns=3))] == ["a", "b"]
+    assert {len(start.prefix) for start in stage.played} == {1}
+
+
+def test_a_conversation_ends_at_the_tasks_own_limit() -> None:
+    stage = Stage([[(f"{k}", 0.0)] for k in range(4)])
+    assert len(learned(run(stage, turns=9))) == 4
+
+
+@pytest.mark.parametrize(
+    ("rule", "rewards", "expected"),
+    [
+        ("all", [0.0, 0.5, 0.2, 1.0], [True, True, True, True]),
+        ("better", [0.0, 0.5, 0.2, 1.0], [True, True, False, True]),
+        ("best", [0.0, 0.5, 0.2, 0.5], [True, True, False, True]),
+        ("success", [0.0, 0.5, 0.2, 1.0], [False, False, False, True]),
+    ],
+)
+def test_turn_filters(rule: Any, rewards: list[float], expected: list[bool]) -> None:
+    assert [kept(rule, r, rewards[:k]) for k, r in enumerate(rewards)] == expected
+
+
+def test_success_gives_one_example_if_solved_and_none_if_not() -> None:
+    assert [t for t, _ in learned(run(Stage(MENDED), turns=3, filter="success"))] == ["e"]
+    unsolved = Stage([[("a", 0.0)], [("b", 0.0)]])
+    assert run(unsolved, turns=2, filter="success") == []
+
+
+CANDIDATES = [[("a", 0.0), ("b", 0.5), ("c", 1.0)]]
+
+
+def weights(**settings: Any) -> dict[str, float]:
+    return dict(learned(run(Stage(CANDIDATES), turns=1, keep="all", **settings)))
+
+
+def test_baselines_by_hand() -> None:
+    tau = {"tau": 0.5}
+    assert weights(**tau, baseline="constant", constant=0.5) == {
+        "a": pytest.approx(math.exp(-1)),
+        "b": 1.0,
+        "c": pytest.approx(math.exp(1)),
+    }
+    assert weights(**tau, baseline="state_mean")["b"] == 1.0
+    assert weights(**tau, baseline="state_max")["c"] == 1.0
+
+
+def test_tau_to_zero_is_best_of_n_cloning_and_tau_to_infinity_is_uniform() -> None:
+    assert weights(tau=1e-3, baseline="state_max") == pytest.approx(
+        {"a": 0.0, "b": 0.0, "c": 1.0}, abs=1e-9
+    )
+    assert weights(tau=1e9) == pytest.approx({"a": 1.0, "b": 1.0, "c": 1.0}, abs=1e-6)
+
+
+def test_a_constant_added_to_every_reward_changes_nothing_once_normalised() -> None:
+    shifted = Stage([[(text, reward + 0.25) for text, reward in CANDIDATES[0]]])
+    plain = Stage(CANDIDATES)
+    settings: dict[str, Any] = {"turns": 1, "keep": "all", "tau": 0.4}
+    raw, moved = learned(run(plain, **settings)), learned(run(shifted, **settings))
+    for (_, before), (_, after) in zip(sorted(raw), sorted(moved), strict=True):
+        assert after / before == pytest.approx(math.exp(0.25 / 0.4))
+    settings["normalize"] = True
+    assert sorted(learned(run(shifted, **settings))) == [
+        (text, pytest.approx(weight)) for text, weight in sorted(learned(run(plain, **settings)))
+    ]
+
+
+def test_history_best_or_a_fair_sample() -> None:
+    lines = [[("a", 0.0), ("b", 0.5)], [("c", 0.0)]]
+    best, fair = Stage(lines), Stage(lines)
+    run(best, turns=2)
+    run(fair, turns=2, history="sampled")
+    assert best.played[0].prefix[0].action.text == "b"
+    assert fair.played[0].prefix[0].action.text == "a"
+
+
+def test_identical_actions_are_learned_once_and_repeats_of_a_failure_not_at_all() -> None:
+    same = Stage([[("a", 0.0), ("a", 0.0)]])
+    assert learned(run(same, turns=1, keep="all")) == [("a", 1.0)]
+    again = Stage([[("a", 0.0)], [("a", 0.0)]])
+    assert learned(run(again, turns=2)) == [("a", 1.0)]
+
+
+def test_a_teacher_acts_only_in_states_the_policy_reached() -> None:
+    stage = Stage(MENDED)
+    assert [t for t, _ in learned(run(stage, turns=3, teacher="expert"))] == ["a", "taught"]
+    assert all(start.prefix[0].action.text == "a" for start in stage.played)
+
+
+def test_settling_goes_on_after_success_and_learns_to_repeat_it() -> None:
+    stage = Stage([[("a", 1.0)], [("b", 0.0), ("a", 1.0)]], blind=True)
+    got = learned(run(stage, turns=2, settle=True))
+    assert [text for text, _ in got] == ["a", "a"]
+    with pytest.raises(ValueError, match="settle goes with"):
+        RISEConfig.model_validate({"settle": True, "teacher": "expert"})
+
+
+def test_whole_episodes_share_their_score_and_gamma_discounts_from_the_end() -> None:
+    steps = tuple(
+        Step(Observation(f"o{k}"), Action(f"s{k}", Completion(f"s{k}")), float(k == 2))
+        for k in range(3)
+    )
+    won = Trajectory(TASK, steps, Observation(""), Stop.TERMINATED, "base", 0, success=True)
+    context = Context(Chat(ChatConfig()), *[None] * 5)  # pyright: ignore[reportArgumentType]
+    for gamma, expected in ((1.0, [1.0, 1.0, 1.0]), (0.5, [0.25, 0.5, 1.0])):
+        config = RISEConfig(unit="episode", tau=1.0, gamma=gamma)
+        judged = [Judged(won, Verdict(1.0, "", "reward"))]
+        (batch,) = asyncio.run(_no_play(config, context).batches(judged))
+        assert [e.advantage for e in batch.examples] == pytest.approx(list(map(math.exp, expected)))
+
+
+def _no_play(config: RISEConfig, context: Context) -> RISE:
+    return RISE(config, context)
+
+
+def test_undecided_attempts_teach_nothing() -> None:
+    stage = Stage([[("a", 0.0)]])
+    undecided = stage.play(Start(TASK, 0), 0, 0).trajectory
+    context = Context(Chat(ChatConfig()), *[None] * 5)  # pyright: ignore[reportArgumentType]
+    trainer = RISE(RISEConfig(), context)
+    assert asyncio.run(trainer.batches([Judged(undecided, Verdict(None, "", "r"))])) == []
+
+
+def test_degenerate_text_is_discarded() -> None:
+    assert degenerate("word " * 151) and not degenerate("word " * 150)
+    assert degenerate("x" * 301) and not degenerate("x" * 300)
+    assert learned(run(Stage([[("y" * 301, 1.0), ("a", 0.0)]]), turns=1, keep="all")) == [
+        ("a", 1.0)
+    ]
