@@ -11,7 +11,7 @@ from ..core.types import Message, Observation, Step, Task
 class ChatConfig(Config):
     system: str = ""
     """A system message for every prompt; empty for none."""
-    window: int | None = Field(None, ge=1)
+    window: int | None = Field(default=None, ge=1)
     """How many turns the model sees, the present one included: the task, then the last
     ``window - 1`` attempts with their answers. None shows all. (RISE uses 2.)"""
 

@@ -43,7 +43,9 @@ def make(model: str, texts: Iterable[str], folder: Path, seed: int) -> None:
     """Write an untrained Qwen3-type model and a tokenizer trained on ``texts`` to ``folder``."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     width, layers = parse(model)
     tokenizer = _tokenizer(texts)
     config = Qwen3Config(

@@ -3,8 +3,8 @@
     python benchmarks/learner.py [--case single --case turns --case vocabulary] [--pairs 3]
 
 Both learn the same token ids with the same model, LoRA and optimiser, in float32 on two threads,
-each in processes of its own, in turn (A B A B). TRL's settings are tried first and the fastest one
-competes: its micro-batch, sorting by length, its attention, a row per turn or per conversation.
+in processes of their own, in turn (A B A B). TRL's settings are tried first and the fastest one
+competes: micro-batch, sorting by length, attention, rows of one turn or of a whole conversation.
 Its gradient checkpointing, bf16 and logging, on by default, are off. Its examples are tokenised
 beforehand and not timed; ours are tokenised and packed on the clock. Warm-up is not timed.
 
@@ -28,7 +28,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -45,11 +44,25 @@ RESULTS = Path(__file__).parent / "results" / "learner.json"
 THREADS = 2
 LIMIT_S = 300
 LORA: dict[str, Any] = {"rank": 16, "alpha": 32, "learning_rate": 1e-3}
+TOKEN_BUDGET = 2048
+"""Our micro-batches: small ones suit a CPU's caches."""
 LEXICON = [a + b + c for a in "bdfglmnprst" for b in "aeiou" for c in ("ck", "ll", "n", "st")]
-WIDE = 151_936
-"""A vocabulary as Qwen's."""
 Tokens: TypeAlias = tuple[list[int], list[int]]
 """(T,) ids, and (T,) labels, -100 where nothing is learned."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How TRL is run."""
+
+    micro: int
+    """Examples in a micro-batch."""
+    sampling: str = "group_by_length"
+    attention: str = "sdpa"
+    rows: str = "turn"
+
+    def __str__(self) -> str:
+        return f"{self.rows} rows, {self.micro} at once, {self.sampling}, {self.attention}"
 
 
 @dataclass(frozen=True)
@@ -59,58 +72,64 @@ class Case:
     model: str
     batch_size: int
     """Per optimiser step."""
-    warm: int
     timed: int
     tried: int
-    """For each of TRL's settings."""
-    least: float
+    """For each of TRL's settings; as many warm it up."""
+    target: float
     """The ratio of examples/s that is aimed at."""
+    settings: tuple[Setting, ...]
     turns: int = 1
-    words: tuple[int, int] = (0, 0)
-    """The least and most of an observation; 0: countdown instead."""
+    seen: tuple[int, int] = (0, 0)
+    """The least and most words of an observation; 0: countdown instead."""
     said: tuple[int, int] = (0, 0)
     vocabulary: int = 0
-    micro: tuple[int, ...] = ()
-    """TRL's micro-batches to try."""
-    rows: tuple[str, ...] = ("turn",)
-    attention: tuple[str, ...] = ("sdpa", "eager")
+    """If given, the model's; the tokenizer's own is small."""
 
 
 CASES = {
-    "single": Case("scratch:128x4", 128, 256, 4096, 1024, 1.0, micro=(128, 64, 32)),
+    "single": Case(
+        "scratch:128x4",
+        batch_size=128,
+        timed=4096,
+        tried=768,
+        target=1.0,
+        settings=(
+            Setting(128, "random"),
+            Setting(128, "random", "eager"),
+            Setting(128),
+            Setting(128, attention="eager"),
+            Setting(64, attention="eager"),
+            Setting(32, attention="eager"),
+        ),
+    ),
     "turns": Case(
         "scratch:128x4",
-        *(64, 64, 768, 256, 1.3),
+        batch_size=64,
+        timed=768,
+        tried=128,
+        target=1.3,
+        settings=(
+            Setting(16),
+            *(Setting(micro, rows="conversation") for micro in (64, 32, 16, 8)),
+            Setting(64, "random", rows="conversation"),
+            Setting(32, attention="eager", rows="conversation"),
+        ),
         turns=8,
-        words=(2, 60),
+        seen=(2, 60),
         said=(1, 8),
-        micro=(64, 32, 16),
-        rows=("turn", "conversation"),
     ),
     "vocabulary": Case(
         "scratch:256x4",
-        *(16, 16, 48, 16, 1.5),
-        words=(70, 160),
+        batch_size=16,
+        timed=32,
+        tried=16,
+        target=1.5,
+        settings=tuple(Setting(micro) for micro in (16, 4, 1)),
+        seen=(70, 160),
         said=(13, 17),
-        vocabulary=WIDE,
-        micro=(16, 4),
-        attention=("sdpa",),
+        vocabulary=151_936,
     ),
 }
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How TRL is run."""
-
-    micro: int
-    """Examples in a micro-batch."""
-    sampling: str = "random"
-    attention: str = "sdpa"
-    rows: str = "turn"
-
-    def __str__(self) -> str:
-        return f"{self.rows} rows, {self.micro} at once, {self.sampling}, {self.attention}"
 
 
 @dataclass
@@ -138,7 +157,9 @@ def main() -> int:
     if set(found) == set(CASES):
         packages = ("torch", "transformers", "trl", "peft")
         known = {name: version(name) for name in packages}
-        write_json(RESULTS, {"versions": known, "threads": THREADS, "lora": LORA, "cases": found})
+        write_json(
+            RESULTS, {"versions": known, "threads": THREADS, "lora": LORA} | {"cases": found}
+        )
     return 0 if all(case["met"] for case in found.values()) else 1
 
 
@@ -148,13 +169,8 @@ def compared(name: str, pairs: int, console: Console) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="selfwright-") as folder:
         make_model(case, Path(folder))
         ask = {"case": name, "model": folder}
-        settings = [
-            Setting(*chosen)
-            for chosen in product(case.micro, SAMPLING, case.attention, case.rows)
-            if case.turns == 1 or chosen[3] == "turn" or chosen[0] * case.turns >= case.batch_size
-        ]
-        tried = child(ask | {"settings": [asdict(s) for s in settings]}).tried
-        best = max(settings, key=lambda setting: tried[str(setting)])
+        tried = child(ask | {"settings": [asdict(s) for s in case.settings]}).tried
+        best = max(case.settings, key=lambda setting: tried[str(setting)])
         console.print(f"{name}: TRL's best is {best}", markup=False)
         theirs: list[Measured] = []
         ours: list[Measured] = []
@@ -170,15 +186,12 @@ def compared(name: str, pairs: int, console: Console) -> dict[str, Any]:
     return {
         "examples_per_s": {"ours": rate(ours), "trl": rate(theirs), "ratio": round(speed, 2)},
         "memory_mib": {"ours": peak(ours), "trl": peak(theirs), "ratio": round(memory, 2)},
-        "target": case.least,
-        "met": speed >= case.least and (not case.vocabulary or memory > 1),
+        "target": case.target,
+        "met": speed >= case.target and (not case.vocabulary or memory > 1),
         "trl_setting": str(best),
         "trl_tried": {name: round(value, 1) for name, value in tried.items()},
-        "case": asdict(case),
+        "case": {key: value for key, value in asdict(case).items() if key != "settings"},
     }
-
-
-SAMPLING = ("random", "group_by_length")
 
 
 def rate(many: Sequence[Measured]) -> float:
@@ -238,14 +251,15 @@ def run_plain(case: Case, model: str) -> Measured:
     from selfwright.trainers.learner import LearnerConfig, PlainLearner
     from selfwright.trainers.loss import NLL
 
-    config = LearnerConfig.model_validate({**LORA, "batch_size": case.batch_size, "device": "cpu"})
+    told = {"batch_size": case.batch_size, "token_budget": TOKEN_BUDGET, "device": "cpu"}
+    config = LearnerConfig.model_validate(LORA | told)
     learner = PlainLearner(config, model, 0)
-    all_of_them = examples(case, case.warm + case.timed)
+    all_of_them = examples(case, case.tried + case.timed)
     loss = NLL(aggregation="token-mean")
     before = resident("VmRSS")
-    learner.update(Batch(loss, tuple(all_of_them[: case.warm])), 0.0)
+    learner.update(Batch(loss, tuple(all_of_them[: case.tried])), 0.0)
     began = time.perf_counter()
-    learner.update(Batch(loss, tuple(all_of_them[case.warm :])), 0.0)
+    learner.update(Batch(loss, tuple(all_of_them[case.tried :])), 0.0)
     return Measured(case.timed / (time.perf_counter() - began), resident("VmHWM") - before)
 
 
@@ -257,10 +271,10 @@ def run_trl(case: Case, model: str, setting: Setting, timed: int) -> Measured:
     weights = transformers.AutoModelForCausalLM.from_pretrained(
         model, dtype="float32", attn_implementation=setting.attention
     )
-    listed = examples(case, case.warm + timed)
+    listed = examples(case, case.tried + timed)
     warm, rest = (
         rows(case, part, tokens, setting.rows)
-        for part in (listed[: case.warm], listed[case.warm :])
+        for part in (listed[: case.tried], listed[case.tried :])
     )
     with tempfile.TemporaryDirectory(prefix="selfwright-") as folder:
         first = sft(case, setting, weights, tokens, warm, folder)
@@ -366,7 +380,7 @@ def make_model(case: Case, folder: Path) -> None:
 def examples(case: Case, count: int) -> list[Example]:
     """The first ``count`` of an endless list, always the same."""
     agent = Chat(ChatConfig.model_validate({}))
-    if not case.words[1]:
+    if not case.seen[1]:
         puzzles = Puzzles("train", CountdownConfig.model_validate({}))[:count]
         return [
             Example(agent.prompt(task, (), Observation("")), Completion(task.witness))
@@ -378,7 +392,7 @@ def examples(case: Case, count: int) -> list[Example]:
         task = Task(f"{len(found)}", "Do it.", case.turns)
         steps: list[Step] = []
         for _ in range(case.turns):
-            seen = Observation(words(rng, case.words))
+            seen = Observation(words(rng, case.seen))
             said = Completion(words(rng, case.said))
             found.append(Example(agent.prompt(task, steps, seen), said))
             steps.append(Step(seen, Action(said.text, said), 0.0))

@@ -25,52 +25,52 @@ class Use(BaseModel):
 class Fleet(Config):
     """How the worlds of a run are hosted. These keys stand beside the world's own in a recipe."""
 
-    parallel: int = Field(256, ge=1)
+    parallel: int = Field(default=256, ge=1)
     """Episodes in play at once."""
     isolation: Literal["inline", "process", "auto"] = "auto"
     """``auto``: as the world's class says."""
-    reset_timeout_s: float = Field(60.0, gt=0)
-    step_timeout_s: float = Field(30.0, gt=0)
-    max_failures: float = Field(0.5, ge=0, le=1)
+    reset_timeout_s: float = Field(default=60.0, gt=0)
+    step_timeout_s: float = Field(default=30.0, gt=0)
+    max_failures: float = Field(default=0.5, ge=0, le=1)
     """The share of failed episodes, in one round of rollouts, above which the run stops."""
 
 
 class JudgeConfig(Config):
     """What every judge's config has."""
 
-    timeout_s: float = Field(600.0, gt=0)
+    timeout_s: float = Field(default=600.0, gt=0)
     """Deadline of the verdicts on one task's attempts."""
 
 
 class Evaluation(Config):
     """How checkpoints are compared: the same tasks for all, never trained on."""
 
-    tasks: int = Field(400, ge=1)
+    tasks: int = Field(default=400, ge=1)
     split: Literal["train", "validation", "test"] = "test"
-    temperature: float = Field(0.0, ge=0)
-    every: int = Field(1, ge=0)
+    temperature: float = Field(default=0.0, ge=0)
+    every: int = Field(default=1, ge=0)
     """Iterations between two points of the learning curve on validation tasks; 0: none."""
-    validation_tasks: int = Field(128, ge=1)
-    turns: int = Field(5, ge=0)
+    validation_tasks: int = Field(default=128, ge=1)
+    turns: int = Field(default=5, ge=0)
     """Turns of the introspection table, for worlds of attempts; 0: no table."""
 
 
 class WarmStart(Config):
     """Clone the world's own expert before the run, for models that cannot play at all yet."""
 
-    skill: float | None = Field(None, gt=0, le=1)
+    skill: float | None = Field(default=None, gt=0, le=1)
     """Stop once this share of validation tasks is solved greedily; None: do all ``updates``."""
-    updates: int = Field(2000, ge=1)
+    updates: int = Field(default=2000, ge=1)
     """The most optimiser steps."""
-    seconds: float = Field(600.0, gt=0)
+    seconds: float = Field(default=600.0, gt=0)
     """The most wall-clock time. A run stopped by time is not exactly repeatable; by skill it is."""
-    demonstrations: int = Field(20_000, ge=1)
+    demonstrations: int = Field(default=20_000, ge=1)
     """Expert episodes to clone, one per training task."""
-    batch_size: int = Field(256, ge=1)
-    learning_rate: float = Field(2e-3, gt=0)
-    check_every: int = Field(100, ge=1)
+    batch_size: int = Field(default=256, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    check_every: int = Field(default=100, ge=1)
     """Updates between two looks at ``skill``."""
-    noise: float = Field(0.0, ge=0, lt=1)
+    noise: float = Field(default=0.0, ge=0, lt=1)
     """The share of steps where a random action is played instead and not imitated, so that the
     clone has seen what follows a mistake. Needs a world whose expert can go on from anywhere."""
 
@@ -80,13 +80,13 @@ class PolicyConfig(Config):
 
     model: str
     """A folder, a hub id, or ``scratch:WIDTHxLAYERS`` for a small one made here."""
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_tokens: int = Field(64, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_tokens: int = Field(default=64, ge=1)
     """Per completion."""
     stop: list[str] = []
     listed: bool = False
     """Only actions that the world lists may be sampled."""
-    timeout_s: float = Field(600.0, gt=0)
+    timeout_s: float = Field(default=600.0, gt=0)
     """Deadline of one completion, waiting for its batch included."""
     warm_start: WarmStart | None = None

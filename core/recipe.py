@@ -39,9 +39,9 @@ _Place: TypeAlias = tuple[int, str]
 class Top(Config):
     """The keys of a recipe that belong to no plug-in."""
 
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """All randomness of a run is derived from it."""
-    iterations: int = Field(10, ge=1)
+    iterations: int = Field(default=10, ge=1)
     """Rounds of playing and learning."""
     evaluation: Evaluation = Field(default_factory=lambda: Evaluation.model_validate({}))
 

@@ -169,14 +169,14 @@ def guess(numbers: Sequence[int], operators: str, rng: random.Random) -> Term:
 
 
 class CountdownConfig(Config):
-    numbers: int = Field(3, ge=2, le=6)
+    numbers: int = Field(default=3, ge=2, le=6)
     """How many numbers a puzzle gives."""
-    largest: int = Field(20, ge=2, le=1000)
+    largest: int = Field(default=20, ge=2, le=1000)
     """They are drawn from 1 to this."""
-    target: int = Field(99, ge=9, le=100_000)
+    target: int = Field(default=99, ge=9, le=100_000)
     """Targets lie between 1 and this."""
     operators: Literal["+-", "+-*", "+-*/"] = "+-*"
-    attempts: int = Field(4, ge=1, le=64)
+    attempts: int = Field(default=4, ge=1, le=64)
     """How many tries a task allows."""
 
 

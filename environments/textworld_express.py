@@ -87,9 +87,9 @@ class TextWorldExpressConfig(Config):
     """Observations list every action legal now; otherwise the player has to think of them."""
     brief: bool = False
     """Descriptions of rooms as a list of things, in about half the words."""
-    max_steps: int = Field(100, ge=1)
+    max_steps: int = Field(default=100, ge=1)
     """As in the package."""
-    heap_mb: int = Field(128, ge=48)
+    heap_mb: int = Field(default=128, ge=48)
     """What the Java machine may use for its objects, MiB; shared by all games in one process."""
 
     @model_validator(mode="after")

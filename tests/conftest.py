@@ -28,7 +28,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     from selfwright.agents import scratch
     from selfwright.environments.countdown import Countdown, CountdownConfig
 
-    torch.set_num_threads(2)
+    # Threads would mostly wait for one another over matrices this small.
+    torch.set_num_threads(1)
     made: dict[str, Path] = {}
     root = tmp_path_factory.mktemp("models")
 
@@ -54,7 +55,7 @@ def _lively(kind: str, scratch_folder: Path, folder: Path) -> None:
     hf: Any = transformers
     tokenizer = hf.AutoTokenizer.from_pretrained(scratch_folder)
     settings: dict[str, Any] = {
-        "vocab_size": 40_000 if kind == "wide" else len(tokenizer),
+        "vocab_size": 12_000 if kind == "wide" else len(tokenizer),
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 2,

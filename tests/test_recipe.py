@@ -21,7 +21,7 @@ class Inner(Config):
 
 
 class WorldConfig(Config):
-    size: int = Field(3, ge=1, le=9)
+    size: int = Field(default=3, ge=1, le=9)
     mode: Literal["easy", "hard"] = "easy"
     cap: int | Literal["auto"] = "auto"
     names: tuple[str, ...] = ()

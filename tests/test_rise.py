@@ -210,10 +210,10 @@ def test_a_teacher_acts_only_in_states_the_policy_reached() -> None:
 
 def test_settling_goes_on_after_success_and_learns_to_repeat_it() -> None:
     stage = Stage([[("a", 1.0)], [("b", 0.0), ("a", 1.0)]], blind=True)
-    got = learned(run(stage, turns=2, settle=True))
+    got = learned(run(stage, turns=2, settle=1.0))
     assert [text for text, _ in got] == ["a", "a"]
     with pytest.raises(ValueError, match="settle goes with"):
-        RISEConfig.model_validate({"settle": True, "teacher": "expert"})
+        RISEConfig.model_validate({"settle": 0.5, "teacher": "expert"})
 
 
 def test_whole_episodes_share_their_score_and_gamma_discounts_from_the_end() -> None:

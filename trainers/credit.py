@@ -12,10 +12,10 @@ from ..core.types import Completion, Example, Judged, Trajectory
 class TrainerConfig(Config):
     """What every trainer's config has: how much is played before it is called."""
 
-    tasks_per_iteration: int = Field(64, ge=1)
-    attempts_per_task: int = Field(1, ge=1)
+    tasks_per_iteration: int = Field(default=64, ge=1)
+    attempts_per_task: int = Field(default=1, ge=1)
     """The size of a group."""
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(default=1, ge=1)
     """Passes over an iteration's examples."""
 
 

@@ -18,7 +18,7 @@ class ImitationConfig(TrainerConfig):
     """Who is imitated: the world's expert, ``trajectories``, or the policy itself."""
     trajectories: str = ""
     """With ``source: file``: a parquet file of trajectories, as runs store them."""
-    threshold: float = Field(1.0, ge=0, le=1)
+    threshold: float = Field(default=1.0, ge=0, le=1)
     """The least score of a trajectory that is imitated."""
 
     @model_validator(mode="after")

@@ -9,24 +9,25 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ..core.protocols import Attempt, Context, Plan
+from ..core.seeds import derive
 from ..core.types import Batch, Example, Judged, Start, Step, Trajectory
 from .credit import TrainerConfig, by_task, example, score
 from .loss import NLL
 
 
 class RISEConfig(TrainerConfig):
-    samples: int = Field(8, ge=1)
+    samples: int = Field(default=8, ge=1)
     """Candidates per state from the second turn on (the first has ``attempts_per_task``)."""
-    turns: int = Field(4, ge=1)
+    turns: int = Field(default=4, ge=1)
     """Turns of a conversation, at most the task's own limit."""
     unit: Literal["turn", "episode"] = "turn"
     """What one attempt is: an action, answered by the world; or a whole episode, all of whose
     actions share its score (there is then one state per task, its start)."""
     history: Literal["best", "sampled"] = "best"
     """Which candidate the conversation goes on from: the best, or a fair sample of the policy."""
-    settle: bool = False
-    """Also learn to stand by a right attempt: conversations go on after it, in a world that does
-    not say which attempts are right. For agents that must do without an oracle in the end."""
+    settle: float = Field(default=0.0, ge=0, le=1)
+    """The share of conversations that go on after a right attempt, in a world that does not say
+    which attempts are right, to learn to stand by it: for agents that will have no oracle."""
     teacher: str = ""
     """Who plays the turns after the first. Empty: the policy (self-distillation); ``expert``: the
     world's; else a model folder or hub id (distillation)."""
@@ -35,13 +36,13 @@ class RISEConfig(TrainerConfig):
     filter: Literal["all", "better", "best", "success"] = "all"
     """Which turns: all; better than the turn before; with no better turn before; solved. The
     first turn is always kept, except by ``success``."""
-    tau: float = Field(0.4, gt=0)
+    tau: float = Field(default=0.4, gt=0)
     baseline: Literal["none", "constant", "state_mean", "state_max"] = "none"
     constant: float = 0.0
     """The baseline of that name."""
     normalize: bool = False
     """Divide the weights by their mean."""
-    gamma: float = Field(1.0, ge=0, le=1)
+    gamma: float = Field(default=1.0, ge=0, le=1)
     """With ``unit: episode``: an action k steps before the end has gamma**k of the score."""
 
     @model_validator(mode="after")
@@ -108,8 +109,11 @@ class RISE:
 
     def _retries(self, carried: Trajectory) -> list[Start]:
         """Candidates for the turn after ``carried``; none once it is solved or out of steps."""
-        done = carried.success and not self._config.settle
-        if done or len(carried.steps) >= carried.task.max_steps or not carried.steps:
+        # By the task, so that a conversation that goes on goes on to its end.
+        share = derive(carried.task.id, carried.seed, "settle") / 2**63
+        right = carried.steps[-1:] and carried.steps[-1].reward >= 1
+        done = carried.success or right
+        if (done and share >= self._config.settle) or len(carried.steps) >= carried.task.max_steps or not carried.steps:
             return []
         return [
             Start(carried.task, carried.seed, attempt, carried.steps, turns=1)

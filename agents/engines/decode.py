@@ -102,8 +102,8 @@ class Place:
 class Memory:
     """Keys and values of conversations, so that the next turn reads only what is new.
 
-    Forgets its oldest batches once it holds more than ``limit`` bytes. Must be cleared whenever
-    the model's weights change.
+    Forgets its oldest batches once it holds more than ``limit`` bytes, even the last. Must be
+    cleared whenever the model's weights change.
     """
 
     def __init__(self, limit: int) -> None:
@@ -131,7 +131,7 @@ class Memory:
                 self._lengths[len(ids)] += 1
             self._places[ids] = Place(stores, row, offset, len(ids))
         self._batches.append(stores)
-        while len(self._batches) > 1 and self.nbytes > self._limit:
+        while self.nbytes > self._limit:
             self._forget(self._batches.popleft())
 
     @property

@@ -18,9 +18,9 @@ from ...core.types import Completion, Message, Sampling
 
 
 class TransformersConfig(PolicyConfig):
-    batch_size: int = Field(512, ge=1)
+    batch_size: int = Field(default=512, ge=1)
     """Completions sampled together."""
-    memory_gb: float = Field(1.0, ge=0)
+    memory_gb: float = Field(default=1.0, ge=0)
     """For keys and values of conversations in play, so that each turn reads only what is new."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -52,9 +52,8 @@ class TransformersPolicy:
         self._config = config
         self._seed = seed
         opened = open_model(model, config.device, config.dtype, config.trust_remote_code)
-        self.model: Any = opened[0]
+        self.model: Any = frozen(opened[0])
         self.tokens = opened[1]
-        self.model.eval()
         self.checkpoint = "base"
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self._context: int = limit or 1 << 30
@@ -287,11 +286,10 @@ class TransformersPolicy:
             if any(layer.weight is tied for layer in inner):
                 raise ValueError("it changes the output layer, whose weights are the embeddings'")
         except Exception as cause:
-            self.model = _bare(self.model)
+            self.model = frozen(_bare(self.model))
             raise PolicyError(f"cannot load the adapter {folder}: {cause}") from cause
         self._merged = [(layer.weight, layer.weight.detach().clone()) for layer in inner]
-        self.model = wrapped.merge_and_unload()
-        self.model.eval()
+        self.model = frozen(wrapped.merge_and_unload())
 
     def _replace(self, folder: Path) -> None:
         config = self._config
@@ -299,7 +297,7 @@ class TransformersPolicy:
         whole = open_weights(str(folder), str(self.model.device), dtype, config.trust_remote_code)
         if _shapes(whole) != _shapes(self.model):
             raise PolicyError(f"the model in {folder} is of another architecture than the base")
-        self._base, self.model = self.model, whole.eval()
+        self._base, self.model = self.model, frozen(whole)
 
     def _restore_base(self) -> None:
         # Copies, not subtraction of the adapter: weights come back bit for bit, whatever the
@@ -309,6 +307,11 @@ class TransformersPolicy:
         self._merged.clear()
         if self._base is not None:
             self.model, self._base = self._base, None
+
+
+def frozen(model: Any) -> Any:
+    """For answering only. torch rounds otherwise where weights want gradients, used or not."""
+    return model.eval().requires_grad_(False)
 
 
 def _touches_more(settings: Any) -> bool:

@@ -1,0 +1,60 @@
+"""The talking agent: what a model is shown, and that it only ever grows at its end."""
+
+from selfwright.agents.chat import Chat, ChatConfig
+from selfwright.core.types import Action, Completion, Message, Observation, Step, Task
+
+TASK = Task("t", "Make 24.", 4)
+
+
+def history(turns: int) -> list[Step]:
+    return [
+        Step(
+            Observation(f"seen {k}", (b"png",) if k == 1 else ()),
+            Action(f"act {k}", Completion(f" act {k} ", (k, k + 1))),
+            0.0,
+        )
+        for k in range(turns)
+    ]
+
+
+def said(k: int) -> Message:
+    return Message("assistant", f" act {k} ", token_ids=(k, k + 1))
+
+
+def test_the_task_then_turn_by_turn() -> None:
+    agent = Chat(ChatConfig())
+    prompt = agent.prompt(TASK, history(2), Observation("now", (b"new",)))
+    assert prompt == (
+        Message("user", "Make 24.\nseen 0"),
+        said(0),
+        Message("user", "seen 1", (b"png",)),
+        said(1),
+        Message("user", "now", (b"new",)),
+    )
+    assert agent.prompt(TASK, [], Observation("")) == (Message("user", "Make 24."),)
+    brief = Chat(ChatConfig(system="Be brief."))
+    assert brief.prompt(TASK, history(2), Observation("now")) == (
+        Message("system", "Be brief."),
+        *agent.prompt(TASK, history(2), Observation("now")),
+    )
+    assert agent.parse(" 3 + 4\n") == "3 + 4"
+
+
+def test_prompts_only_grow() -> None:
+    agent = Chat(ChatConfig())
+    for turn in range(1, 4):
+        steps = history(4)
+        before = agent.prompt(TASK, steps[: turn - 1], steps[turn - 1].observation)
+        after = agent.prompt(TASK, steps[:turn], steps[turn].observation)
+        assert after[: len(before)] == before
+        assert after[len(before)] == said(turn - 1)
+
+
+def test_a_window_keeps_the_task_and_the_last_attempts() -> None:
+    agent = Chat(ChatConfig(window=2))
+    assert agent.prompt(TASK, history(3), Observation("now")) == (
+        Message("user", "Make 24.\nseen 0"),
+        said(2),
+        Message("user", "now"),
+    )
+    assert len(agent.prompt(TASK, history(1), Observation("now"))) == 3

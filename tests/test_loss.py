@@ -1,0 +1,181 @@
+"""Losses worked by hand, and the identities that must hold for any numbers."""
+
+# torch is partly untyped.
+# pyright: reportUnknownMemberType=false
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selfwright.core.types import Aggregation, TokenArrays
+from selfwright.trainers.loss import NLL, Clip, kl
+from selfwright.trainers.pack import Row, Span, token_weights
+
+LOG = math.log
+
+
+def arrays(
+    new: Sequence[float],
+    old: Sequence[float],
+    advantages: Sequence[float],
+    reference: Sequence[float] | None = None,
+) -> TokenArrays:
+    return TokenArrays(
+        torch.tensor(new, requires_grad=True),
+        torch.tensor(old),
+        torch.tensor(advantages),
+        None if reference is None else torch.tensor(reference),
+    )
+
+
+def gradient(loss: NLL | Clip, tokens: TokenArrays) -> list[float]:
+    autograd: Any = torch.autograd
+    (slopes,) = autograd.grad(loss(tokens).sum(), tokens.logprobs)
+    return slopes.tolist()
+
+
+def test_nll_is_the_weighted_negative_log_likelihood() -> None:
+    made = arrays([-1.0, -2.0, -0.5], [0.0, 0.0, 0.0], [1.0, 3.0, -2.0])
+    assert NLL()(made).tolist() == [1.0, 6.0, -1.0]
+    assert gradient(NLL(), made) == [-1.0, -3.0, 2.0]
+    assert not NLL().needs_reference
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope"),
+    [
+        # Inside the trust region: -rA, and its slope in log pi is the same.
+        (1.1, 2.0, -2.2, -2.2),
+        (0.9, -2.0, 1.8, 1.8),
+        # Too likely already and still rewarded, too unlikely and still punished: cut, no slope.
+        (1.5, 2.0, -2.6, 0.0),
+        (0.5, -2.0, 1.4, 0.0),
+        # The other two sides are never cut: a mistake can always be undone.
+        (0.5, 2.0, -1.0, -1.0),
+        (1.5, -2.0, 3.0, 3.0),
+        (7.0, 0.0, 0.0, 0.0),
+    ],
+)
+def test_clip_on_both_sides_and_for_both_signs(
+    ratio: float, advantage: float, loss: float, slope: float
+) -> None:
+    made = arrays([-1.0 + LOG(ratio)], [-1.0], [advantage])
+    clip = Clip(low=0.3, high=0.3)
+    assert clip(made).item() == pytest.approx(loss, rel=1e-5)
+    assert gradient(clip, made) == pytest.approx([slope], rel=1e-5)
+
+
+def test_clip_may_be_uneven() -> None:
+    made = arrays([LOG(1.25), LOG(0.75)], [0.0, 0.0], [1.0, -1.0])
+    assert Clip(low=0.2, high=0.28)(made).tolist() == pytest.approx([-1.25, 0.8])
+    assert Clip(low=0.3, high=0.2)(made).tolist() == pytest.approx([-1.2, 0.75])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope"),
+    [
+        (2.0, -1.0, 2.0, 2.0),
+        (4.0, -1.0, 3.0, 0.0),
+        (math.exp(100), -0.5, 1.5, 0.0),
+        (0.1, -1.0, 0.8, 0.0),
+        # Where the advantage is positive the second bound has no say.
+        (4.0, 1.0, -1.2, 0.0),
+        (0.1, 1.0, -0.1, -0.1),
+    ],
+)
+def test_dual_clip_bounds_the_loss_of_what_is_punished(
+    ratio: float, advantage: float, loss: float, slope: float
+) -> None:
+    made = arrays([LOG(ratio)], [0.0], [advantage])
+    clip = Clip(dual=3.0)
+    assert clip(made).item() == pytest.approx(loss, rel=1e-5)
+    assert gradient(clip, made) == pytest.approx([slope], rel=1e-5)
+
+
+def test_a_ratio_beyond_float32_spoils_nothing() -> None:
+    made = arrays([0.0, 0.0], [-500.0, -500.0], [0.0, 1.0])
+    assert Clip()(made).tolist() == pytest.approx([0.0, -1.2])
+    assert gradient(Clip(), made) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "value", "slope"),
+    [
+        # d = log ref - log pi = log 2: k1 = -d, k2 = d^2 / 2, k3 = e^d - d - 1.
+        ("k1", -LOG(2), 1.0),
+        ("k2", LOG(2) ** 2 / 2, -LOG(2)),
+        ("k3", 1 - LOG(2), -1.0),
+    ],
+)
+def test_kl_estimators(estimator: Literal["k1", "k2", "k3"], value: float, slope: float) -> None:
+    new, reference = torch.tensor([-2.0], requires_grad=True), torch.tensor([-2.0 + LOG(2)])
+    estimate = kl(new, reference, estimator)
+    assert estimate.item() == pytest.approx(value, rel=1e-5)
+    estimate.sum().backward()
+    assert new.grad is not None and new.grad.item() == pytest.approx(slope, rel=1e-5)
+    clip = Clip(kl=0.1, estimator=estimator)
+    assert clip.needs_reference
+    made = arrays([-2.0], [-2.0], [3.0], [-2.0 + LOG(2)])
+    assert clip(made).item() == pytest.approx(-3.0 + 0.1 * value, rel=1e-5)
+
+
+nats = st.floats(-20, 0, width=32)
+
+
+@given(st.lists(st.tuples(nats, nats), min_size=1, max_size=20))
+def test_k3_is_never_negative_and_zero_only_for_equals(pairs: list[tuple[float, float]]) -> None:
+    new, reference = torch.tensor(pairs, dtype=torch.float64).unbind(1)
+    k3 = kl(new, reference, "k3")
+    assert (k3 >= 0).all()
+    assert ((k3 == 0) <= ((new - reference).abs() < 1e-6)).all()
+    assert kl(new, new, "k3").tolist() == [0.0] * len(pairs)
+
+
+def test_estimates_average_to_the_divergence() -> None:
+    pi = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    base = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    exact = float((pi * (pi / base).log()).sum())
+    for estimator in ("k1", "k3"):
+        assert float((pi * kl(pi.log(), base.log(), estimator)).sum()) == pytest.approx(exact)
+
+
+@given(st.lists(st.tuples(nats, st.floats(-5, 5, width=32)), min_size=1, max_size=20))
+def test_where_nothing_moved_ppo_is_reinforce(tokens: list[tuple[float, float]]) -> None:
+    new, advantages = [t[0] for t in tokens], [t[1] for t in tokens]
+    made = arrays(new, new, advantages)
+    for clip in (Clip(), Clip(dual=3.0), Clip(low=0.1, high=0.3)):
+        assert gradient(clip, made) == pytest.approx(gradient(NLL(), made), abs=1e-6)
+        assert clip(made).tolist() == pytest.approx([-a for a in advantages], abs=1e-6)
+
+
+def rows() -> list[Row]:
+    """Three sequences of 1, 3 and 2 trained tokens, two of them in one row."""
+    one, two, three = Span(1, 2, 1.0, (), 0), Span(4, 7, 1.0, (), 1), Span(2, 4, 1.0, (), 2)
+    return [Row([9] * 7, [one, two]), Row([9] * 4, [three])]
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "loss"),
+    [
+        # Token losses 6 | 1 2 3 | 10 20, by hand.
+        ("token-mean", 42 / 6),
+        ("seq-mean-token-mean", (6 / 1 + 6 / 3 + 30 / 2) / 3),
+        ("seq-mean-token-sum", (6 + 6 + 30) / 3),
+        ("seq-mean-token-sum-norm", (6 + 6 + 30) / 3 / 50),
+    ],
+)
+def test_aggregation_by_hand(aggregation: Aggregation, loss: float) -> None:
+    losses = [[[6.0], [1.0, 2.0, 3.0]], [[10.0, 20.0]]]
+    weights = token_weights(rows(), aggregation, 50)
+    total = sum(
+        x * w
+        for row, given in zip(losses, weights, strict=True)
+        for span, scale in zip(row, given, strict=True)
+        for x, w in zip(span, scale, strict=True)
+    )
+    assert total == pytest.approx(loss)

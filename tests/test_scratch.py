@@ -1,0 +1,71 @@
+"""Models made here: repeatable, of every size that is offered, with a lossless tokenizer."""
+
+# transformers is partly untyped.
+# pyright: reportUnknownMemberType=false
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selfwright.agents import scratch
+from selfwright.core.errors import PolicyError
+from selfwright.core.models import open_model
+
+TEXTS = ["Make 24 from 3 5 8.", "3 * 5 + 9 = 24, right"] * 20
+
+
+def test_the_same_seed_makes_the_same_files(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        state = torch.get_rng_state()
+        scratch.make("scratch:32x1", TEXTS, tmp_path / name, seed)
+        assert torch.equal(state, torch.get_rng_state())
+    for file in sorted((tmp_path / "a").iterdir()):
+        same = file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+        other = file.read_bytes() == (tmp_path / "c" / file.name).read_bytes()
+        assert same and other == (file.name != "model.safetensors"), file.name
+
+
+@pytest.mark.parametrize("width", [32, 64, 96, 160, 224])
+def test_every_width_runs(tmp_path: Path, width: int) -> None:
+    scratch.make(f"scratch:{width}x2", TEXTS, tmp_path, 0)
+    model, tokens = open_model(str(tmp_path), "cpu", "auto", False)
+    assert model.config.hidden_size == width and model.config.num_hidden_layers == 2
+    with torch.inference_mode():
+        logits = model(torch.tensor([tokens.completion("3 + 5")])).logits
+    assert logits.shape[-1] == len(tokens.tokenizer) and bool(logits.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "name", ["scratch:", "scratch:32", "scratch:33x1", "scratch:0x1", "scratch:32x0", "scrach:32x1"]
+)
+def test_other_sizes_are_refused(name: str) -> None:
+    with pytest.raises(PolicyError, match=r"the form is scratch:WIDTHxLAYERS"):
+        scratch.parse(name)
+
+
+@settings(deadline=None)
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=20))
+def test_any_text_survives_the_tokenizer(model_folder: Callable[[str], Path], text: str) -> None:
+    _, tokens = opened(str(model_folder("scratch")))
+    ids = tokens.completion(text)
+    assert tokens.text(ids) == text and ids[-1] == tokens.end
+    assert ids.count(tokens.end) == 1
+
+
+def opened(folder: str, known: dict[str, Any] = {}) -> Any:  # noqa: B006
+    if folder not in known:
+        known[folder] = open_model(folder, "cpu", "auto", False)
+    return known[folder]
+
+
+def test_digits_are_one_token_each(model_folder: Callable[[str], Path]) -> None:
+    untyped: Any = transformers.AutoTokenizer
+    tokenizer = untyped.from_pretrained(model_folder("scratch"))
+    pieces = [tokenizer.decode([i]) for i in tokenizer("make 1234 from 56")["input_ids"]]
+    assert [piece.strip() for piece in pieces if piece.strip().isdigit()] == list("123456")
