@@ -1,21 +1,17 @@
 """Models made here: repeatable, of every size that is offered, with a lossless tokenizer."""
 
-# transformers is partly untyped.
-# pyright: reportUnknownMemberType=false
-
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import transformers
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from selfwright.agents import scratch
 from selfwright.core.errors import PolicyError
 from selfwright.core.models import open_model
+from selfwright.core.tokens import ChatTokens
 
 TEXTS = ["Make 24 from 3 5 8.", "3 * 5 + 9 = 24, right"] * 20
 
@@ -49,23 +45,21 @@ def test_other_sizes_are_refused(name: str) -> None:
         scratch.parse(name)
 
 
+@pytest.fixture(scope="module")
+def tokens(model_folder: Callable[[str], Path]) -> ChatTokens:
+    return open_model(str(model_folder("scratch")), "cpu", "auto", False)[1]
+
+
 @settings(deadline=None)
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=20))
-def test_any_text_survives_the_tokenizer(model_folder: Callable[[str], Path], text: str) -> None:
-    _, tokens = opened(str(model_folder("scratch")))
+def test_any_text_survives_the_tokenizer(tokens: ChatTokens, text: str) -> None:
+    # But for the names of special tokens, which every tokenizer takes for the tokens themselves.
+    assume("<|" not in text)
     ids = tokens.completion(text)
     assert tokens.text(ids) == text and ids[-1] == tokens.end
     assert ids.count(tokens.end) == 1
 
 
-def opened(folder: str, known: dict[str, Any] = {}) -> Any:  # noqa: B006
-    if folder not in known:
-        known[folder] = open_model(folder, "cpu", "auto", False)
-    return known[folder]
-
-
-def test_digits_are_one_token_each(model_folder: Callable[[str], Path]) -> None:
-    untyped: Any = transformers.AutoTokenizer
-    tokenizer = untyped.from_pretrained(model_folder("scratch"))
-    pieces = [tokenizer.decode([i]) for i in tokenizer("make 1234 from 56")["input_ids"]]
-    assert [piece.strip() for piece in pieces if piece.strip().isdigit()] == list("123456")
+def test_digits_are_one_token_each(tokens: ChatTokens) -> None:
+    pieces = [tokens.text([i]).strip() for i in tokens.completion("make 1234 from 56")]
+    assert [piece for piece in pieces if piece.isdigit()] == list("123456")
