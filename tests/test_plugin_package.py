@@ -10,7 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from selfwright.core.store import TRAJECTORIES, read_trajectories
+
 SOURCE = Path(__file__).parent / "plugin_world"
+RECIPE = """
+iterations: 1
+environment: {use: parrot}
+policy:
+  model: scratch:32x1
+  max_tokens: 4
+  warm_start: {updates: 4, batch_size: 4, demonstrations: 4}
+trainer: {use: imitation, tasks_per_iteration: 4}
+learner: {rank: 4, alpha: 8}
+evaluation: {tasks: 2, every: 0}
+"""
 Python = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -23,7 +36,11 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Python:
     install = [sys.executable, "-m", "pip", "install", *options, work / "site", work / "source"]
     subprocess.run(install, check=True, timeout=120)
     paths = [str(work / "site"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "SELFWRIGHT_CACHE": str(work / "cache"),
+    }
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -63,3 +80,16 @@ def test_a_recipe_uses_it(python: Python) -> None:
     )
     done = python("-c", code)
     assert done.stdout == "{'use': 'parrot', 'loud': False} 2 Parrot\n", done.stderr
+
+
+def test_a_run_plays_it_judges_it_and_learns_from_it(python: Python, tmp_path: Path) -> None:
+    (tmp_path / "parrot.yaml").write_text(RECIPE)
+    output = tmp_path / "run"
+    done = python("-m", "selfwright", "run", str(tmp_path / "parrot.yaml"), "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((output / "result.json").read_text())
+    assert result["base"]["tasks"] == result["final"]["tasks"] == 2
+    assert result["tokens_trained"] > 0
+    stored = read_trajectories(output / "iterations" / "0000" / TRAJECTORIES)
+    assert sorted(one.trajectory.task.id for one in stored) == [f"parrot {w}" for w in "abcd"]
+    assert all(one.trajectory.success and one.verdict.score == 1 for one in stored)
