@@ -6,13 +6,16 @@
 
 import json
 import math
+import random
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from selfwright.agents import scratch
@@ -141,8 +144,10 @@ def test_it_learns_quietly_and_leaves_nothing_behind(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     learner = through_trl(model)
+    drawn = torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[2]
     losses = [learner.update(Batch(NLL(), EXAMPLES), 0.0)["train/loss"] for _ in range(5)]
     assert losses[-1] < losses[0]
+    assert drawn == (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[2])
     learner.export(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

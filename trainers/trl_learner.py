@@ -17,6 +17,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+
 from ..core.errors import LearnerError, PolicyError
 from ..core.models import open_model
 from ..core.seeds import derive
@@ -114,7 +116,7 @@ class TRLLearner(PlainLearner):
         longest = max(map(len, labelled["input_ids"]))
         # TRL replaces the forward of the model it is given, once more for every trainer.
         with (
-            tempfile.TemporaryDirectory(prefix="selfwright-") as folder,
+            _apart() as folder,
             _own_forward(self._model, self._model.get_base_model())
             if self._config.method == "lora"
             else _own_forward(self._model),
@@ -200,7 +202,7 @@ def fit_dpo(
     longest = max(
         len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows
     )
-    with tempfile.TemporaryDirectory(prefix="selfwright-") as folder:
+    with _apart() as folder:
         trainer = trl.DPOTrainer(
             weights,
             args=trl.DPOConfig(
@@ -244,7 +246,7 @@ def fit_reward(
         for row in _pair_ids(pairs, tokens)
     ]
     longest = max(len(ids) for row in rows for ids in row.values())
-    with tempfile.TemporaryDirectory(prefix="selfwright-") as folder:
+    with _apart() as folder:
         trainer = trl.RewardTrainer(
             weights,
             args=trl.RewardConfig(
@@ -334,6 +336,21 @@ def _run(trainer: Any) -> list[Metrics]:
                 f"{entry['grad_norm']}; lower learner.learning_rate"
             )
     return log
+
+
+@contextmanager
+def _apart() -> Generator[str]:
+    """A folder for a while. The random states that TRL seeds anew are put back in the end."""
+    import torch
+
+    rng: Any = torch.random
+    python, arrays = random.getstate(), np.random.get_state()
+    with rng.fork_rng(), tempfile.TemporaryDirectory(prefix="selfwright-") as folder:
+        try:
+            yield folder
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
 
 
 @contextmanager
