@@ -40,7 +40,9 @@ class Chat:
         messages.append(Message("user", opening, seen[0].images))
         for k in range(first, len(history)):
             said = history[k].action.completion
-            messages.append(Message("assistant", said.text, token_ids=said.token_ids))
+            messages.append(
+                Message("assistant", said.text, token_ids=said.token_ids, tokenizer=said.tokenizer)
+            )
             messages.append(Message("user", seen[k + 1].text, seen[k + 1].images))
         return tuple(messages)
 

@@ -500,10 +500,10 @@ def _same_words(sample: HasAttempts, wrong: Episode, right: Episode) -> int:
         answers = [sample.answer(wrong.task, e.actions[turn]) for e in (wrong, right)]
         if None in answers or one.reward >= other.reward:
             continue
-        said = [
-            step.observation.text.replace(str(answer), "...")
-            for step, answer in zip((one, other), answers, strict=True)
-        ]
+        # Either answer may stand in either text: the right one is often part of the task.
+        said = [one.observation.text, other.observation.text]
+        for answer in sorted(map(str, answers), key=len, reverse=True):
+            said = [text.replace(answer, "...") for text in said]
         if said[0] != said[1]:
             raise Broken(
                 f"without its oracle {wrong.task.id!r} answers a wrong attempt {said[0]!r} "

@@ -10,7 +10,8 @@ The columns, nested as in ``core.types``; nothing is null but an undecided score
     steps     list<struct<
                 observation: OBSERVATION,
                 action: struct<text: string, completion: struct<
-                    text: string, token_ids: list<int32>, logprobs: list<float>, finish: string>>,
+                    text: string, token_ids: list<int32>, logprobs: list<float>, finish: string,
+                    tokenizer: string>>,
                 reward: double>>
     final     OBSERVATION
     stop      string          terminated, truncated or failed
@@ -71,6 +72,7 @@ _COMPLETION = pa.struct(
         "token_ids": pa.list_(pa.int32()),
         "logprobs": pa.list_(pa.float32()),
         "finish": pa.string(),
+        "tokenizer": pa.string(),
     }
 )
 _STEP = pa.struct(
@@ -283,6 +285,7 @@ def _step_row(step: Step, put: Callable[[bytes], str]) -> dict[str, Any]:
         "token_ids": said.token_ids,
         "logprobs": said.logprobs,
         "finish": said.finish,
+        "tokenizer": said.tokenizer,
     }
     return {
         "observation": _observation_row(step.observation, put),
@@ -318,7 +321,11 @@ def _judged(row: dict[str, Any], get: Callable[[str], bytes]) -> Judged:
 def _step(row: dict[str, Any], get: Callable[[str], bytes]) -> Step:
     action, said = row["action"], row["action"]["completion"]
     completion = Completion(
-        said["text"], tuple(said["token_ids"]), tuple(said["logprobs"]), said["finish"]
+        said["text"],
+        tuple(said["token_ids"]),
+        tuple(said["logprobs"]),
+        said["finish"],
+        said["tokenizer"],
     )
     return Step(
         _observation(row["observation"], get), Action(action["text"], completion), row["reward"]

@@ -1,5 +1,7 @@
 """Messages to token ids, the same way for whoever samples and whoever learns. Imports no torch."""
 
+import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,7 +9,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 
 from .errors import PolicyError
-from .types import Message
+from .types import Completion, Message
 
 
 class Rendered(NamedTuple):
@@ -41,6 +43,8 @@ class ChatTokens:
         if tokenizer.eos_token_id is None:
             raise PolicyError(f"the tokenizer of {tokenizer.name_or_path!r} has no end token")
         self.tokenizer = tokenizer
+        self.fingerprint = _fingerprint(tokenizer)
+        """Of the vocabulary: what an id means."""
         self.eos: int = tokenizer.eos_token_id
         self.end: int = self._end_of_turn()
         """What an answer ends with: mostly ``eos``, but some templates close turns otherwise."""
@@ -65,6 +69,16 @@ class ChatTokens:
         self.breaks += rendered.broken
         return rendered.ids
 
+    def sampled(self, said: Message | Completion) -> bool:
+        """Whether it holds ids as sampled, and of this vocabulary."""
+        return bool(said.token_ids) and said.tokenizer in ("", self.fingerprint)
+
+    def answer(self, completion: Completion) -> tuple[int, ...]:
+        """Its ids as sampled; those of its text if it was not sampled, or by another tokenizer."""
+        if self.sampled(completion):
+            return completion.token_ids
+        return self.completion(completion.text)
+
     def completion(self, text: str) -> tuple[int, ...]:
         """The ids of an answer that was not sampled, its end token included."""
         return (*self._encode(text), self.end)
@@ -79,7 +93,7 @@ class ChatTokens:
 
     def _prompt(self, messages: tuple[Message, ...]) -> Rendered:
         """Turn by turn, from the longest beginning that is known."""
-        cuts = [k for k, message in enumerate(messages) if k and message.token_ids]
+        cuts = [k for k, message in enumerate(messages) if k and self.sampled(message)]
         cuts.append(len(messages))
         rendered, begin = None, 0
         for k in reversed(range(len(cuts))):
@@ -145,3 +159,8 @@ class ChatTokens:
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _fingerprint(tokenizer: Any) -> str:
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.blake2b(vocabulary.encode(errors="surrogatepass"), digest_size=8).hexdigest()

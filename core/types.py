@@ -20,6 +20,8 @@ class Message:
     """PNG-encoded RGB frames, shown before the text."""
     token_ids: tuple[int, ...] = ()
     """What a policy sampled, if this is its own earlier turn: it is never re-tokenised."""
+    tokenizer: str = ""
+    """Whose ``token_ids`` these are, as in ``Completion``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,9 @@ class Completion:
     """(T,) nats, of the model's own distribution (temperature 1, unconstrained); or empty."""
     finish: Literal["stop", "length", ""] = ""
     """``length``: cut at ``max_tokens``. Empty if not sampled."""
+    tokenizer: str = ""
+    """Fingerprint of the vocabulary that ``token_ids`` belong to: to any other they mean nothing,
+    and ``text`` stands for them. Empty: the reader's own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ from pydantic import Field
 
 from ..core.config import Config
 from ..core.protocols import Agent
-from ..core.types import Completion, Example, Judged, Trajectory
+from ..core.types import Aggregation, Completion, Example, Judged, Trajectory
+from .loss import NLL
 
 
 class TrainerConfig(Config):
@@ -17,6 +18,14 @@ class TrainerConfig(Config):
     """The size of a group."""
     epochs: int = Field(default=1, ge=1)
     """Passes over an iteration's examples."""
+    aggregation: Aggregation = "seq-mean-token-mean"
+    """How the token losses of imitation become one number."""
+    length: int = Field(default=1, ge=1)
+    """The constant, in tokens, of ``aggregation: seq-mean-token-sum-norm``."""
+
+    @property
+    def nll(self) -> NLL:
+        return NLL(self.aggregation, self.length)
 
 
 def by_task(batch: Iterable[Judged]) -> list[list[Judged]]:
@@ -44,7 +53,7 @@ def example(agent: Agent, trajectory: Trajectory, turn: int, weight: float) -> E
     said = step.action.completion
     return Example(
         agent.prompt(trajectory.task, trajectory.steps[:turn], step.observation),
-        Completion(said.text, said.token_ids),
+        Completion(said.text, said.token_ids, tokenizer=said.tokenizer),
         weight,
     )
 

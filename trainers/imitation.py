@@ -10,7 +10,6 @@ from ..core.protocols import Context, Plan
 from ..core.store import read_trajectories
 from ..core.types import Batch, Judged, Stop
 from .credit import TrainerConfig, by_task, imitate, score
-from .loss import NLL
 
 
 class ImitationConfig(TrainerConfig):
@@ -58,7 +57,7 @@ class Imitation:
             if score(one) >= self._config.threshold and one.trajectory.stop != Stop.FAILED
             for example in imitate(self._context.agent, one.trajectory)
         )
-        return [Batch(NLL(), examples, self._config.epochs)] if examples else []
+        return [Batch(self._config.nll, examples, self._config.epochs)] if examples else []
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -38,10 +38,7 @@ def pack(examples: Sequence[Example], tokens: ChatTokens) -> list[Row]:
     Raises:
         LearnerError: a completion with another number of log-probabilities than of tokens.
     """
-    encoded = [
-        (tokens.prompt(e.prompt), e.completion.token_ids or tokens.completion(e.completion.text))
-        for e in examples
-    ]
+    encoded = [(tokens.prompt(e.prompt), tokens.answer(e.completion)) for e in examples]
     rows: list[Row] = []
     # Rows by their whole content; short prompts first, so that a row grows turn by turn.
     whole: dict[tuple[int, ...], list[Row]] = {}
@@ -57,7 +54,9 @@ def pack(examples: Sequence[Example], tokens: ChatTokens) -> list[Row]:
             row.ids += prompt[len(row.ids) :]
         begin = len(row.ids)
         row.ids += completion
-        logprobs = examples[k].completion.logprobs
+        said = examples[k].completion
+        # Those of another tokenizer's ids are of no use here.
+        logprobs = said.logprobs if tokens.sampled(said) else ()
         if logprobs and len(logprobs) != len(completion):
             raise LearnerError(
                 f"example {k} has {len(completion)} tokens and {len(logprobs)} log-probabilities; "

@@ -3,16 +3,15 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ..core.protocols import Attempt, Context, Plan
+from ..core.protocols import Context, Plan
 from ..core.seeds import derive
-from ..core.types import Batch, Example, Judged, Start, Step, Trajectory
+from ..core.types import Batch, Example, Judged, Start, Step, Stop
 from .credit import TrainerConfig, by_task, example, score
-from .loss import NLL
 
 
 class RISEConfig(TrainerConfig):
@@ -42,8 +41,10 @@ class RISEConfig(TrainerConfig):
     """The baseline of that name."""
     normalize: bool = False
     """Divide the weights by their mean."""
-    gamma: float = Field(default=1.0, ge=0, le=1)
-    """With ``unit: episode``: an action k steps before the end has gamma**k of the score."""
+    gamma: float | None = Field(default=None, ge=0, le=1)
+    """An action earns what it was paid, and gamma**k of what k turns later in its conversation was.
+    None: 0 with ``unit: turn``, as in the paper's code; 1 with ``unit: episode``, where only the
+    last action is paid, by the score."""
 
     @model_validator(mode="after")
     def _settled(self) -> Self:
@@ -52,12 +53,32 @@ class RISEConfig(TrainerConfig):
         return self
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What one state teaches: one of its candidates."""
+
+    judged: Judged
+    baseline: float
+    turn: int
+    """Of the conversation."""
+    conversation: list[Judged]
+    """Its turns so far, and later ones as it goes on: what was carried on from each."""
+
+    @property
+    def later(self) -> list[float]:
+        """Scores of the turns that followed; none if the conversation went on from another."""
+        if self.turn < len(self.conversation) and self.conversation[self.turn] is self.judged:
+            return [score(one) for one in self.conversation[self.turn + 1 :]]
+        return []
+
+
 class RISE:
     """Roll out turn by turn, keep the best of several candidates, imitate with exp(r / tau).
 
-    Every state is one the policy reached itself. A turn's reward r is the judge's score of the
-    conversation up to it. Nothing is learned after the first success, and only the last turn of
-    each prefix is a target.
+    Every state is one the policy reached itself: where a teacher mends, the conversation goes on
+    from the policy's own next attempt. A turn's reward r is the judge's score of the conversation
+    up to it. Nothing is learned after the first success, and only the last turn of each prefix is
+    a target. Degenerate text is discarded as if it had not been said.
 
     Departures, each an option whose default is the paper's: ``keep: all``, ``history: sampled``,
     ``unit: episode``, ``settle``, ``normalize``, the state baselines, ``gamma``. Of equally good
@@ -77,73 +98,89 @@ class RISE:
         return Plan(config.tasks_per_iteration, config.attempts_per_task, turns)
 
     async def batches(self, judged: Sequence[Judged]) -> list[Batch]:
-        play = await self._improver()
-        examples: list[Example] = []
-        scores: dict[tuple[str, int], list[float]] = {}
-        turns = self._config.turns if self._config.unit == "turn" else 1
+        config, context = self._config, self._context
+        own = context.attempt_blind if config.settle else context.attempt
+        teach = await context.play_as(config.teacher) if config.teacher else None
+        lessons: list[Lesson] = []
+        conversations: dict[tuple[str, int], list[Judged]] = {}
+        starts: list[Start] = []
+        turns = config.turns if config.unit == "turn" else 1
         for turn in range(turns):
-            starts: list[Start] = []
-            for group in by_task(judged):
-                earlier = scores.setdefault(
-                    (group[0].trajectory.task.id, group[0].trajectory.seed), []
-                )
-                examples += self._learn(group, earlier)
-                carried = max(group, key=score) if self._config.history == "best" else group[0]
-                earlier.append(score(carried))
-                if turn + 1 < turns:
-                    starts += self._retries(carried.trajectory)
+            groups = sound(judged)
+            for group in groups:
+                lessons += self._learn(group, conversations.setdefault(key(group[0]), []))
+            if turn + 1 == turns:
+                break
+            if teach and starts:
+                groups = sound(await own([start for start in starts if not start.attempt]))
+            starts = []
+            for group in groups:
+                carried = max(group, key=score) if config.history == "best" else group[0]
+                conversations[key(group[0])].append(carried)
+                starts += self._retries(carried)
             if not starts:
                 break
-            judged = await play(starts)
+            judged = await (teach or own)(starts)
+        examples = [example for lesson in lessons for example in self._examples(lesson)]
         if not examples:
             return []
-        if self._config.normalize:
+        if config.normalize:
             mean = sum(e.advantage for e in examples) / len(examples)
             examples = [replace(e, advantage=e.advantage / mean) for e in examples]
-        return [Batch(NLL(), tuple(examples), self._config.epochs)]
+        return [Batch(config.nll, tuple(examples), config.epochs)]
 
-    async def _improver(self) -> Attempt:
-        if self._config.teacher:
-            return await self._context.play_as(self._config.teacher)
-        return self._context.attempt_blind if self._config.settle else self._context.attempt
-
-    def _retries(self, carried: Trajectory) -> list[Start]:
+    def _retries(self, carried: Judged) -> list[Start]:
         """Candidates for the turn after ``carried``; none once it is solved or out of steps."""
+        trajectory, settle = carried.trajectory, self._config.settle
+        if not trajectory.steps or len(trajectory.steps) >= trajectory.task.max_steps:
+            return []
+        # A world that says nothing of success can go on from where the other one ended.
+        if trajectory.stop != Stop.TRUNCATED and not settle:
+            return []
         # By the task, so that a conversation that goes on goes on to its end.
-        share = derive(carried.task.id, carried.seed, "settle") / 2**63
-        right = carried.steps[-1:] and carried.steps[-1].reward >= 1
-        done = carried.success or right
-        if (done and share >= self._config.settle) or len(carried.steps) >= carried.task.max_steps or not carried.steps:
+        share = derive(trajectory.task.id, trajectory.seed, "settle") / 2**63
+        if score(carried) >= 1 and share >= settle:
             return []
         return [
-            Start(carried.task, carried.seed, attempt, carried.steps, turns=1)
+            Start(trajectory.task, trajectory.seed, attempt, trajectory.steps, turns=1)
             for attempt in range(self._config.samples)
         ]
 
-    def _learn(self, group: Sequence[Judged], earlier: Sequence[float]) -> list[Example]:
-        """The examples of one state: its candidates, or the best of them."""
+    def _learn(self, group: Sequence[Judged], conversation: list[Judged]) -> list[Lesson]:
+        """The lessons of one state: its candidates, or the best of them."""
         config = self._config
         baseline = self._baseline([score(one) for one in group])
+        earlier = [score(one) for one in conversation]
         ranked = sorted(group, key=score, reverse=True)
         said: set[str] = set()
-        examples: list[Example] = []
+        lessons: list[Lesson] = []
         for one in ranked[:1] if config.keep == "best" else ranked:
             trajectory, reward = one.trajectory, score(one)
-            new = trajectory.steps[trajectory.replayed :]
-            if not kept(config.filter, reward, earlier) or any(map(degenerate, texts(new))):
-                continue
-            action = "\n".join(texts(new))
+            action = "\n".join(texts(trajectory.steps[trajectory.replayed :]))
             before = texts(trajectory.steps[: trajectory.replayed])
             # A wrong attempt is not worth repeating; to repeat a right one is what settling is.
-            if action in said or (action in before and not (self._config.settle and reward >= 1)):
+            repeats = action in before and not (config.settle and reward >= 1)
+            if action in said or repeats or not kept(config.filter, reward, earlier):
                 continue
             said.add(action)
-            for turn in range(trajectory.replayed, len(trajectory.steps)):
-                left = len(trajectory.steps) - 1 - turn
-                discounted = reward * config.gamma**left if config.unit == "episode" else reward
-                weight = math.exp((discounted - baseline) / config.tau)
-                examples.append(example(self._context.agent, trajectory, turn, weight))
-        return examples
+            lessons.append(Lesson(one, baseline, len(conversation), conversation))
+        return lessons
+
+    def _examples(self, lesson: Lesson) -> list[Example]:
+        config, trajectory = self._config, lesson.judged.trajectory
+        whole = config.unit == "episode"
+        gamma = float(whole) if config.gamma is None else config.gamma
+        reward = sum(gamma**k * r for k, r in enumerate([score(lesson.judged), *lesson.later]))
+        last = len(trajectory.steps) - 1
+        return [
+            example(
+                self._context.agent,
+                trajectory,
+                turn,
+                math.exp((reward * gamma ** (last - turn) - lesson.baseline) / config.tau),
+            )
+            for turn in range(trajectory.replayed, len(trajectory.steps))
+        ]
 
     def _baseline(self, scores: Sequence[float]) -> float:
         match self._config.baseline:
@@ -162,6 +199,20 @@ class RISE:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
             raise ValueError(f"rise keeps no state, got keys {sorted(state)}")
+
+
+def key(judged: Judged) -> tuple[str, int]:
+    """What tells conversations apart."""
+    return judged.trajectory.task.id, judged.trajectory.seed
+
+
+def sound(judged: Sequence[Judged]) -> list[list[Judged]]:
+    """Groups of attempts at one task, without the undecided and the degenerate."""
+    return by_task(
+        one
+        for one in judged
+        if not any(map(degenerate, texts(one.trajectory.steps[one.trajectory.replayed :])))
+    )
 
 
 def kept(

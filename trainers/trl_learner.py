@@ -23,7 +23,7 @@ from ..core.errors import LearnerError, PolicyError
 from ..core.models import open_model
 from ..core.seeds import derive
 from ..core.tokens import ChatTokens
-from ..core.types import Batch, Completion, Example, Metrics, Pair
+from ..core.types import Batch, Example, Metrics, Pair
 from .export import to_preferences
 from .learner import LearnerConfig, PlainLearner
 from .loss import NLL
@@ -75,7 +75,9 @@ class TRLLearner(PlainLearner):
         seed = derive(self._seed, "trl", self._updates)
         before = self._tokens.breaks
         examples = weighed(batch.examples, self._weights, seed)
-        rows = [(self._tokens.prompt(e.prompt), _ids(self._tokens, e.completion)) for e in examples]
+        rows = [
+            (self._tokens.prompt(e.prompt), self._tokens.answer(e.completion)) for e in examples
+        ]
         log = self._fit(rows, batch.epochs, progress, seed)
         trained = sum(len(prompt) + len(said) for prompt, said in rows) * batch.epochs
         return {
@@ -404,16 +406,12 @@ def _dtype(config: LearnerConfig) -> str:
     return "bfloat16" if frozen else "float32"
 
 
-def _ids(tokens: ChatTokens, said: Completion) -> tuple[int, ...]:
-    return said.token_ids or tokens.completion(said.text)
-
-
 def _pair_ids(pairs: Sequence[Pair], tokens: ChatTokens) -> list[dict[str, list[int]]]:
     return [
         {
             "prompt_ids": list(tokens.prompt(pair.prompt)),
-            "chosen_ids": list(_ids(tokens, pair.chosen)),
-            "rejected_ids": list(_ids(tokens, pair.rejected)),
+            "chosen_ids": list(tokens.answer(pair.chosen)),
+            "rejected_ids": list(tokens.answer(pair.rejected)),
         }
         for pair in pairs
     ]

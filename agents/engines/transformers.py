@@ -100,7 +100,7 @@ class TransformersPolicy:
         self._fit(len(before), len(ids))
         loop = asyncio.get_running_loop()
         logprobs = await loop.run_in_executor(self._thread, self._score, before, ids)
-        return Completion(text, ids, logprobs, "stop")
+        return Completion(text, ids, logprobs, "stop", self.tokens.fingerprint)
 
     def _fit(self, prompt: int, more: int) -> None:
         if self._closed:
@@ -203,6 +203,7 @@ class TransformersPolicy:
                 tuple(one.ids),
                 tuple(one.logprobs),
                 "stop" if one.finish == "stop" else "length",
+                tokens.fingerprint,
             )
             for request, one in zip(requests, made, strict=True)
         ]
