@@ -14,6 +14,8 @@ class ChatConfig(Config):
     window: int | None = Field(default=None, ge=1)
     """How many turns the model sees, the present one included: the task, then the last
     ``window - 1`` attempts with their answers. None shows all. (RISE uses 2.)"""
+    list_actions: bool = True
+    """Show every action that a world lists, below what it says."""
 
 
 class Chat:
@@ -36,15 +38,20 @@ class Chat:
         window = self._config.window
         # A cut window still opens with the first observation: it may hold the problem.
         first = 0 if window is None else max(0, len(history) - (window - 1))
-        opening = f"{task.instruction}\n{seen[0].text}".strip()
+        opening = f"{task.instruction}\n{self._shown(seen[0])}".strip()
         messages.append(Message("user", opening, seen[0].images))
         for k in range(first, len(history)):
             said = history[k].action.completion
             messages.append(
                 Message("assistant", said.text, token_ids=said.token_ids, tokenizer=said.tokenizer)
             )
-            messages.append(Message("user", seen[k + 1].text, seen[k + 1].images))
+            messages.append(Message("user", self._shown(seen[k + 1]), seen[k + 1].images))
         return tuple(messages)
+
+    def _shown(self, observation: Observation) -> str:
+        if not (self._config.list_actions and observation.actions):
+            return observation.text
+        return f"{observation.text}\nActions: {'; '.join(observation.actions)}".strip()
 
     def parse(self, completion: str) -> str:
         return completion.strip()

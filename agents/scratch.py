@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import PolicyError
+from ..core.errors import ModelError
 
 PREFIX = "scratch:"
 END, PAD = "<|end|>", "<|pad|>"
@@ -27,12 +27,12 @@ def parse(model: str) -> tuple[int, int]:
     """``scratch:WIDTHxLAYERS`` as (width, layers).
 
     Raises:
-        PolicyError: any other form, or a width that is no multiple of 32.
+        ModelError: any other form, or a width that is no multiple of 32.
     """
     found = re.fullmatch(rf"{PREFIX}(\d+)x(\d+)", model)
     width, layers = map(int, found.groups()) if found else (0, 0)
     if not (32 <= width <= 4096 and width % 32 == 0 and 1 <= layers <= 64):
-        raise PolicyError(
+        raise ModelError(
             f"cannot make {model!r}: the form is scratch:WIDTHxLAYERS, with a width that is a "
             "multiple of 32 and 1 to 64 layers, such as scratch:128x4"
         )

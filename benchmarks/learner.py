@@ -45,8 +45,6 @@ RESULTS = Path(__file__).parent / "results" / "learner.json"
 THREADS = 2
 LIMIT_S = 300
 LORA: dict[str, Any] = {"rank": 16, "alpha": 32, "learning_rate": 1e-3}
-TOKEN_BUDGET = 2048
-"""Our micro-batches: small ones suit a CPU's caches."""
 LEXICON = [a + b + c for a in "bdfglmnprst" for b in "aeiou" for c in ("ck", "ll", "n", "st")]
 Tokens: TypeAlias = tuple[list[int], list[int]]
 """(T,) ids, and (T,) labels, -100 where nothing is learned."""
@@ -260,7 +258,7 @@ def run_plain(case: Case, model: str) -> Measured:
     from selfwright.trainers.learner import LearnerConfig, PlainLearner
     from selfwright.trainers.loss import NLL
 
-    told = {"batch_size": case.batch_size, "token_budget": TOKEN_BUDGET, "device": "cpu"}
+    told = {"batch_size": case.batch_size, "device": "cpu"}
     config = LearnerConfig.model_validate(LORA | told)
     learner = PlainLearner(config, model, 0)
     all_of_them = examples(case, case.tried + case.timed)

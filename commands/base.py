@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from .. import __version__
 from ..agents import scratch
 from ..core.config import PolicyConfig, WarmStart
 from ..core.draw import draw, starts
-from ..core.errors import LearnerError, WorldError
-from ..core.protocols import Agent
+from ..core.errors import LearnerError, RecipeError, WorldError
+from ..core.files import DRAFT, read_json, write_json
+from ..core.protocols import Agent, HasExpert
 from ..core.recipe import Recipe
 from ..core.rollout import ExpertPlayer, PolicyPlayer, rollouts, turn_seed
 from ..core.seeds import derive
@@ -30,6 +33,8 @@ MADE = 2
 """Raise this whenever the same settings would give another model."""
 WORDS = 4000
 """Expert episodes that a new tokenizer is trained on."""
+STORY = "selfwright.json"
+"""In the folder of a model made here: how it came about."""
 
 
 def cache() -> Path:
@@ -42,22 +47,28 @@ async def prepare(recipe: Recipe, worlds: Worlds, progress: Progress) -> str:
     """The folder or hub id of the base model; made first if nobody has made it yet.
 
     Raises:
-        PolicyError: the model cannot be opened or made.
-        WorldError: it must be made or warmed up, but the world has no expert.
+        ModelError: the model cannot be opened or made.
+        RecipeError: it must be made or warmed up, but the world has no expert.
     """
     config = recipe.policy.config
     assert isinstance(config, PolicyConfig)
-    made_here = config.model.startswith(scratch.PREFIX)
-    if made_here:
+    if config.model.startswith(scratch.PREFIX):
         scratch.parse(config.model)
-    if not made_here and config.warm_start is None:
+    if not made_here(config):
         return str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
     folder = cache() / "models" / _key(recipe, config)
     if (folder / "config.json").is_file():
-        progress.say(f"base model: {folder} (made earlier)")
+        progress.say(f"base model made earlier: {story_of(folder)}, {folder}")
         return str(folder)
+    if not isinstance(worlds.sample, HasExpert):
+        raise RecipeError(
+            f"policy.model: {config.model} is to be made or warmed up here, but "
+            f"{recipe.environment.use} has no expert to learn from; give a trained model, and no "
+            "policy.warm_start"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
+    _remove_drafts(folder.parent)
+    draft = Path(tempfile.mkdtemp(prefix=f"{DRAFT}{os.getpid()}-", dir=folder.parent))
     try:
         await _make(recipe, config, worlds, draft, progress)
         try:
@@ -69,6 +80,31 @@ async def prepare(recipe: Recipe, worlds: Worlds, progress: Progress) -> str:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return str(folder)
+
+
+def made_here(config: PolicyConfig) -> bool:
+    """Whether the base model is one that this package makes or changes before the run."""
+    return config.model.startswith(scratch.PREFIX) or config.warm_start is not None
+
+
+def story_of(folder: Path) -> str:
+    """How a model made here came about, in a few words."""
+    story: dict[str, Any] = read_json(folder / STORY)
+    if not story["updates"]:
+        return "untrained"
+    words = f"warm start of {story['updates']} updates in {story['seconds']:.0f} s"
+    if story["skill"] is not None:
+        asked = "" if story["skill"] >= story["wanted"] else f" (asked for {story['wanted']:.0%})"
+        words += f", solves {story['skill']:.0%} of {VALIDATION} validation tasks{asked}"
+    return words
+
+
+def _remove_drafts(folder: Path) -> None:
+    """Remove what killed processes left half made."""
+    for draft in folder.glob(f"{DRAFT}*"):
+        owner = draft.name.removeprefix(DRAFT).split("-")[0]
+        if not (owner.isdecimal() and psutil.pid_exists(int(owner))):
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def _key(recipe: Recipe, config: PolicyConfig) -> str:
@@ -103,7 +139,7 @@ async def _make(
     warm = config.warm_start
     noise = 0.0 if warm is None else warm.noise
     count = WORDS if warm is None else warm.demonstrations
-    expert = ExpertPlayer(noise)
+    expert = ExpertPlayer(noise, recipe.fleet.step_timeout_s)
     tasks = draw(worlds.tasks("train"), count, derive(recipe.seed, "demonstrations"))
     begin = starts(tasks, 1, recipe.seed)
     seed = derive(recipe.seed, "demonstrations")
@@ -116,16 +152,19 @@ async def _make(
     ]
     if not examples:
         raise WorldError(
-            f"{recipe.environment.use} has no expert to learn from; give policy.model a trained "
-            "model and no warm_start"
+            f"the expert of {recipe.environment.use} gave up at once on all of {len(begin)} tasks; "
+            "there is nothing to warm up on"
         )
     model = config.model
     if model.startswith(scratch.PREFIX):
         texts = [text for trajectory in shown[:WORDS] for text in _texts(trajectory)]
         scratch.make(model, texts, folder, derive(recipe.seed, "scratch"))
         model = str(folder)
+    story: dict[str, Any] = {"updates": 0, "seconds": 0.0, "skill": None, "wanted": None}
     if warm is not None:
-        await _clone(recipe, config, warm, model, worlds, examples, folder, progress)
+        story |= await _clone(recipe, config, warm, model, worlds, examples, folder, progress)
+    write_json(folder / STORY, story)
+    progress.say(f"base model: {story_of(folder)}")
 
 
 def _examples(
@@ -157,8 +196,8 @@ async def _clone(
     examples: Sequence[Example],
     folder: Path,
     progress: Progress,
-) -> None:
-    """Full-weight cloning until the skill, the updates or the time are reached."""
+) -> dict[str, Any]:
+    """Full-weight cloning until the skill, the updates or the time are reached; its story."""
     from ..trainers.learner import LearnerConfig, PlainLearner
     from ..trainers.loss import NLL
 
@@ -199,16 +238,14 @@ async def _clone(
     finally:
         shutil.rmtree(scratchpad, ignore_errors=True)
         await policy.close()
-    reached = "" if warm.skill is None else f", {share:.0%} of {len(tasks)} validation tasks solved"
-    progress.say(
-        f"warm start: {done} updates in {time.monotonic() - began:.0f} s{reached}"
-        + (f" (asked for {warm.skill:.0%})" if warm.skill and share < warm.skill else "")
-    )
     if warm.skill is not None and share == 0:
         raise LearnerError(
             f"the warm start solves none of {len(tasks)} validation tasks after {done} updates; "
             "give it more updates or seconds, or an easier world"
         )
+    skill = None if warm.skill is None else share
+    seconds = round(time.monotonic() - began, 1)
+    return {"updates": done, "seconds": seconds, "skill": skill, "wanted": warm.skill}
 
 
 def _cycle(examples: Sequence[Example], begin: int, count: int) -> tuple[Example, ...]:

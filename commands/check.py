@@ -135,9 +135,9 @@ class Examination:
     episodes: int
     resets: int
     here: Worlds
-    """Hosted as the world, or the fleet, says."""
+    """Where episodes are played."""
     there: Worlds
-    """In a process of its own."""
+    """In another process."""
     watch: Stopwatch
     played: list[Episode] = field(default_factory=list[Episode])
     answered: bool = False
@@ -161,8 +161,10 @@ async def check(
         PluginError: there is no such world.
         pydantic.ValidationError: ``config`` is not the world's.
     """
-    fleet = (fleet or Fleet.model_validate({})).model_copy(update={"parallel": 2})
-    apart = fleet.model_copy(update={"parallel": 1, "isolation": "process"})
+    # In processes of their own even if it says that it never blocks: whether it does is to be seen.
+    hosted = {"parallel": 2, "isolation": "process"}
+    fleet = (fleet or Fleet.model_validate({})).model_copy(update=hosted)
+    apart = fleet.model_copy(update={"parallel": 1})
     checks: list[Check] = []
     async with AsyncExitStack() as stack:
         try:
@@ -431,8 +433,7 @@ def _has(exam: Examination, ability: type) -> bool:
 def _abilities(worlds: Worlds) -> str:
     kinds = {"an expert": HasExpert, "random actions": HasRandom, "attempts": HasAttempts}
     found = [name for name, kind in kinds.items() if isinstance(worlds.sample, kind)]
-    where = f"in process {worlds.processes[0]}" if worlds.processes else "in this process"
-    return f"{where}, with {', '.join(found) or 'nothing optional'}"
+    return f"with {', '.join(found) or 'nothing optional'}"
 
 
 def _some(exam: Examination, split: str) -> list[Task]:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, cast
 import typer
 
 from .. import __version__
-from ..core.errors import PluginError, RecipeError, SelfwrightError, StoreError
+from ..core.errors import ModelError, PluginError, RecipeError, SelfwrightError, StoreError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-BAD_INPUT = (RecipeError, PluginError, StoreError)
+BAD_INPUT = (RecipeError, PluginError, ModelError, StoreError)
 """Faults of what was typed or of the files it names: exit code 2."""
 
 app = typer.Typer(
@@ -108,7 +108,9 @@ def run(
         from .run import run
 
         result = asyncio.run(run(plan, output or Path("runs") / plan.name, console))
-        _emit(result, stdout, None if as_json else _lines(result))
+        from .words import run_words
+
+        _emit(result, stdout, None if as_json else run_words(result))
 
 
 @app.command()
@@ -125,9 +127,12 @@ def evaluate(
         Literal["train", "validation", "test"], typer.Option(help="Which tasks.")
     ] = "test",
     tasks: Annotated[
-        int | None, typer.Option(min=1, help="How many; by default as many as a recipe's.")
+        int | None, typer.Option(min=1, help="How many; by default as many as its recipe says.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seeds worlds and sampling.")] = 0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0 is greedy; by default as its recipe says.")
+    ] = None,
     override: Overrides = None,
     output: Output = None,
     as_json: Json = False,
@@ -135,17 +140,13 @@ def evaluate(
     """Play a checkpoint and count its successes."""
     import asyncio
 
-    from ..core.config import Evaluation
-
     with _stdout_for_results() as stdout:
         from .evaluate import evaluate
+        from .words import evaluation_words
 
-        count = tasks or Evaluation.model_validate({}).tasks
-        played = evaluate(
-            checkpoint, environment, override or (), split, count, seed, output, _console()
-        )
-        result = asyncio.run(played)
-        _emit(result, stdout, None if as_json else _lines(result))
+        asked = (checkpoint, environment, override or (), split, tasks, seed, temperature)
+        result = asyncio.run(evaluate(*asked, output, _console()))
+        _emit(result, stdout, None if as_json else evaluation_words(result))
 
 
 @app.command()
@@ -261,18 +262,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(one) for one in cast("list[Any]", value)]
     return value
-
-
-def _lines(result: Mapping[str, Any], indent: str = "") -> str:
-    """A result for people: a line per value, long lists by their length."""
-    lines: list[str] = []
-    for key, value in result.items():
-        entries = cast("list[Any]", value) if isinstance(value, list) else []
-        if isinstance(value, Mapping):
-            lines += [f"{indent}{key}:", _lines(cast("Mapping[str, Any]", value), indent + "  ")]
-        elif len(entries) > 8:
-            lines.append(f"{indent}{key}: {len(entries)} entries")
-        else:
-            shown = f"{value:.4g}" if isinstance(value, float) else str(cast("object", value))
-            lines.append(f"{indent}{key}: {shown}")
-    return "\n".join(lines)

@@ -1,5 +1,6 @@
 """Plays a checkpoint on held-out tasks and counts: the evidence every comparison rests on."""
 
+import hashlib
 import json
 import re
 import time
@@ -11,18 +12,19 @@ from typing import Any
 from rich.console import Console
 
 from ..core import evaluation as files
-from ..core.config import Config, Fleet, PolicyConfig
+from ..core.config import Config, Evaluation, Fleet, JudgeConfig, PolicyConfig
 from ..core.draw import draw, starts
 from ..core.errors import RecipeError, StoreError
 from ..core.evaluation import EvaluationResult, TaskResult, summarise
 from ..core.files import read_json
-from ..core.protocols import HasAttempts
+from ..core.judging import judged
+from ..core.protocols import HasAttempts, HasExpert, Judge
 from ..core.recipe import Section, section
 from ..core.rollout import ExpertPlayer, Player, PolicyPlayer, RandomPlayer, rollouts
 from ..core.seeds import derive
 from ..core.statistics import Introspection, introspection_table
 from ..core.store import TRAJECTORIES, write_trajectories
-from ..core.types import Judged, Sampling, Stop, Task, Trajectory, Verdict
+from ..core.types import Judged, Sampling, Stop, Task, Trajectory
 from ..core.worlds import Worlds, open_worlds
 from .progress import Progress
 
@@ -43,6 +45,7 @@ class Exam:
     temperature: float
     turns: int
     """Of the introspection table; 0: none."""
+    judge: Section
 
 
 def exam_tasks(worlds: Worlds, split: str, count: int, seed: int) -> list[Task]:
@@ -50,22 +53,22 @@ def exam_tasks(worlds: Worlds, split: str, count: int, seed: int) -> list[Task]:
 
 
 async def examine(
-    exam: Exam, player: Player, worlds: Worlds, progress: Progress, name: str
+    exam: Exam, player: Player, judge: Judge, worlds: Worlds, progress: Progress, name: str
 ) -> tuple[EvaluationResult, list[Judged]]:
-    """Play each task once; for worlds of attempts, fill the introspection table too."""
+    """Play and judge each task once; for worlds of attempts, fill the introspection table too."""
     began = time.monotonic()
     tasks = exam_tasks(worlds, exam.split, exam.tasks, exam.seed)
     seed = derive(exam.seed, "evaluation")
     with progress.stage(f"evaluating {name}", len(tasks)) as tell:
         played = await rollouts(player, worlds, starts(tasks, 1, exam.seed), seed, tell)
-    table = None
-    if exam.turns and isinstance(player, PolicyPlayer) and isinstance(worlds.sample, HasAttempts):
-        with progress.stage(f"introspection of {name}", 3 * len(tasks)) as tell:
-            table = await introspect(exam, player, worlds, tasks)
-    results = tuple(
-        TaskResult(t.task.id, t.success, t.stop == Stop.FAILED, t.reward, len(t.steps), t.error)
-        for t in played
-    )
+    config = exam.judge.config
+    assert isinstance(config, JudgeConfig)
+    episodes = await judged(judge, played, config)
+    table, more = None, list[Trajectory]()
+    if exam.turns and isinstance(worlds.sample, HasAttempts):
+        with progress.stage(f"introspection of {name}"):
+            table, more = await introspect(exam, player, worlds, tasks)
+    results = tuple(task_result(episode) for episode in episodes)
     result = EvaluationResult(
         checkpoint=player.name,
         environment=exam.environment.dump(),
@@ -73,19 +76,21 @@ async def examine(
         split=exam.split,
         seed=exam.seed,
         temperature=exam.temperature,
-        undecided=0,
-        environment_steps=sum(len(t.steps) for t in played),
-        tokens_sampled=tokens_sampled(played),
+        undecided=sum(r.score is None and not r.failed for r in results),
+        environment_steps=sum(len(t.steps) for t in (*played, *more)),
+        tokens_sampled=tokens_sampled((*played, *more)),
         wall_s=time.monotonic() - began,
         introspection=table,
         results=results,
         **summarise(results),
     )
-    judged = [
-        Judged(t, Verdict(None if t.error else float(t.success), t.final.text, "success"))
-        for t in played
-    ]
-    return result, judged
+    return result, episodes
+
+
+def task_result(episode: Judged) -> TaskResult:
+    t = episode.trajectory
+    failed, score = t.stop == Stop.FAILED, episode.verdict.score
+    return TaskResult(t.task.id, t.success, failed, t.reward, len(t.steps), t.error, score)
 
 
 def tokens_sampled(trajectories: Sequence[Trajectory]) -> int:
@@ -98,13 +103,17 @@ def tokens_sampled(trajectories: Sequence[Trajectory]) -> int:
 
 
 async def introspect(
-    exam: Exam, player: PolicyPlayer, worlds: Worlds, tasks: Sequence[Task]
-) -> Introspection:
-    """RISE's table, sampled at temperature 1: votes among greedy samples would all agree."""
+    exam: Exam, player: Player, worlds: Worlds, tasks: Sequence[Task]
+) -> tuple[Introspection, list[Trajectory]]:
+    """RISE's table, sampled at temperature 1: votes among greedy samples would all agree.
+
+    With the episodes that were played for it.
+    """
     world = worlds.sample
     assert isinstance(world, HasAttempts)
     turns = exam.turns
-    player = replace(player, sampling=replace(player.sampling, temperature=1.0))
+    if isinstance(player, PolicyPlayer):
+        player = replace(player, sampling=replace(player.sampling, temperature=1.0))
     longer = [replace(task, max_steps=turns) for task in tasks]
     seed = derive(exam.seed, "introspection")
     parallel = await rollouts(player, worlds, starts(longer, turns, exam.seed, 1), seed)
@@ -123,7 +132,7 @@ async def introspect(
             for step in trajectory.steps
         ]
 
-    return introspection_table(
+    table = introspection_table(
         [
             [sample for t in parallel[k : k + turns] for sample in samples(t)]
             for k in range(0, len(parallel), turns)
@@ -132,6 +141,7 @@ async def introspect(
         [[right for _, right in samples(t)] for t in oracle],
         turns,
     )
+    return table, [*parallel, *oracle, *sequential]
 
 
 def write_card(folder: Path, card: dict[str, Any]) -> None:
@@ -143,8 +153,9 @@ async def evaluate(
     environment: str | None,
     overrides: Sequence[str],
     split: str,
-    tasks: int,
+    tasks: int | None,
     seed: int,
+    temperature: float | None,
     output: Path | None,
     console: Console,
 ) -> dict[str, Any]:
@@ -156,19 +167,20 @@ async def evaluate(
     """
     progress = Progress(console)
     card = read_card(checkpoint)
-    exam, policy = settle(card, checkpoint, environment, overrides, split, tasks, seed)
+    exam, policy = settle(card, checkpoint, environment, overrides, split, tasks, seed, temperature)
     settings = exam.environment.config.model_dump(mode="json")
     async with await open_worlds(exam.environment.use, settings, exam.fleet) as worlds:
         player = await seated(checkpoint, card, policy, exam, worlds)
+        judge: Judge = exam.judge.make(worlds.sample)
         try:
-            result, judged = await examine(exam, player, worlds, progress, checkpoint)
+            result, episodes = await examine(exam, player, judge, worlds, progress, checkpoint)
         finally:
             if isinstance(player, PolicyPlayer):
                 await player.policy.close()
-    folder = output or default_output(checkpoint, exam)
+    folder = output or default_output(checkpoint, exam, overrides)
     folder.mkdir(parents=True, exist_ok=True)
     result = replace(result, checkpoint=checkpoint)
-    write_trajectories(folder / TRAJECTORIES, judged, folder / "images")
+    write_trajectories(folder / TRAJECTORIES, episodes, folder / "images")
     path = files.write(folder, result)
     told: dict[str, Any] = read_json(path)
     told.pop("results")
@@ -189,20 +201,25 @@ def settle(
     environment: str | None,
     overrides: Sequence[str],
     split: str,
-    tasks: int,
+    tasks: int | None,
     seed: int,
+    heat: float | None,
 ) -> tuple[Exam, Section | None]:
     """What is played, from the checkpoint's card and the command line, and with which policy."""
     card = card or {}
-    mine: dict[str, list[str]] = {"environment": [], "agent": [], "policy": []}
-    temperature, turns = float(card.get("temperature", 0.0)), int(card.get("turns", 5))
+    settings = Evaluation.model_validate(card.get("evaluation", {}))
+    mine: dict[str, list[str]] = {"environment": [], "agent": [], "policy": [], "judge": []}
     for override in overrides:
-        key = override.split(".")[0].split("=")[0]
+        path = override.partition("=")[0]
+        key = path.split(".")[0]
         if key not in mine:
             raise RecipeError(
-                f"-o {override}: evaluate knows the keys environment, agent and policy; "
-                f"{key!r} is none of them"
+                f"-o {override}: evaluate knows the keys {', '.join(mine)}; {key!r} is none of them"
             )
+        if path == "policy.temperature":
+            raise RecipeError(f"-o {override}: that is for training; evaluate has --temperature")
+        if path == "policy.model":
+            raise RecipeError(f"-o {override}: the model is the first argument, {checkpoint!r}")
         mine[key].append(override)
     world: dict[str, Any] = card.get("environment", {})
     use = environment or world.get("use")
@@ -212,7 +229,11 @@ def settle(
     played, fleet = section("environment", use, mine["environment"], kept)
     told: dict[str, Any] = card.get("agent", {"use": "chat"})
     agent, _ = section("agent", told["use"], mine["agent"], _rest(told))
-    exam = Exam(played, agent, fleet, split, tasks, seed, temperature, turns)
+    told = card.get("judge", {"use": "reward"})
+    judge, _ = section("judge", told["use"], mine["judge"], _rest(told))
+    count = settings.tasks if tasks is None else tasks
+    temperature = settings.temperature if heat is None else heat
+    exam = Exam(played, agent, fleet, split, count, seed, temperature, settings.turns, judge)
     if checkpoint in ("expert", "random"):
         return exam, None
     told = card.get("policy", {"use": "transformers", "model": checkpoint})
@@ -233,7 +254,12 @@ async def seated(
 ) -> Player:
     """Who plays: the expert, chance, or the checkpoint's policy with its weights loaded."""
     if policy is None:
-        return ExpertPlayer() if checkpoint == "expert" else RandomPlayer()
+        limit = exam.fleet.step_timeout_s
+        if checkpoint == "random":
+            return RandomPlayer(limit)
+        if not isinstance(worlds.sample, HasExpert):
+            raise RecipeError(f"{exam.environment.use} has no expert to be evaluated")
+        return ExpertPlayer(timeout_s=limit)
     assert isinstance(policy.config, PolicyConfig)
     base, adapter = checkpoint, None
     if card is not None:
@@ -257,6 +283,11 @@ def player_of(config: Config, agent: Any, policy: Any, temperature: float) -> Po
     return PolicyPlayer(agent, policy, sampling, config.timeout_s, config.listed)
 
 
-def default_output(checkpoint: str, exam: Exam) -> Path:
+def default_output(checkpoint: str, exam: Exam, overrides: Sequence[str]) -> Path:
+    """Another folder for every way to ask."""
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", checkpoint.strip("/.")) or "model"
-    return Path("runs") / "evaluations" / f"{exam.environment.use}-{exam.split}-{exam.seed}-{name}"
+    world = re.sub(r"[^A-Za-z0-9_.-]+", "-", exam.environment.use)
+    asked = json.dumps([checkpoint, sorted(overrides), exam.temperature])
+    mark = hashlib.sha256(asked.encode()).hexdigest()[:6]
+    told = (world, exam.split, str(exam.tasks), str(exam.seed), name, mark)
+    return Path("runs") / "evaluations" / "-".join(told)

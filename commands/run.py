@@ -5,7 +5,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,24 @@ from ..core import evaluation as files
 from ..core.config import JudgeConfig, PolicyConfig
 from ..core.draw import draw, starts
 from ..core.errors import LearnerError
-from ..core.files import read_json, write_json
+from ..core.files import hard_link, read_json, write_json
+from ..core.judging import BROKEN, judged
 from ..core.protocols import Agent, Attempt, Context, Judge, Learner, Policy, Trainer
 from ..core.recipe import Recipe, differences
-from ..core.rollout import ExpertPlayer, Player, deadline, failures_by_name, rollouts
+from ..core.rollout import ExpertPlayer, Player, failures_by_name, rollouts
 from ..core.run import Run, iteration_name
 from ..core.seeds import derive
 from ..core.statistics import compare_outcomes, wilson
 from ..core.store import TRAJECTORIES, write_trajectories
-from ..core.types import Judged, Metrics, Start, Stop, Trajectory, Verdict
+from ..core.types import Judged, Metrics, Start, Stop
 from ..core.worlds import Worlds, open_worlds
-from .base import prepare
+from .base import made_here, prepare
 from .evaluate import Exam, examine, player_of, tokens_sampled, write_card
 from .progress import Progress
 from .report import report
 
+BASE = "base"
+"""The folder, in the run's, of a base model that was made here."""
 PATIENCE = 3
 """Iterations in a row from which nothing could be learned, after which a run stops."""
 
@@ -61,6 +63,10 @@ class Cast:
         return player_of(config, self.agent, self.policy, heat)
 
     @property
+    def expert(self) -> Player:
+        return ExpertPlayer(timeout_s=self.recipe.fleet.step_timeout_s)
+
+    @property
     def exam(self) -> Exam:
         recipe, settings = self.recipe, self.recipe.evaluation
         return Exam(
@@ -72,6 +78,7 @@ class Cast:
             recipe.seed,
             settings.temperature,
             settings.turns,
+            recipe.judge,
         )
 
 
@@ -87,9 +94,11 @@ async def run(recipe: Recipe, output: Path, console: Console) -> dict[str, Any]:
     with Run.open(output, recipe.dump(), differences) as kept:
         if kept.has("result.json"):
             progress.say(f"{output} holds a finished run; this is its result")
+            if not kept.has("report.html"):
+                progress.say(f"report: {report(output)}")
             return read_json(kept.path("result.json"))
         async with await open_worlds(recipe.environment.use, settings, recipe.fleet) as worlds:
-            base = await prepare(recipe, worlds, progress)
+            base = await begun(recipe, worlds, kept, progress)
             policy: Policy = recipe.policy.make(base, recipe.seed)
             try:
                 agent, judge = recipe.agent.make(), recipe.judge.make(worlds.sample)
@@ -105,6 +114,21 @@ async def run(recipe: Recipe, output: Path, console: Console) -> dict[str, Any]:
         result = conclude(cast, kept)
         progress.say(f"report: {report(output)}")
         return result
+
+
+async def begun(recipe: Recipe, worlds: Worlds, kept: Run, progress: Progress) -> str:
+    """The base model. One made here is kept with the run, which then needs no other place."""
+    config = recipe.policy.config
+    assert isinstance(config, PolicyConfig)
+    if not made_here(config):
+        return await prepare(recipe, worlds, progress)
+    if not kept.has(BASE):
+        clock = Clock()
+        made = await prepare(recipe, worlds, progress)
+        with kept.draft(BASE) as folder:
+            shutil.copytree(made, folder, dirs_exist_ok=True)
+            write_json(folder / "costs.json", {"wall_s": clock.lap()})
+    return str(kept.path(BASE))
 
 
 async def improve(cast: Cast, kept: Run) -> None:
@@ -123,12 +147,14 @@ async def improve(cast: Cast, kept: Run) -> None:
         for index in range(kept.finished, recipe.iterations):
             with kept.draft(iteration_name(index)) as folder:
                 metrics = await iterate(cast, trainer, index)
+                clock = Clock()
                 cast.learner.export(folder / "checkpoint")
                 cast.learner.save(folder / "learner")
-                await policy.load(folder / "checkpoint")
-                metrics |= await validated(cast, index)
                 write_json(folder / "trainer.json", trainer.state_dict())
                 write_trajectories(folder / TRAJECTORIES, cast.played, kept.folder / "images")
+                metrics["time/store_s"] = clock.lap()
+                await policy.load(folder / "checkpoint")
+                metrics |= await validated(cast, index)
                 write_json(folder / "metrics.json", metrics)
             # The draft has its final name now; the weights are to be known by that.
             await policy.load(kept.path(iteration_name(index)) / "checkpoint")
@@ -146,13 +172,13 @@ async def iterate(cast: Cast, trainer: Trainer, index: int) -> Metrics:
     cast.played = []
     cast.seed = derive(recipe.seed, "iteration", index)
     clock = Clock()
-    judged: list[Judged] = []
+    given: list[Judged] = []
     if plan.tasks:
         tasks = draw(cast.worlds.tasks("train"), plan.tasks, derive(cast.seed, "tasks"))
         begin = starts(tasks, plan.attempts, cast.seed, plan.turns)
-        player = cast.player() if plan.player == "policy" else ExpertPlayer()
-        judged = await attempt(cast, player, begin, f"iteration {index + 1}: playing")
-    batches = await trainer.batches(judged)
+        player = cast.player() if plan.player == "policy" else cast.expert
+        given = await attempt(cast, player, begin, f"iteration {index + 1}: playing")
+    batches = await trainer.batches(given)
     metrics = {"time/rollout_s": clock.lap()} | summary(cast.played)
     loop = asyncio.get_running_loop()
     progress = index / recipe.iterations
@@ -184,7 +210,7 @@ def context(cast: Cast, teachers: dict[str, Policy]) -> Context:
         return await attempt(cast, cast.player(), begin, "playing on", cast.blind)
 
     async def play_as(name: str) -> Attempt:
-        player: Player = ExpertPlayer()
+        player: Player = cast.expert
         if name != "expert":
             if name not in teachers:
                 teachers[name] = cast.recipe.policy.make(name, cast.recipe.seed)
@@ -207,24 +233,10 @@ async def attempt(
     with cast.progress.stage(what, len(begin)) as tell:
         played = await rollouts(player, worlds or cast.worlds, begin, cast.seed, tell)
     config = cast.recipe.judge.config
-    timeout = config.timeout_s if isinstance(config, JudgeConfig) else 600.0
-    judged: list[Judged] = []
-    for _, group in groupby(played, key=lambda t: (t.task.id, t.seed)):
-        judged += await verdicts(cast.judge, list(group), timeout)
-    cast.played += judged
-    return judged
-
-
-async def verdicts(judge: Judge, group: Sequence[Trajectory], timeout_s: float) -> list[Judged]:
-    """One verdict each. A judge that breaks or is late has not decided; that is not a 0."""
-    try:
-        async with deadline(timeout_s, "the judge"):
-            given = await judge.judge(group)
-        if len(given) != len(group):
-            raise ValueError(f"{len(given)} verdicts for {len(group)} trajectories")
-    except Exception as cause:
-        given = [Verdict(None, f"{type(cause).__name__}: {cause}", "broken")] * len(group)
-    return [Judged(t, v) for t, v in zip(group, given, strict=True)]
+    assert isinstance(config, JudgeConfig)
+    given = await judged(cast.judge, played, config)
+    cast.played += given
+    return given
 
 
 def summary(played: Sequence[Judged]) -> Metrics:
@@ -238,7 +250,7 @@ def summary(played: Sequence[Judged]) -> Metrics:
         "rollout/tokens": float(tokens_sampled(trajectories)),
         "rollout/failed": float(sum(t.stop == Stop.FAILED for t in trajectories)),
         "judge/undecided": float(len(played) - len(scores)),
-        "judge/broken": float(sum(j.verdict.judge == "broken" for j in played)),
+        "judge/broken": float(sum(j.verdict.judge == BROKEN for j in played)),
     }
     metrics |= {f"failures/{k}": float(v) for k, v in failures_by_name(trajectories).items()}
     if played:
@@ -265,6 +277,9 @@ async def validated(cast: Cast, index: int) -> Metrics:
     return {
         "validation/success": sum(t.success for t in played) / len(played),
         "validation/tasks": float(len(played)),
+        "validation/failed": float(sum(t.stop == Stop.FAILED for t in played)),
+        "validation/environment_steps": float(sum(len(t.steps) for t in played)),
+        "validation/tokens": float(tokens_sampled(played)),
         "time/validation_s": clock.lap(),
     }
 
@@ -274,10 +289,11 @@ async def evaluated(cast: Cast, kept: Run, name: str) -> None:
     if kept.has(f"evaluations/{name}"):
         return
     player = cast.player(cast.exam.temperature)
-    result, judged = await examine(cast.exam, player, cast.worlds, cast.progress, name)
+    exam, judge = cast.exam, cast.judge
+    result, episodes = await examine(exam, player, judge, cast.worlds, cast.progress, name)
     with kept.draft(f"evaluations/{name}") as folder:
         files.write(folder, result)
-        write_trajectories(folder / TRAJECTORIES, judged, kept.folder / "images")
+        write_trajectories(folder / TRAJECTORIES, episodes, kept.folder / "images")
     low, high = result.interval
     cast.progress.say(
         f"{name}: {result.successes} of {result.tasks} {result.split} tasks solved, "
@@ -310,10 +326,9 @@ def conclude(cast: Cast, kept: Run) -> dict[str, Any]:
             shutil.copytree(last, folder, dirs_exist_ok=True)
             inside = Path(cast.base).is_dir()
             if inside:
-                shutil.copytree(cast.base, folder / "base")
+                shutil.copytree(cast.base, folder / "base", copy_function=hard_link)
             card: dict[str, Any] = recipe.dump()
             card |= {"base": "base" if inside else cast.base, "base_inside": inside}
-            card |= {"temperature": recipe.evaluation.temperature, "turns": recipe.evaluation.turns}
             write_card(folder, card)
     base, final = (files.read(kept.path(f"evaluations/{name}")) for name in ("base", "final"))
     rounds = [
@@ -323,6 +338,9 @@ def conclude(cast: Cast, kept: Run) -> dict[str, Any]:
     def total(key: str) -> int:
         return int(sum(metrics.get(key, 0.0) for metrics in rounds))
 
+    warming = read_json(kept.path(BASE) / "costs.json")["wall_s"] if kept.has(BASE) else 0.0
+    training = sum(sum(seconds(metrics).values()) for metrics in rounds)
+    validation = sum(seconds(metrics).get("validation", 0.0) for metrics in rounds)
     compared = compare_outcomes(base.outcomes, final.outcomes)
     result: dict[str, Any] = {
         "recipe": recipe.name,
@@ -340,12 +358,21 @@ def conclude(cast: Cast, kept: Run) -> dict[str, Any]:
         },
         "introspection": None,
         "curve": [point(k, metrics) for k, metrics in enumerate(rounds) if points(metrics)],
-        "wall_s": base.wall_s
-        + final.wall_s
-        + sum(v for metrics in rounds for k, v in metrics.items() if k.startswith("time/")),
+        "wall_s": warming + training + base.wall_s + final.wall_s,
         "environment_steps": total("rollout/environment_steps"),
         "tokens_sampled": total("rollout/tokens"),
         "tokens_trained": total("train/total_tokens"),
+        "warm_start_s": warming,
+        "evaluation": {
+            "wall_s": base.wall_s + final.wall_s + validation,
+            "environment_steps": base.environment_steps
+            + final.environment_steps
+            + total("validation/environment_steps"),
+            "tokens_sampled": base.tokens_sampled
+            + final.tokens_sampled
+            + total("validation/tokens"),
+        },
+        "costs": [costs(k, metrics) for k, metrics in enumerate(rounds)],
     }
     if base.introspection and final.introspection:
         tables = (read_json(kept.path(f"evaluations/{n}/{files.FILE}")) for n in ("base", "final"))
@@ -364,6 +391,33 @@ def brief(evaluation: files.EvaluationResult) -> dict[str, Any]:
         "interval": list(evaluation.interval),
         "failed": evaluation.failed,
         "failures": evaluation.failures,
+    }
+
+
+def seconds(metrics: Metrics) -> dict[str, float]:
+    """Where an iteration's time went, by phase."""
+    return {
+        key.removeprefix("time/").removesuffix("_s"): value
+        for key, value in metrics.items()
+        if key.startswith("time/")
+    }
+
+
+def costs(index: int, metrics: Metrics) -> dict[str, Any]:
+    """What one iteration's training cost, its evaluation left out."""
+    prefix = "failures/"
+    return {
+        "iteration": index + 1,
+        "episodes": int(metrics["rollout/episodes"]),
+        "environment_steps": int(metrics["rollout/environment_steps"]),
+        "tokens_sampled": int(metrics["rollout/tokens"]),
+        "tokens_trained": int(metrics.get("train/total_tokens", 0)),
+        "wall_s": sum(v for k, v in seconds(metrics).items() if k != "validation"),
+        "failures": {
+            key.removeprefix(prefix): int(value)
+            for key, value in metrics.items()
+            if key.startswith(prefix)
+        },
     }
 
 
@@ -393,8 +447,7 @@ def line(index: int, iterations: int, metrics: Metrics) -> str:
     parts.append(f"{metrics.get('train/examples', 0):.0f} examples")
     if metrics["rollout/failed"]:
         parts.append(f"{metrics['rollout/failed']:.0f} failed")
-    seconds = sum(v for key, v in metrics.items() if key.startswith("time/"))
-    return ", ".join([*parts, f"{seconds:.1f} s"])
+    return ", ".join([*parts, f"{sum(seconds(metrics).values()):.1f} s"])
 
 
 class Clock:

@@ -40,6 +40,10 @@ class JudgeConfig(Config):
 
     timeout_s: float = Field(default=600.0, gt=0)
     """Deadline of the verdicts on one task's attempts."""
+    parallel: int = Field(default=64, ge=1)
+    """Groups of attempts judged at once."""
+    max_failures: float = Field(default=0.5, ge=0, le=1)
+    """The share of groups that the judge may fail on, in one round, before the run stops."""
 
 
 class Evaluation(Config):

@@ -25,6 +25,10 @@ class PolicyError(SelfwrightError, RuntimeError):
     """A policy could not load a checkpoint or complete a prompt."""
 
 
+class ModelError(PolicyError, ValueError):
+    """The model that was named is not there, is not whole, or is of no use as a policy."""
+
+
 class JudgeError(SelfwrightError, RuntimeError):
     """A judge broke, hung, or gave no usable verdict."""
 

@@ -33,6 +33,8 @@ class TaskResult:
     steps: int
     error: str = ""
     """The error's name, then what it said; empty unless ``failed``."""
+    score: float | None = None
+    """The judge's, in [0, 1]; None if it was not decided."""
 
 
 class Summary(TypedDict):
@@ -73,10 +75,11 @@ class EvaluationResult:
     failed: int
     """Episodes that broke, counted within ``tasks``."""
     undecided: int
-    """Episodes the judge could not decide."""
+    """Episodes that did not break, but that the judge could not decide."""
     failures: dict[str, int]
     """Broken episodes by the error's name."""
     environment_steps: int
+    """Those of the introspection table too, as in all costs here."""
     tokens_sampled: int
     wall_s: float
     mean_reward: float

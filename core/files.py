@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import uuid
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -45,6 +46,14 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
     """
     with atomic_write(path) as file:
         file.write(data)
+
+
+def hard_link(source: str, target: str) -> None:
+    """A second name for a file that is never rewritten; a copy where there can be none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from .errors import PolicyError
+from .errors import ModelError, PolicyError
 from .tokens import ChatTokens
 
 
@@ -13,8 +13,9 @@ def open_model(
     """Weights and tokenizer of a folder or hub id, safetensors only.
 
     Raises:
-        PolicyError: it is not there, is damaged or incomplete, or is no causal language model with
-            a chat template; or there is no such device.
+        ModelError: it is not there, is damaged or incomplete, or is no causal language model with
+            a chat template.
+        PolicyError: there is no such device.
     """
     weights = open_weights(model, device, dtype, trust_remote_code)
     # Untyped: their from_pretrained is only partly known to a type checker.
@@ -55,16 +56,16 @@ def open_weights(model: str, device: str, dtype: str, trust_remote_code: bool) -
     if report["missing_keys"]:
         # They would have been filled with random numbers.
         missing = sorted(report["missing_keys"])
-        raise PolicyError(
+        raise ModelError(
             f"the model {model!r} is incomplete: {len(missing)} tensors are not in its files, such "
             f"as {missing[0]}"
         )
     return weights.to(device)
 
 
-def _cannot_open(model: str, cause: Exception) -> PolicyError:
+def _cannot_open(model: str, cause: Exception) -> ModelError:
     first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-    return PolicyError(
+    return ModelError(
         f"cannot open the model {model!r}: {first}; give a model folder, a hub id, or "
         "scratch:WIDTHxLAYERS"
     )

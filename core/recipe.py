@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 from pydantic import Field
 
 from . import strict_yaml
-from .config import Config, Evaluation, Fleet
+from .config import Config, Evaluation, Fleet, JudgeConfig, PolicyConfig
 from .errors import PluginError, RecipeError
 from .faults import show, validate
 from .plugins import load, nearest
@@ -27,6 +27,9 @@ SECTIONS = {
 
 DEFAULTS = {"agent": "chat", "policy": "transformers", "judge": "reward", "learner": "plain"}
 """What a section uses if it does not say. A world and a trainer must be chosen."""
+
+BASES: dict[str, type[Config]] = {"policy": PolicyConfig, "judge": JudgeConfig}
+"""What the configs of these sections derive from, for the loop reads some of their keys."""
 
 _SHIPPED = Path(__file__).parents[1] / "recipes"
 _FLEET = frozenset(Fleet.model_fields)
@@ -264,7 +267,7 @@ class _Draft:
             return None
         try:
             plugin = load(SECTIONS[key], use)
-            model = config_class(plugin)
+            model = config_class(plugin, BASES.get(key, Config))
         except PluginError as error:
             self.fault((key, "use") if "use" in given else (key,), str(error))
             return None
@@ -330,17 +333,19 @@ class _Draft:
             )
 
 
-def config_class(plugin: type[Any]) -> type[Config]:
-    """The nested ``Config`` of a plug-in.
+def config_class(plugin: type[Any], base: type[Config] = Config) -> type[Config]:
+    """The nested ``Config`` of a plug-in, which derives from ``base``.
 
     Raises:
-        PluginError: there is none, or it is not a strict one.
+        PluginError: there is none, or it is another.
     """
     config = getattr(plugin, "Config", None)
-    if isinstance(config, type) and issubclass(config, Config):
+    if isinstance(config, type) and issubclass(config, base):
         return config
     name = f"{plugin.__module__}:{plugin.__qualname__}"
-    raise PluginError(f"{name} lacks a nested class Config that derives from core.config.Config")
+    raise PluginError(
+        f"{name} lacks a nested class Config that derives from core.config.{base.__name__}"
+    )
 
 
 def _find(path: Path) -> Path:

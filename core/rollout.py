@@ -92,6 +92,8 @@ class ExpertPlayer:
     """The world's own expert; with ``noise``, that share of its actions is random instead."""
 
     noise: float = 0.0
+    timeout_s: float = 30.0
+    """Deadline of one action."""
     name: str = "expert"
 
     def seat(self) -> AbstractContextManager[None]:
@@ -109,9 +111,10 @@ class ExpertPlayer:
         observation: Observation,
         seed: int,
     ) -> Action | None:
-        if self.errs(seed):
-            return await uniform(world, observation, seed)
-        text = await world.expert()
+        async with deadline(self.timeout_s, "the world's expert"):
+            if self.errs(seed):
+                return await uniform(world, observation, seed)
+            text = await world.expert()
         return None if text is None else Action(text, Completion(text))
 
 
@@ -119,6 +122,8 @@ class ExpertPlayer:
 class RandomPlayer:
     """Uniform over the listed actions, or over whatever the world calls random."""
 
+    timeout_s: float = 30.0
+    """Deadline of one action."""
     name: str = "random"
 
     def seat(self) -> AbstractContextManager[None]:
@@ -132,7 +137,8 @@ class RandomPlayer:
         observation: Observation,
         seed: int,
     ) -> Action | None:
-        return await uniform(world, observation, seed)
+        async with deadline(self.timeout_s, "the world's random action"):
+            return await uniform(world, observation, seed)
 
 
 async def uniform(world: World, observation: Observation, seed: int) -> Action:
@@ -250,19 +256,22 @@ async def rollouts(
 
     async def attempt(start: Start) -> Trajectory:
         steps: list[Step] = []
-        async with worlds.lease() as world:
-            try:
-                return await play(player, world, start, fleet, seed, steps)
-            except Exception as cause:
-                worlds.discard(world)
-                failures.append("".join(traceback.format_exception(cause)))
-                if len(failures) > fleet.max_failures * len(starts):
-                    raise TooManyFailures(
-                        f"{len(failures)} of {len(starts)} episodes failed, more than "
-                        f"environment.max_failures={fleet.max_failures:g} allows; "
-                        f"the first:\n{failures[0].rstrip()}"
-                    ) from None
-                return failed(start, steps, player.name, cause)
+        try:
+            async with worlds.lease() as world:
+                try:
+                    return await play(player, world, start, fleet, seed, steps)
+                except Exception:
+                    worlds.discard(world)
+                    raise
+        except Exception as cause:
+            failures.append("".join(traceback.format_exception(cause)))
+            if len(failures) > fleet.max_failures * len(starts):
+                raise TooManyFailures(
+                    f"{len(failures)} of {len(starts)} episodes failed, more than "
+                    f"environment.max_failures={fleet.max_failures:g} allows; "
+                    f"the first:\n{failures[0].rstrip()}"
+                ) from None
+            return failed(start, steps, player.name, cause)
 
     # All seats are taken before the first slot runs, so that the first batch is a full one.
     seats = [ExitStack() for _ in range(min(fleet.parallel, len(starts)))]

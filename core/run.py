@@ -1,6 +1,7 @@
 """One run's folder on disk: locked while in use, committed iteration by iteration, resumable.
 
     recipe.json              everything the run was started with
+    base/                    the model it begins with, if that was made here
     iterations/0000/ ...     one folder per finished iteration
     evaluations/base/, final/
     images/                  every image once, by content (see ``core.store``)
@@ -57,7 +58,8 @@ class Run:
         """Begin a run in ``folder``, or go on with the one that is there.
 
         Args:
-            folder: Missing, empty, or the folder of a run with the same recipe.
+            folder: Missing, empty, or the folder of a run with the same recipe (of another one, if
+                that run ended before anything was committed).
             recipe: All settings, defaults included; JSON-serialisable.
             differences: Tells two recipes apart; no line means that they are the same.
 
@@ -75,7 +77,12 @@ class Run:
         try:
             _refuse_other(folder, recipe, differences)  # another process may have begun meanwhile
             _remove_drafts(folder)
-            if not run.has("recipe.json"):
+            if not _begun(folder):
+                stored = dict[str, Any]()
+                if run.has("recipe.json"):
+                    stored = cast("dict[str, Any]", read_json(folder / "recipe.json"))
+                if differences(stored, recipe):
+                    shutil.rmtree(folder / "base", ignore_errors=True)  # another recipe's
                 write_json(folder / "recipe.json", recipe)
         except BaseException:
             run.close()
@@ -182,6 +189,8 @@ def _refuse_other(folder: Path, recipe: dict[str, Any], differences: Differences
                 f"{sorted(names)[0]!r}); nothing was touched; use another --output"
             )
         return
+    if not _begun(folder):
+        return
     stored = read_json(folder / "recipe.json")
     if not isinstance(stored, dict):
         raise StoreError(f"{folder}/recipe.json is no recipe; {_ADVICE}")
@@ -192,6 +201,15 @@ def _refuse_other(folder: Path, recipe: dict[str, Any], differences: Differences
             f"{folder} holds a run of another recipe; {_ADVICE}. Stored there and wanted now:\n"
             + "\n".join(f"  {line}" for line in lines)
         )
+
+
+def _begun(folder: Path) -> bool:
+    """Whether an evaluation or an iteration is committed, that a recipe could be at odds with."""
+    return any(
+        path.is_dir() and not path.name.startswith(DRAFT)
+        for part in ("evaluations", "iterations")
+        for path in (folder / part).glob("*")
+    )
 
 
 def _lock(folder: Path) -> int:

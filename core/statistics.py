@@ -95,23 +95,6 @@ def bootstrap_mean(
     return Interval(float(low), float(high))
 
 
-def paired_bootstrap(
-    a: Sequence[float] | NDArray[np.float64],
-    b: Sequence[float] | NDArray[np.float64],
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> Interval:
-    """Interval of mean(b) - mean(a), resampling tasks; ``a[i]`` and ``b[i]`` are of one task.
-
-    Raises:
-        ValueError: if the lengths differ or are 0, or a value is not a finite number.
-    """
-    if len(a) != len(b):
-        raise ValueError(f"paired values must be equally many, not {len(a)} and {len(b)}")
-    return bootstrap_mean(_finite(b) - _finite(a), resamples, seed, confidence)
-
-
 def sign_flip(
     differences: Sequence[float] | NDArray[np.float64],
     resamples: int = RESAMPLES,

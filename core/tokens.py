@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from .errors import PolicyError
+from .errors import ModelError, PolicyError
 from .types import Completion, Message
 
 
@@ -34,14 +34,17 @@ class ChatTokens:
 
         ``remember``: how many ids of prompts are kept, so that a conversation is not rendered
         anew from its beginning every turn.
+
+        Raises:
+            ModelError: it has no chat template, or no end token.
         """
         if not getattr(tokenizer, "chat_template", None):
-            raise PolicyError(
+            raise ModelError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; use an "
                 "instruction-tuned model, or put a chat_template.jinja beside its tokenizer"
             )
         if tokenizer.eos_token_id is None:
-            raise PolicyError(f"the tokenizer of {tokenizer.name_or_path!r} has no end token")
+            raise ModelError(f"the tokenizer of {tokenizer.name_or_path!r} has no end token")
         self.tokenizer = tokenizer
         self.fingerprint = _fingerprint(tokenizer)
         """Of the vocabulary: what an id means."""

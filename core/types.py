@@ -3,8 +3,7 @@
 tasks -> starts -> trajectories -> judge -> judged -> trainer -> batches -> learner -> policy
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -229,20 +228,3 @@ class Batch:
     loss: Loss
     examples: tuple[Example, ...]
     epochs: int = 1
-
-
-@dataclass(slots=True)
-class Costs:
-    """What a run has spent so far."""
-
-    environment_steps: int = 0
-    tokens_sampled: int = 0
-    tokens_trained: int = 0
-    """Tokens that went forward and backward through the learner, context included."""
-    episodes: int = 0
-    failures: dict[str, int] = field(default_factory=dict[str, int])
-    """Failed episodes by the error's name."""
-
-
-Progress: TypeAlias = Callable[[str, float, float], None]
-"""``progress(what, done, of)``: called often, must be cheap."""

@@ -15,6 +15,7 @@ import threading
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 from .plugins import load
@@ -102,8 +103,13 @@ class Server:
     async def on_answer(self, split: str, index: int, action: str) -> str | None:
         return self._any().answer(self._task(split, index), action)
 
-    async def on_reset(self, instance: int, split: str, index: int, seed: int) -> Any:
-        reset = self._instances[instance].reset(self._task(split, index), seed)
+    async def on_reset(
+        self, instance: int, split: str, index: int, seed: int, max_steps: int
+    ) -> Any:
+        task = self._task(split, index)
+        if task.max_steps != max_steps:
+            task = replace(task, max_steps=max_steps)
+        reset = self._instances[instance].reset(task, seed)
         return encoded(checked_observation(await self._run(instance, reset), self._name))
 
     async def on_step(self, instance: int, action: str) -> Any:

@@ -18,6 +18,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Protocol, Self, cast, overload
 
@@ -159,7 +160,9 @@ async def open_worlds(
         host = InlineHost(name, plugin, settings, without_oracle)
     else:
         opening = {"name": name, "config": text, "without_oracle": without_oracle}
-        host = ProcessHost(name, opening, getattr(plugin, "per_process", 1), fleet)
+        # Worlds that never block lose nothing by sharing a process.
+        shared = fleet.parallel if getattr(plugin, "isolation", "") == "inline" else 1
+        host = ProcessHost(name, opening, getattr(plugin, "per_process", shared), fleet)
     try:
         await host.open()
     except BaseException:
@@ -334,7 +337,8 @@ class RemoteWorld:
 
     async def reset(self, task: Task, seed: int) -> Observation:
         split, index = place_of(task)
-        return observation_from(await self._ask("reset", split=split, index=index, seed=seed))
+        where = {"split": split, "index": index, "max_steps": task.max_steps}
+        return observation_from(await self._ask("reset", seed=seed, **where))
 
     async def step(self, action: str) -> TimeStep:
         answer = await self._ask("step", action=action)
@@ -473,8 +477,11 @@ class Worker:
             stderr=subprocess.PIPE,
             start_new_session=True,  # a group of its own, to be killed whole
         )
+        self._questions: SimpleQueue[bytes | None] = SimpleQueue()
         self._overhears = threading.Thread(target=self._overhear, daemon=True)
         self._hears = threading.Thread(target=self._hear, daemon=True)
+        # Of its own: a pipe to a process that hangs fills up, and whoever writes to it then waits.
+        threading.Thread(target=self._speak, daemon=True).start()
         self._overhears.start()
         self._hears.start()
         self.opened: Future[list[str]] = self.call("open", path=sys.path, **opening)
@@ -497,10 +504,7 @@ class Worker:
             self._asked += 1
             self._pending[self._asked] = future
             question = json.dumps({"id": self._asked, "call": what, **details})
-            assert self._process.stdin
-            with suppress(OSError):  # it has died: the listening thread will say so
-                self._process.stdin.write(question.encode() + b"\n")
-                self._process.stdin.flush()
+            self._questions.put(question.encode() + b"\n")
         return future
 
     async def ask(self, what: str, **details: Any) -> Any:
@@ -524,6 +528,14 @@ class Worker:
 
     def last_words(self) -> str:
         return "; its last words:\n" + "\n".join(self._words) if self._words else ""
+
+    def _speak(self) -> None:
+        assert self._process.stdin
+        # It has died, or was closed: the listening thread will say so.
+        with suppress(OSError, ValueError):
+            while (question := self._questions.get()) is not None:
+                self._process.stdin.write(question)
+                self._process.stdin.flush()
 
     def _hear(self) -> None:
         assert self._process.stdout
@@ -556,6 +568,7 @@ class Worker:
         with suppress(ProcessLookupError):  # what it started may have outlived it
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
+        self._questions.put(None)
         self._overhears.join(timeout=GRACE_S)
         how = "speaking no protocol" if code is None else f"exit code {code}"
         if code is not None and code < 0:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations
-from typing import ClassVar, Literal, overload
+from typing import ClassVar, Literal, Self, overload
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..core.config import Config
 from ..core.types import Observation, Task, TimeStep
@@ -22,6 +22,10 @@ from ..core.types import Observation, Task, TimeStep
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 SHARES = (("test", 10), ("validation", 20), ("train", 100))
 """Cumulative per cent of all puzzles."""
+
+
+DRAWS = 20_000
+"""After so many vain draws there seems to be no such puzzle."""
 
 
 class Illegal(ValueError):
@@ -179,6 +183,12 @@ class CountdownConfig(Config):
     attempts: int = Field(default=4, ge=1, le=64)
     """How many tries a task allows."""
 
+    @model_validator(mode="after")
+    def _playable(self) -> Self:
+        for split, _ in SHARES:
+            Puzzles(split, self)[0]
+        return self
+
 
 @dataclass(frozen=True)
 class CountdownTask(Task):
@@ -212,7 +222,7 @@ class Puzzles(Sequence[CountdownTask]):
             raise IndexError(index)
         config = self._config
         rng = random.Random(f"countdown/{self._split}/{index}")
-        while True:
+        for _ in range(DRAWS):
             numbers = tuple(sorted(rng.randint(1, config.largest) for _ in range(config.numbers)))
             made = guess(numbers, config.operators, rng)
             if not 1 <= made.value <= config.target:
@@ -224,6 +234,10 @@ class Puzzles(Sequence[CountdownTask]):
                 given = " ".join(map(str, numbers))
                 instruction = f"Make {target} from {given} with {signs}, each number once."
                 return CountdownTask(name, instruction, config.attempts, numbers, target, made.text)
+        raise ValueError(
+            f"countdown finds no puzzle for {self._split} with {config.numbers} numbers up to "
+            f"{config.largest} and targets up to {config.target}; allow more or larger ones"
+        )
 
 
 def split_of(name: str) -> str:

@@ -1,11 +1,11 @@
 """Agreement among attempts at one task, for when nobody knows the right answer."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from ..core.config import JudgeConfig
 from ..core.protocols import HasAttempts
+from ..core.statistics import majority
 from ..core.types import Stop, Trajectory, Verdict
 
 
@@ -25,12 +25,10 @@ class MajorityJudge:
 
     async def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
         answers = [self._answer(t) for t in trajectories]
-        votes = Counter(answer for answer in answers if answer is not None)
-        if not votes:
+        winner = majority(answers)
+        if winner is None:
             return [Verdict(None, "no attempt has a legal answer", "majority")] * len(answers)
-        # Counter keeps the order of first appearance, and max the first of equals.
-        winner, count = max(votes.items(), key=lambda item: item[1])
-        words = f"{count} of {len(answers)} attempts answer {winner!r}"
+        words = f"{answers.count(winner)} of {len(answers)} attempts answer {winner!r}"
         return [
             Verdict(None, t.error, "majority")
             if t.stop == Stop.FAILED

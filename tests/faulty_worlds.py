@@ -25,12 +25,16 @@ class Faulty:
 
     Config = FaultyConfig
     isolation: ClassVar[str] = "inline"
+    made: ClassVar[int] = 0
 
     def __init__(self, config: FaultyConfig) -> None:
         if config.fault == "slow start":
             time.sleep(60)
         if config.fault == "no start":
             raise RuntimeError("the licence has run out")
+        if config.fault == "one only" and Faulty.made:
+            raise RuntimeError("there was only one")
+        Faulty.made += config.fault == "one only"
         self.fault = config.fault
         self.turn = 0
         self.drawn = 0.0
@@ -84,9 +88,13 @@ class Faulty:
         pass
 
     async def random(self, seed: int) -> str:
+        if self.fault == "pensive":
+            await asyncio.sleep(60)
         return random.Random(seed).choice(["left", "wrong", "right"])
 
     async def expert(self) -> str | None:
+        if self.fault == "pensive":
+            await asyncio.sleep(60)
         return "left" if self.fault == "liar" else "right"
 
 

@@ -58,3 +58,17 @@ def test_a_window_keeps_the_task_and_the_last_attempts() -> None:
         Message("user", "now"),
     )
     assert len(agent.prompt(TASK, history(1), Observation("now"))) == 3
+
+
+def test_listed_actions_are_shown_below_what_the_world_says() -> None:
+    seen = Observation("A room.", actions=("go north", "take coin"))
+    step = Step(seen, Action("go north", Completion("go north", (1,), tokenizer="mine")), 0.0)
+    shown = Chat(ChatConfig()).prompt(TASK, [step], Observation("A hall.", actions=("go south",)))
+    assert [message.text for message in shown] == [
+        "Make 24.\nA room.\nActions: go north; take coin",
+        "go north",
+        "A hall.\nActions: go south",
+    ]
+    assert shown[1].tokenizer == "mine"
+    hidden = Chat(ChatConfig(list_actions=False)).prompt(TASK, [], seen)
+    assert hidden == (Message("user", "Make 24.\nA room."),)

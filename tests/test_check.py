@@ -12,6 +12,8 @@ from selfwright.commands.check import CheckReport, check, render
 from selfwright.core.config import Fleet
 from selfwright.core.errors import PluginError
 
+GAMES = ("arithmetic", "cookingworld", "mapreader", "peckingorder", "simonsays", "twc")
+
 
 @pytest.fixture(autouse=True)
 def _fixtures_importable(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: ignore[reportUnusedFunction]
@@ -34,6 +36,7 @@ def failed(report: CheckReport) -> dict[str, str]:
         ("countdown", {"numbers": 4, "operators": "+-*/"}),
         ("textworld_express", {"game": "coin", "parameters": {"numLocations": 4}}),
         ("textworld_express", {"game": "sorting", "listed": False}),
+        *(("textworld_express", {"game": game}) for game in GAMES),
         ("faulty_worlds:Faulty", {}),
         ("faulty_worlds:Together", {}),
         ("faulty_worlds:Sum", {}),
@@ -74,8 +77,9 @@ def test_a_fault_fails_the_check_that_is_for_it(
     assert f"FAILED   {name}" in render(report)
 
 
-def test_a_world_that_hangs_fails_on_its_deadline_and_no_more_is_looked_at() -> None:
-    report = examined("faulty_worlds:Together", {"fault": "always block"}, step_timeout_s=0.5)
+@pytest.mark.parametrize("kind", ["Together", "Faulty"])
+def test_a_world_that_hangs_fails_on_its_deadline_and_no_more_is_looked_at(kind: str) -> None:
+    report = examined(f"faulty_worlds:{kind}", {"fault": "always block"}, step_timeout_s=0.5)
     assert failed(report) == dict.fromkeys(
         ("answers", "deadlines"), "a step took longer than 0.5 s"
     )

@@ -21,6 +21,7 @@ agent: {use: chat}
 trainer: {use: imitation}
 evaluatoin: {tasks: 5}
 """
+MODEL = "policy: {model: scratch:32x1}\n"
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test runs in a folder of its own, with a faulty recipe in it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.yaml").write_text(RECIPE)
+    (tmp_path / "good.yaml").write_text(RECIPE.replace("evaluatoin", "evaluation") + MODEL)
     (tmp_path / "empty.yaml").write_text("")
     (tmp_path / "broken.yaml").write_text("environment: {use: countdown\ntrainer: x: y\n")
     return tmp_path
@@ -62,6 +64,14 @@ MISTAKES = [
     ("evaluate expert --split tset", "'tset' is not one of 'train', 'validation', 'test'"),
     ("evaluate expert --tasks 0", "Invalid value for '--tasks'"),
     ("evaluate expert --seed one", "Invalid value for '--seed'"),
+    ("evaluate expert", "say in which world expert is to play: --environment NAME"),
+    ("evaluate no/such --environment countdown", "cannot open the model 'no/such'"),
+    ("evaluate ./nothing --environment countdown", "there is no checkpoint at ./nothing"),
+    ("evaluate expert --environment countdown -o policy.temperature=1", "--temperature"),
+    ("evaluate expert --environment countdown -o trainer.tau=1", "'trainer' is none of them"),
+    ("run good.yaml -o policy.model=no/such", "cannot open the model 'no/such'"),
+    ("run good.yaml -o policy.model=scratch:100x4", "a width that is a multiple of 32"),
+    ("run good.yaml -o environment.largest=2 -o environment.numbers=2", "no puzzle for"),
     ("list", "Missing argument 'kind'"),
     ("list trainer", "nothing to list is called 'trainer'; did you mean 'trainers'?"),
     ("--verison", "No such option: --verison (Possible options: --version)"),

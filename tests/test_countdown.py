@@ -168,3 +168,8 @@ def test_answers_are_values_and_only_of_legal_attempts() -> None:
         world.answer(task, f"{a}+{b}+{c}") == str(a + b + c) == world.answer(task, f"{c}+{a}+{b}")
     )
     assert world.answer(task, f"{a}+{b}") is None
+
+
+def test_settings_that_leave_no_puzzle_say_so() -> None:
+    with pytest.raises(ValueError, match="no puzzle for test with 2 numbers up to 2"):
+        CountdownConfig(numbers=2, largest=2)

@@ -204,8 +204,11 @@ def test_identical_actions_are_learned_once_and_repeats_of_a_failure_not_at_all(
 
 def test_a_teacher_acts_only_in_states_the_policy_reached() -> None:
     stage = Stage(MENDED)
-    assert [t for t, _ in learned(run(stage, turns=3, teacher="expert"))] == ["a", "taught"]
-    assert all(start.prefix[0].action.text == "a" for start in stage.played)
+    (batch,) = run(stage, turns=3, teacher="expert")
+    assert [e.completion.text for e in batch.examples] == ["a", "taught", "taught"]
+    # The second lesson begins where the policy's own, wrong, second attempt ended.
+    said = [[m.text for m in e.prompt if m.role == "assistant"] for e in batch.examples]
+    assert said == [[], ["a"], ["a", "b"]]
 
 
 def test_settling_goes_on_after_success_and_learns_to_repeat_it() -> None:
@@ -245,6 +248,32 @@ def test_undecided_attempts_teach_nothing() -> None:
 def test_degenerate_text_is_discarded() -> None:
     assert degenerate("word " * 151) and not degenerate("word " * 150)
     assert degenerate("x" * 301) and not degenerate("x" * 300)
-    assert learned(run(Stage([[("y" * 301, 1.0), ("a", 0.0)]]), turns=1, keep="all")) == [
-        ("a", 1.0)
-    ]
+    for keep in ("all", "best"):
+        stage = Stage([[("y" * 301, 1.0), ("a", 0.0)], [("b", 1.0)]])
+        assert learned(run(stage, turns=2, keep=keep)) == [
+            ("a", 1.0),
+            ("b", pytest.approx(math.exp(2.5))),
+        ]
+        assert stage.played[0].prefix[0].action.text == "a"
+
+
+def test_gamma_credits_a_turn_with_what_the_conversation_came_to() -> None:
+    lines = [[("a", 0.0)], [("b", 0.0), ("c", 0.0)], [("d", 1.0), ("e", 0.0)]]
+    got = learned(run(Stage(lines), turns=3, gamma=0.5, tau=1.0, keep="all"))
+    # From a on: 0 + 0.5 * 0 + 0.25 * 1. From c nothing followed.
+    assert dict(got) == {
+        "a": pytest.approx(math.exp(0.25)),
+        "b": pytest.approx(math.exp(0.5)),
+        "c": 1.0,
+        "d": pytest.approx(math.exp(1.0)),
+        "e": 1.0,
+    }
+
+
+def test_the_judges_word_not_the_worlds_ends_a_conversation() -> None:
+    stage = Stage([[("a", 0.0)], [("b", 0.0)]])
+    first = stage.play(Start(TASK, 0), 0, 0)
+    context = Context(Chat(ChatConfig()), *[None] * 2, stage.attempt, *[None] * 2)  # pyright: ignore
+    trainer = RISE(RISEConfig(turns=2, samples=1), context)
+    asyncio.run(trainer.batches([Judged(first.trajectory, Verdict(1.0, "agreed", "majority"))]))
+    assert stage.played == []

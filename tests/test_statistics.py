@@ -20,7 +20,6 @@ from selfwright.core.statistics import (
     introspection_table,
     majority,
     mcnemar_exact,
-    paired_bootstrap,
     pass_at_k,
     sign_flip,
     wilson,
@@ -87,16 +86,6 @@ def test_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
         low, high = bootstrap_mean(draw.normal(3.0, 1.0, size=60), resamples=400, seed=trial)
         hits += low <= 3.0 <= high
     assert 180 <= hits <= 198
-
-
-def test_paired_bootstrap_sees_the_pairing() -> None:
-    hard = np.linspace(0, 1, 100)
-    paired = paired_bootstrap(hard, hard + 0.1)
-    assert paired == pytest.approx((0.1, 0.1))
-    low, high = paired_bootstrap(hard, np.random.default_rng(0).permutation(hard) + 0.1)
-    assert low < 0.03 and high > 0.17
-    with pytest.raises(ValueError, match="equally many"):
-        paired_bootstrap([1.0], [1.0, 2.0])
 
 
 @pytest.mark.parametrize("values", [[], [math.nan], [math.inf]])

@@ -192,3 +192,24 @@ def test_what_cannot_be_rendered_is_refused(tokenizer: Callable[[str], Any]) -> 
     tokens = ChatTokens(tokenizer(fussy + APPENDING["plain"]))
     with pytest.raises(PolicyError, match="of system, user: no system"):
         tokens.prompt([Message("system", "x"), Message("user", "y")])
+
+
+def test_ids_of_another_tokenizer_are_not_taken_for_ours(tokenizer: Callable[[str], Any]) -> None:
+    tokens, other = ChatTokens(tokenizer(APPENDING["plain"])), tokenizer(APPENDING["plain"])
+    other.add_tokens(["strange"])
+    strange = ChatTokens(other).fingerprint
+    assert strange != tokens.fingerprint == ChatTokens(tokenizer(FORGETTING)).fingerprint
+    text, ids = "3 + 4", (9, 9, 9)
+    for mine in ("", tokens.fingerprint):
+        completion = Completion(text, ids, (-1.0,) * 3, "stop", mine)
+        assert tokens.answer(completion) == ids
+        (row,) = pack([Example((Message("user", "?"),), completion)], tokens)
+        assert row.spans[0].old_logprobs == (-1.0,) * 3
+    foreign = Completion(text, ids, (-1.0,) * 3, "stop", strange)
+    assert tokens.answer(foreign) == tokens.completion(text)
+    (row,) = pack([Example((Message("user", "?"),), foreign)], tokens)
+    assert tuple(row.ids[row.spans[0].begin :]) == tokens.completion(text)
+    assert row.spans[0].old_logprobs == ()
+    said = Message("assistant", text, token_ids=ids, tokenizer=strange)
+    asked = (Message("user", "?"), said, Message("user", "!"))
+    assert tokens.prompt(asked) == tokens.prompt((asked[0], Message("assistant", text), asked[2]))

@@ -139,15 +139,19 @@ def test_a_restored_learner_goes_on_identically(model: str, tmp_path: Path) -> N
     assert {p.suffix for p in tmp_path.rglob("*.*")} == {".safetensors"}
 
 
+def random_states() -> tuple[object, ...]:
+    return torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())
+
+
 def test_it_learns_quietly_and_leaves_nothing_behind(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     learner = through_trl(model)
-    drawn = torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[2]
+    drawn = random_states()
     losses = [learner.update(Batch(NLL(), EXAMPLES), 0.0)["train/loss"] for _ in range(5)]
     assert losses[-1] < losses[0]
-    assert drawn == (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[2])
+    assert drawn == random_states()
     learner.export(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -294,7 +294,7 @@ def _arguments(
     import torch
 
     # The largest share of a step whose padded rows keep to the budget.
-    fits = max(1, config.token_budget // longest)
+    fits = max(1, config.budget("cuda" if torch.cuda.is_available() else "cpu") // longest)
     size = config.batch_size
     at_once = next(k for k in range(min(size, fits), 0, -1) if size % k == 0)
     return {

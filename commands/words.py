@@ -1,0 +1,85 @@
+"""Results as lines for people: what ``run`` and ``evaluate`` print without ``--json``."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+TURNS = 12
+"""The most turns of the table by turn that are shown."""
+
+
+def run_words(result: Mapping[str, Any]) -> str:
+    """``result.json`` in about ten lines."""
+    base, final, compared = result["base"], result["final"], result["comparison"]
+    low, high = compared["interval"]
+    lines = [
+        f"{compared['verdict']}: {rate_words(final)}, before {rate_words(base)}",
+        f"difference {100 * compared['difference']:+.1f} points "
+        f"[{100 * low:+.1f}, {100 * high:+.1f}], p = {compared['p_value']:.2g} "
+        f"({compared['test']})",
+    ]
+    tables: Mapping[str, Any] | None = result["introspection"]
+    if tables:
+        lines += table_words([("before", tables["base"]), ("after", tables["final"])])
+    lines.append(
+        f"{result['wall_s']:.0f} s in all; training took {result['environment_steps']:,} "
+        f"environment steps, {result['tokens_sampled']:,} tokens sampled, "
+        f"{result['tokens_trained']:,} trained"
+    )
+    return "\n".join(lines)
+
+
+def evaluation_words(told: Mapping[str, Any]) -> str:
+    """An evaluation without its results, as ``evaluate`` returns it."""
+    low, high = told["interval"]
+    lines = [
+        f"{told['checkpoint']} in {told['environment']['use']}, {told['split']}: "
+        f"{told['successes']} of {told['tasks']} solved, {told['success_rate']:.1%} "
+        f"[{low:.1%}, {high:.1%}]",
+        f"{told['failed']} failed{names(told['failures'])}, {told['undecided']} undecided, "
+        f"{told['mean_steps']:.1f} steps and a reward of {told['mean_reward']:.3f} on average",
+    ]
+    within: Sequence[float] = told["success_by_turn"]
+    if len(within) > 1:
+        step = -(-len(within) // TURNS)
+        shown = [*range(step, len(within), step), len(within)]
+        lines.append("turns          " + "".join(f"{turn:>8}" for turn in shown))
+        lines.append("solved within  " + "".join(f"{within[t - 1]:>8.1%}" for t in shown))
+    if told["introspection"]:
+        lines += table_words([("", told["introspection"])])
+    return "\n".join([*lines, f"in {told['folder']}"])
+
+
+def rate_words(told: Mapping[str, Any]) -> str:
+    low, high = told["interval"]
+    failed = f", {told['failed']} failed" if told["failed"] else ""
+    return (
+        f"{told['successes']} of {told['tasks']} solved, {told['success_rate']:.1%} "
+        f"[{low:.1%}, {high:.1%}]{failed}"
+    )
+
+
+def table_words(tables: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """RISE's table, one line per checkpoint; then each one's turns without an oracle."""
+    k = tables[0][1]["k"]
+    cells = (
+        ("m1@t1", "m1_t1"),
+        (f"m{k}@t1", "mk_t1"),
+        (f"m1@t{k}", "m1_tk"),
+        (f"p1@t{k}", "p1_tk"),
+    )
+    lines = [" " * 8 + "".join(f"{name:>9}" for name, _ in cells) + f"{f'm1@t{k} - m1@t1':>18}"]
+    for name, table in tables:
+        rates = [table[key]["rate"] for _, key in cells]
+        gain = 100 * (rates[2] - rates[0])
+        lines.append(f"{name:8}" + "".join(f"{r:>9.1%}" for r in rates) + f"{gain:>+18.1f}")
+    for name, table in tables:
+        turns = "".join(f"{share:>9.1%}" for share in table["turn_accuracy"])
+        mended, spoilt = sum(table["wrong_to_right"]), sum(table["right_to_wrong"])
+        lines.append(f"{name:8}{turns}  right at turns 1 to {k}; {mended} mended, {spoilt} spoilt")
+    return lines
+
+
+def names(failures: Mapping[str, int]) -> str:
+    if not failures:
+        return ""
+    return f" ({', '.join(f'{name} {count}' for name, count in failures.items())})"

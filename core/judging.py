@@ -1,0 +1,69 @@
+"""Verdicts on many groups of attempts: at once, each under a deadline, every failure counted."""
+
+import asyncio
+import traceback
+from collections.abc import Sequence
+from itertools import groupby
+
+from .config import JudgeConfig
+from .errors import JudgeError
+from .protocols import Judge
+from .rollout import deadline
+from .types import Judged, Trajectory, Verdict
+
+BROKEN = "broken"
+"""What stands for the judge's name in a verdict that it failed to give."""
+
+
+async def judged(
+    judge: Judge, trajectories: Sequence[Trajectory], config: JudgeConfig
+) -> list[Judged]:
+    """One verdict each, in order; neighbours with one task and seed are judged together.
+
+    A judge that raises, is late, or answers rubbish has not decided: that is not a 0.
+
+    Raises:
+        JudgeError: this happened with more than ``config.max_failures`` of the groups; holds the
+            first traceback.
+    """
+    groups = [list(group) for _, group in groupby(trajectories, key=lambda t: (t.task.id, t.seed))]
+    failures: list[str] = []
+    room = asyncio.Semaphore(config.parallel)
+
+    async def one(group: list[Trajectory]) -> list[Verdict]:
+        async with room:
+            try:
+                async with deadline(config.timeout_s, "the judge"):
+                    return checked(await judge.judge(group), len(group))
+            except Exception as cause:
+                failures.append("".join(traceback.format_exception(cause)))
+                if len(failures) > config.max_failures * len(groups):
+                    raise JudgeError(
+                        f"the judge failed on {len(failures)} of {len(groups)} groups of attempts, "
+                        f"more than judge.max_failures={config.max_failures:g} allows; "
+                        f"the first:\n{failures[0].rstrip()}"
+                    ) from None
+                return [Verdict(None, f"{type(cause).__name__}: {cause}", BROKEN)] * len(group)
+
+    try:
+        async with asyncio.TaskGroup() as several:
+            tasks = [several.create_task(one(group)) for group in groups]
+    except* JudgeError as errors:
+        raise errors.exceptions[0] from None
+    return [
+        Judged(trajectory, verdict)
+        for group, task in zip(groups, tasks, strict=True)
+        for trajectory, verdict in zip(group, task.result(), strict=True)
+    ]
+
+
+def checked(verdicts: Sequence[Verdict], wanted: int) -> list[Verdict]:
+    """The verdicts, if they are what a judge should give. Raises: ValueError: they are not."""
+    if len(verdicts) != wanted:
+        raise ValueError(f"{len(verdicts)} verdicts for {wanted} trajectories")
+    for verdict in verdicts:
+        if verdict.score is not None and not 0 <= verdict.score <= 1:
+            raise ValueError(
+                f"a score of {verdict.score}; wanted one in [0, 1], or None if undecided"
+            )
+    return list(verdicts)
