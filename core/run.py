@@ -81,7 +81,7 @@ class Run:
                 stored = dict[str, Any]()
                 if run.has("recipe.json"):
                     stored = cast("dict[str, Any]", read_json(folder / "recipe.json"))
-                if differences(stored, recipe):
+                if differences(stored, _plain(recipe)):
                     shutil.rmtree(folder / "base", ignore_errors=True)  # another recipe's
                 write_json(folder / "recipe.json", recipe)
         except BaseException:
@@ -189,18 +189,21 @@ def _refuse_other(folder: Path, recipe: dict[str, Any], differences: Differences
                 f"{sorted(names)[0]!r}); nothing was touched; use another --output"
             )
         return
-    if not _begun(folder):
+    if LOCK in names and not _begun(folder):
         return
     stored = read_json(folder / "recipe.json")
     if not isinstance(stored, dict):
         raise StoreError(f"{folder}/recipe.json is no recipe; {_ADVICE}")
-    # Through JSON, so that a tuple here equals the list it was stored as.
-    wanted = json.loads(json.dumps(recipe))
-    if lines := differences(cast("dict[str, Any]", stored), wanted):
+    if lines := differences(cast("dict[str, Any]", stored), _plain(recipe)):
         raise StoreError(
             f"{folder} holds a run of another recipe; {_ADVICE}. Stored there and wanted now:\n"
             + "\n".join(f"  {line}" for line in lines)
         )
+
+
+def _plain(recipe: dict[str, Any]) -> dict[str, Any]:
+    """As it is read back: a tuple here equals the list it was stored as."""
+    return json.loads(json.dumps(recipe))
 
 
 def _begun(folder: Path) -> bool:

@@ -95,6 +95,7 @@ class Faulty:
     async def expert(self) -> str | None:
         if self.fault == "pensive":
             await asyncio.sleep(60)
+        await asyncio.sleep(0)
         return "left" if self.fault == "liar" else "right"
 
 

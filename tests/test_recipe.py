@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from selfwright.core import recipe as recipes
 from selfwright.core import strict_yaml
-from selfwright.core.config import Config
+from selfwright.core.config import Config, JudgeConfig, PolicyConfig
 from selfwright.core.errors import PluginError, RecipeError
 from selfwright.core.recipe import Recipe, differences, read, section
 
@@ -43,8 +43,7 @@ class World:
         self.config, self.more = config, more
 
 
-class ModelConfig(Config):
-    model: str
+class ModelConfig(PolicyConfig):
     path: Path = Path("here")
 
 
@@ -69,6 +68,10 @@ class Quick:
     Config = QuickConfig
 
 
+class Critic:
+    Config = JudgeConfig
+
+
 class Shapeless:
     """Has no Config."""
 
@@ -81,7 +84,7 @@ environment:
   size: 4
 policy: {{use: "{__name__}:Player", model: tiny}}
 agent: {{use: chat}}
-judge: {{use: "{__name__}:Quick"}}
+judge: {{use: "{__name__}:Critic"}}
 trainer:
   use: {__name__}:Slow
   tau: 1e-5
@@ -122,7 +125,11 @@ def test_a_dump_is_itself_a_recipe(file: Path) -> None:
     dump = before.dump()
     assert dump["environment"]["size"] == 4
     assert dump["environment"]["step_timeout_s"] == 30.0
-    assert dump["policy"] == {"use": f"{__name__}:Player", "model": "tiny", "path": "here"}
+    assert dump["policy"] == {
+        "use": f"{__name__}:Player",
+        **PolicyConfig(model="tiny").model_dump(),
+        "path": "here",
+    }
     assert json.loads(json.dumps(dump)) == dump
     file.write_text(yaml.safe_dump(dump))
     after = read(file)

@@ -124,13 +124,28 @@ time.sleep(60)
 
 
 def test_another_recipe_is_refused_by_key(tmp_path: Path) -> None:
-    Run.open(tmp_path, RECIPE, differences).close()
-    Run.open(tmp_path, RECIPE, differences).close()
+    for again in range(2):
+        with Run.open(tmp_path, RECIPE, differences) as run, run.draft(iteration_name(again)):
+            pass
     with pytest.raises(StoreError) as caught:
         Run.open(tmp_path, RECIPE | {"seed": 2}, differences)
     assert "seed: 1 there, 2 now" in str(caught.value)
     assert "another --output" in str(caught.value)
     assert read_json(tmp_path / "recipe.json")["seed"] == 1
+
+
+def test_a_run_that_committed_nothing_does_not_hold_on_to_its_recipe(tmp_path: Path) -> None:
+    for seed in (1, 1, 2):
+        with Run.open(tmp_path, RECIPE | {"seed": seed}, differences) as run:
+            assert read_json(tmp_path / "recipe.json")["seed"] == seed
+            # The model made for the first recipe is not the second one's.
+            assert run.has("base") == (tmp_path / "again").exists()
+            if seed == 1 and not run.has("base"):
+                with run.draft("base"):
+                    pass
+                (tmp_path / "again").touch()
+            elif seed == 1:
+                (tmp_path / "again").unlink()
 
 
 @pytest.mark.parametrize("name", ["thesis.txt", "recipe.json"])

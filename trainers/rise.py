@@ -109,16 +109,16 @@ class RISE:
             groups = sound(judged)
             for group in groups:
                 lessons += self._learn(group, conversations.setdefault(key(group[0]), []))
-            if turn + 1 == turns:
-                break
+            last = turn + 1 == turns
             if teach and starts:
-                groups = sound(await own([start for start in starts if not start.attempt]))
+                again = [start for start in starts if not start.attempt]
+                groups = [] if last else sound(await own(again))
             starts = []
             for group in groups:
                 carried = max(group, key=score) if config.history == "best" else group[0]
                 conversations[key(group[0])].append(carried)
                 starts += self._retries(carried)
-            if not starts:
+            if last or not starts:
                 break
             judged = await (teach or own)(starts)
         examples = [example for lesson in lessons for example in self._examples(lesson)]
