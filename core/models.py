@@ -66,6 +66,6 @@ def open_weights(model: str, device: str, dtype: str, trust_remote_code: bool) -
 def _cannot_open(model: str, cause: Exception) -> ModelError:
     first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
     return ModelError(
-        f"cannot open the model {model!r}: {first}; give a model folder, a hub id, or "
+        f"cannot open the model {model!r}: {first.rstrip('.')}; give a model folder, a hub id, or "
         "scratch:WIDTHxLAYERS"
     )

@@ -18,6 +18,8 @@ LEAK_BYTES = 2**20
 class FaultyConfig(Config):
     fault: str = ""
     """What goes wrong, when the action is ``fault`` or always; empty: nothing."""
+    right: str = "4"
+    """The answer to the sum."""
 
 
 class Faulty:
@@ -132,7 +134,7 @@ class Sum:
 
     async def step(self, action: str) -> TimeStep:
         self.turn += 1
-        right = action == "4"
+        right = action == self.config.right
         said = "Yes." if right and (self.oracle or self.config.fault == "tells") else "Hm."
         ends = right and (self.oracle or self.config.fault == "ends")
         observation = Observation(f"{action}? {said}")
@@ -142,7 +144,7 @@ class Sum:
         pass
 
     async def expert(self) -> str | None:
-        return "4"
+        return self.config.right
 
     async def random(self, seed: int) -> str:
         return random.Random(seed).choice(["1", "2", "3"])

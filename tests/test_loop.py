@@ -43,11 +43,13 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def selfwright(room: Path) -> Selfwright:
     """The installed command, in a folder of its own, with the models it makes kept there."""
 
-    def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: object, check: bool = True, cache: str = "cache"
+    ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [str(COMMAND), *map(str, arguments)],
             cwd=room,
-            env=surroundings(room),
+            env=surroundings(room, cache),
             capture_output=True,
             text=True,
             timeout=240,
@@ -58,9 +60,9 @@ def selfwright(room: Path) -> Selfwright:
     return run
 
 
-def surroundings(room: Path) -> dict[str, str]:
+def surroundings(room: Path, cache: str = "cache") -> dict[str, str]:
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "SELFWRIGHT_CACHE": str(room / "cache"), "PYTHONPATH": paths}
+    return {**os.environ, "SELFWRIGHT_CACHE": str(room / cache), "PYTHONPATH": paths}
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,12 @@ def test_a_run_leaves_its_result_its_report_and_its_checkpoint(whole: Path) -> N
     assert len(result["curve"]) == 3
     for key in ("wall_s", "environment_steps", "tokens_sampled", "tokens_trained"):
         assert result[key] > 0
+    costs = result["costs"]
+    assert [cost["iteration"] for cost in costs] == [1, 2, 3]
+    for key in ("environment_steps", "tokens_sampled", "tokens_trained"):
+        assert sum(cost[key] for cost in costs) == result[key]
+    assert result["evaluation"]["tokens_sampled"] > 0
+    assert result["wall_s"] > sum(cost["wall_s"] for cost in costs) + result["warm_start_s"]
     assert (whole / "report.html").stat().st_size > 5_000
     assert (whole / "checkpoint" / "adapter_model.safetensors").is_file()
     assert (whole / "checkpoint" / "base" / "model.safetensors").is_file()
@@ -162,7 +170,9 @@ def test_killed_at_any_moment_and_resumed_is_as_if_never_killed(
             kills += 1
         process.wait(timeout=30)
     assert kills >= 3
-    selfwright("run", "tiny.yaml", "--output", "killed")
+    # What was made for the run lies with the run: nothing but its folder is needed to go on.
+    selfwright("run", "tiny.yaml", "--output", "killed", cache="another cache")
+    assert not (room / "another cache").exists()
     assert results(folder) == results(whole)
     assert episodes(folder) == episodes(whole)
 
@@ -171,7 +181,9 @@ def test_a_finished_run_is_not_run_again_and_another_recipe_is_refused(
     whole: Path, selfwright: Selfwright
 ) -> None:
     before = (whole / "result.json").stat().st_mtime_ns
+    (whole / "report.html").unlink()
     assert "finished" in selfwright("run", "tiny.yaml", "--output", "whole").stderr
+    assert (whole / "report.html").stat().st_size > 5_000, "as if killed before it was written"
     assert (whole / "result.json").stat().st_mtime_ns == before
     other = selfwright("run", "tiny.yaml", "--output", "whole", "-o", "seed=4", check=False)
     assert other.returncode == 2 and "seed" in other.stderr and "Traceback" not in other.stderr
@@ -213,8 +225,19 @@ def test_worlds_that_raise_hang_and_talk_rubbish_are_counted_by_name(
     for judged, kind in zip(stored, kinds, strict=True):
         failed = judged.trajectory.stop == Stop.FAILED
         assert failed == (kind < 3) == (judged.verdict.score is None)
+    (cost,) = read(output / "result.json")["costs"]
+    assert cost["failures"] == {k.removeprefix("failures/"): v for k, v in counted.items()}
     page = (output / "report.html").read_text()
     assert all(name in page for name in ("KeyError", "TimeoutError", "WorldError"))
+
+
+def test_a_slip_in_the_recipe_does_not_spoil_the_folder(
+    room: Path, selfwright: Selfwright, model_folder: Callable[[str], Path]
+) -> None:
+    path = flaky(room, model_folder("scratch"), broken=0)
+    wrong = selfwright("run", path, "--output", "slip", "-o", "policy.model=./no", check=False)
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
+    selfwright("run", path, "--output", "slip")
 
 
 def test_too_many_failures_stop_the_run_with_the_first_traceback(
