@@ -65,7 +65,8 @@ def played(recipe: str, overrides: Sequence[str], folder: Path) -> dict[str, Any
 
 
 def row(seed: int, result: dict[str, Any]) -> dict[str, Any]:
-    compared, tables = result["comparison"], result["introspection"] or {}
+    compared: dict[str, Any] = result["comparison"]
+    tables: dict[str, dict[str, Any]] = result["introspection"] or {}
     told: dict[str, Any] = {
         "seed": seed,
         "tasks": result["final"]["tasks"],

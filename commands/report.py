@@ -86,6 +86,7 @@ class Result(_Part):
     costs: list[IterationCosts] = []
     """Of each iteration by itself, not summed up."""
     wall_s: float | None = None
+    warm_start_s: float | None = None
     environment_steps: int | None = None
     tokens_sampled: int | None = None
     tokens_trained: int | None = None
@@ -262,8 +263,15 @@ def _first_by_task(episodes: Iterable[Judged]) -> dict[str, Judged]:
 
 
 def phases(run: Run) -> list[tuple[str, float]]:
-    """Seconds per phase over all iterations, from metrics called ``time/NAME_s``; longest first."""
+    """Seconds per phase of the whole run, longest first.
+
+    Those of the iterations are metrics called ``time/NAME_s``.
+    """
     totals = dict[str, float]()
+    if run.result.warm_start_s:
+        totals["warm start"] = run.result.warm_start_s
+    if tests := [one.wall_s for one in (run.base, run.final) if one is not None]:
+        totals["tests before and after"] = sum(tests)
     for metrics in run.metrics:
         for name, value in metrics.items():
             if name.startswith("time/") and name.endswith("_s"):

@@ -176,6 +176,7 @@ def make_run(
             for i in range(iterations)
         ],
         "wall_s": 402.7,
+        "warm_start_s": 61.4,
         "environment_steps": 34_000,
         "tokens_sampled": 690_112,
         "tokens_trained": 960_000,
@@ -230,6 +231,7 @@ def test_a_complete_page(tmp_path: Path) -> None:
     assert all(name in text for name in ("m1@t1", "m5@t1", "m1@t5", "p1@t5", "train/loss"))
     assert "TimeoutError" in text and "WorldError" in text
     assert "690,112" in text and "6 min 43 s" in text
+    assert "warm start 1 min 1 s" in text and "tests before and after" in text
     assert page.count('class="episode"') == 6
     assert "data:image/png;base64," in page
 
