@@ -1,14 +1,13 @@
 """Verdicts on many groups of attempts: at once, each under a deadline, every failure counted."""
 
 import asyncio
-import traceback
 from collections.abc import Sequence
 from itertools import groupby
 
 from .config import JudgeConfig
 from .errors import JudgeError
 from .protocols import Judge
-from .rollout import deadline
+from .rollout import Failures, deadline
 from .types import Judged, Trajectory, Verdict
 
 BROKEN = "broken"
@@ -27,7 +26,13 @@ async def judged(
             first traceback.
     """
     groups = [list(group) for _, group in groupby(trajectories, key=lambda t: (t.task.id, t.seed))]
-    failures: list[str] = []
+    failures = Failures(
+        len(groups),
+        config.max_failures,
+        JudgeError,
+        "groups of attempts could not be judged",
+        "judge.max_failures",
+    )
     room = asyncio.Semaphore(config.parallel)
 
     async def one(group: list[Trajectory]) -> list[Verdict]:
@@ -36,13 +41,7 @@ async def judged(
                 async with deadline(config.timeout_s, "the judge"):
                     return checked(await judge.judge(group), len(group))
             except Exception as cause:
-                failures.append("".join(traceback.format_exception(cause)))
-                if len(failures) > config.max_failures * len(groups):
-                    raise JudgeError(
-                        f"the judge failed on {len(failures)} of {len(groups)} groups of attempts, "
-                        f"more than judge.max_failures={config.max_failures:g} allows; "
-                        f"the first:\n{failures[0].rstrip()}"
-                    ) from None
+                failures.add(cause)
                 return [Verdict(None, f"{type(cause).__name__}: {cause}", BROKEN)] * len(group)
 
     try:

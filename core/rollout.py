@@ -167,6 +167,33 @@ class deadline:
             raise TimeoutError(f"{self._what} took longer than {self._seconds:g} s") from None
 
 
+@dataclass
+class Failures:
+    """Counts what went wrong, until it is too much."""
+
+    of: int
+    """How many were tried."""
+    allowed: float
+    """The share of them that may fail."""
+    error: type[Exception]
+    what: str
+    setting: str
+    """The recipe's key that says how many may fail."""
+    first: str = ""
+    """The first traceback."""
+    count: int = 0
+
+    def add(self, cause: BaseException) -> None:
+        """Raises: ``error``: it was one too many; holds the first traceback."""
+        self.count += 1
+        self.first = self.first or "".join(traceback.format_exception(cause)).rstrip()
+        if self.count > self.allowed * self.of:
+            raise self.error(
+                f"{self.count} of {self.of} {self.what}, more than "
+                f"{self.setting}={self.allowed:g} allows; the first:\n{self.first}"
+            ) from None
+
+
 def turn_seed(seed: int, start: Start, turn: int) -> int:
     """The seed of one action: of the round's seed, the task, the attempt and the turn."""
     return derive(seed, start.task.id, start.attempt, turn)
@@ -242,7 +269,13 @@ async def rollouts(
     fleet = worlds.fleet
     results: list[Trajectory | None] = [None] * len(starts)
     queue = iter(enumerate(starts))
-    failures: list[str] = []
+    failures = Failures(
+        len(starts),
+        fleet.max_failures,
+        TooManyFailures,
+        "episodes failed",
+        "environment.max_failures",
+    )
     ended = 0
 
     async def slot(seat: ExitStack) -> None:
@@ -264,13 +297,7 @@ async def rollouts(
                     worlds.discard(world)
                     raise
         except Exception as cause:
-            failures.append("".join(traceback.format_exception(cause)))
-            if len(failures) > fleet.max_failures * len(starts):
-                raise TooManyFailures(
-                    f"{len(failures)} of {len(starts)} episodes failed, more than "
-                    f"environment.max_failures={fleet.max_failures:g} allows; "
-                    f"the first:\n{failures[0].rstrip()}"
-                ) from None
+            failures.add(cause)
             return failed(start, steps, player.name, cause)
 
     # All seats are taken before the first slot runs, so that the first batch is a full one.

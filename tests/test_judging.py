@@ -90,7 +90,9 @@ def test_undecided_is_not_broken() -> None:
 
 
 def test_too_many_failures_stop_it_with_the_first_traceback() -> None:
-    with pytest.raises(JudgeError, match=r"failed on 2 of 4 groups .*max_failures=0.25") as caught:
+    with pytest.raises(
+        JudgeError, match=r"2 of 4 groups .* judged, more than judge.max_failures=0.25"
+    ) as caught:
         verdicts("raise", "fine", "raise", "fine", max_failures=0.25)
     assert "Traceback" in str(caught.value) and "no such rubric" in str(caught.value)
 
