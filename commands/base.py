@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Sequence
@@ -29,11 +30,11 @@ from .progress import Progress
 
 VALIDATION = 200
 """Tasks on which a warm start's skill is measured."""
-MADE = 2
+MADE = 3
 """Raise this whenever the same settings would give another model."""
 WORDS = 4000
 """Expert episodes that a new tokenizer is trained on."""
-STORY = "selfwright.json"
+STORY = "story.json"
 """In the folder of a model made here: how it came about."""
 
 
@@ -68,7 +69,8 @@ async def prepare(recipe: Recipe, worlds: Worlds, progress: Progress) -> str:
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_drafts(folder.parent)
-    draft = Path(tempfile.mkdtemp(prefix=f"{DRAFT}{os.getpid()}-", dir=folder.parent))
+    mine = f"{DRAFT}{os.getpid()}@{socket.gethostname()}-"
+    draft = Path(tempfile.mkdtemp(prefix=mine, dir=folder.parent))
     try:
         await _make(recipe, config, worlds, draft, progress)
         try:
@@ -92,7 +94,7 @@ def story_of(folder: Path) -> str:
     story: dict[str, Any] = read_json(folder / STORY)
     if not story["updates"]:
         return "untrained"
-    words = f"warm start of {story['updates']} updates in {story['seconds']:.0f} s"
+    words = f"warm start of {story['updates']} updates, {story['wall_s']:.0f} s"
     if story["skill"] is not None:
         asked = "" if story["skill"] >= story["wanted"] else f" (asked for {story['wanted']:.0%})"
         words += f", solves {story['skill']:.0%} of {VALIDATION} validation tasks{asked}"
@@ -100,10 +102,10 @@ def story_of(folder: Path) -> str:
 
 
 def _remove_drafts(folder: Path) -> None:
-    """Remove what killed processes left half made."""
-    for draft in folder.glob(f"{DRAFT}*"):
-        owner = draft.name.removeprefix(DRAFT).split("-")[0]
-        if not (owner.isdecimal() and psutil.pid_exists(int(owner))):
+    """Remove what processes of this machine left half made when they were killed."""
+    for draft in folder.glob(f"{DRAFT}*@{socket.gethostname()}-*"):
+        owner = draft.name.removeprefix(DRAFT).split("@")[0]
+        if not psutil.pid_exists(int(owner)):
             shutil.rmtree(draft, ignore_errors=True)
 
 
@@ -135,6 +137,7 @@ def _contents(folder: Path) -> dict[str, str]:
 async def _make(
     recipe: Recipe, config: PolicyConfig, worlds: Worlds, folder: Path, progress: Progress
 ) -> None:
+    began = time.monotonic()
     agent: Agent = recipe.agent.make()
     warm = config.warm_start
     noise = 0.0 if warm is None else warm.noise
@@ -160,10 +163,16 @@ async def _make(
         texts = [text for trajectory in shown[:WORDS] for text in _texts(trajectory)]
         scratch.make(model, texts, folder, derive(recipe.seed, "scratch"))
         model = str(folder)
-    story: dict[str, Any] = {"updates": 0, "seconds": 0.0, "skill": None, "wanted": None}
+    story: dict[str, Any] = {
+        "environment_steps": sum(len(trajectory.steps) for trajectory in shown),
+        "tokens_trained": 0,
+        "updates": 0,
+        "skill": None,
+        "wanted": None,
+    }
     if warm is not None:
         story |= await _clone(recipe, config, warm, model, worlds, examples, folder, progress)
-    write_json(folder / STORY, story)
+    write_json(folder / STORY, story | {"wall_s": round(time.monotonic() - began, 1)})
     progress.say(f"base model: {story_of(folder)}")
 
 
@@ -214,7 +223,7 @@ async def _clone(
         config.timeout_s,
         config.listed,
     )
-    began, done, share = time.monotonic(), 0, 0.0
+    began, done, share, tokens = time.monotonic(), 0, 0.0, 0.0
     loop = asyncio.get_running_loop()
     scratchpad = Path(tempfile.mkdtemp(prefix="selfwright-"))
     try:
@@ -222,7 +231,8 @@ async def _clone(
             while done < warm.updates and time.monotonic() - began < warm.seconds:
                 count = min(warm.check_every, warm.updates - done)
                 batch = _cycle(examples, done * warm.batch_size, count * warm.batch_size)
-                await loop.run_in_executor(None, learner.update, Batch(NLL(), batch), 0.0)
+                told = await loop.run_in_executor(None, learner.update, Batch(NLL(), batch), 0.0)
+                tokens += told["train/tokens"]
                 done += count
                 tell(done)
                 if warm.skill is None:
@@ -234,7 +244,6 @@ async def _clone(
                 if share >= warm.skill:
                     break
         learner.export(folder)
-        policy.tokens.tokenizer.save_pretrained(folder)
     finally:
         shutil.rmtree(scratchpad, ignore_errors=True)
         await policy.close()
@@ -244,8 +253,8 @@ async def _clone(
             "give it more updates or seconds, or an easier world"
         )
     skill = None if warm.skill is None else share
-    seconds = round(time.monotonic() - began, 1)
-    return {"updates": done, "seconds": seconds, "skill": skill, "wanted": warm.skill}
+    reached = {"skill": skill, "wanted": warm.skill}
+    return {"updates": done, "tokens_trained": int(tokens)} | reached
 
 
 def _cycle(examples: Sequence[Example], begin: int, count: int) -> tuple[Example, ...]:

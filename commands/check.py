@@ -350,6 +350,11 @@ async def _no_oracle(exam: Examination) -> str:
             right = await exam.watch.play(world, task, number, _expert)
             for episode in (wrong, right):
                 _never_told(episode)
+            if right.steps and max(step.reward for step in right.steps) < 1:
+                raise Broken(
+                    f"without its oracle {task.id!r} pays the expert's attempts "
+                    f"{max(step.reward for step in right.steps):g}; wanted 1 for a right one"
+                )
             compared += _same_words(sample, wrong, right)
     return f"{exam.episodes} tasks, {compared} right attempts answered like wrong ones"
 

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, cast
 import typer
 
 from .. import __version__
-from ..core.errors import ModelError, PluginError, RecipeError, SelfwrightError, StoreError
+from ..core.errors import (
+    DiskError,
+    ModelError,
+    PluginError,
+    RecipeError,
+    SelfwrightError,
+    StoreError,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,7 +71,7 @@ def call(arguments: Sequence[str]) -> int:
         return error.exit_code
     except SelfwrightError as error:
         print(str(error) or type(error).__name__, file=sys.stderr)
-        return 2 if isinstance(error, BAD_INPUT) else 1
+        return 2 if isinstance(error, BAD_INPUT) and not isinstance(error, DiskError) else 1
     except KeyboardInterrupt:
         code = 130
     if code == 130:

@@ -73,6 +73,10 @@ class IterationCosts(BaseModel):
         return {name: n for name, n in extra.items() if isinstance(n, int | float)}
 
 
+class WarmStart(_Part):
+    wall_s: float
+
+
 class Result(_Part):
     """``result.json``, as far as the page shows it. Everything may be missing."""
 
@@ -86,7 +90,7 @@ class Result(_Part):
     costs: list[IterationCosts] = []
     """Of each iteration by itself, not summed up."""
     wall_s: float | None = None
-    warm_start_s: float | None = None
+    warm_start: WarmStart | None = None
     environment_steps: int | None = None
     tokens_sampled: int | None = None
     tokens_trained: int | None = None
@@ -268,8 +272,8 @@ def phases(run: Run) -> list[tuple[str, float]]:
     Those of the iterations are metrics called ``time/NAME_s``.
     """
     totals = dict[str, float]()
-    if run.result.warm_start_s:
-        totals["warm start"] = run.result.warm_start_s
+    if run.result.warm_start:
+        totals["warm start"] = run.result.warm_start.wall_s
     if tests := [one.wall_s for one in (run.base, run.final) if one is not None]:
         totals["tests before and after"] = sum(tests)
     for metrics in run.metrics:

@@ -25,7 +25,7 @@ from ..core.statistics import compare_outcomes, wilson
 from ..core.store import TRAJECTORIES, write_trajectories
 from ..core.types import Judged, Metrics, Start, Stop
 from ..core.worlds import Worlds, open_worlds
-from .base import made_here, prepare
+from .base import STORY, made_here, prepare
 from .evaluate import Exam, examine, player_of, tokens_sampled, write_card
 from .progress import Progress
 from .report import report
@@ -123,12 +123,11 @@ async def begun(recipe: Recipe, worlds: Worlds, kept: Run, progress: Progress) -
     if not made_here(config):
         return await prepare(recipe, worlds, progress)
     if not kept.has(BASE):
-        clock = Clock()
         made = await prepare(recipe, worlds, progress)
         with kept.draft(BASE) as folder:
             shutil.copytree(made, folder, dirs_exist_ok=True)
-            write_json(folder / "costs.json", {"wall_s": clock.lap()})
-    return str(kept.path(BASE))
+    # Adapters note where their base is, and may be used from anywhere.
+    return str(kept.path(BASE).resolve())
 
 
 async def improve(cast: Cast, kept: Run) -> None:
@@ -191,7 +190,8 @@ async def iterate(cast: Cast, trainer: Trainer, index: int) -> Metrics:
                 metrics["train/total_tokens"] = (
                     metrics.get("train/total_tokens", 0.0) + learned["train/tokens"]
                 )
-    return metrics | learned | {"time/learn_s": clock.lap()}
+    metrics |= learned | {"train/examples": float(sum(len(b.examples) for b in batches))}
+    return metrics | {"time/learn_s": clock.lap()}
 
 
 def context(cast: Cast, teachers: dict[str, Policy]) -> Context:
@@ -326,7 +326,9 @@ def conclude(cast: Cast, kept: Run) -> dict[str, Any]:
             shutil.copytree(last, folder, dirs_exist_ok=True)
             inside = Path(cast.base).is_dir()
             if inside:
-                shutil.copytree(cast.base, folder / "base", copy_function=hard_link)
+                # What is kept with the run is never rewritten; of somebody else's nobody knows.
+                put = hard_link if kept.has(BASE) else shutil.copy2
+                shutil.copytree(cast.base, folder / "base", copy_function=put)
             card: dict[str, Any] = recipe.dump()
             card |= {"base": "base" if inside else cast.base, "base_inside": inside}
             write_card(folder, card)
@@ -338,7 +340,7 @@ def conclude(cast: Cast, kept: Run) -> dict[str, Any]:
     def total(key: str) -> int:
         return int(sum(metrics.get(key, 0.0) for metrics in rounds))
 
-    warming = read_json(kept.path(BASE) / "costs.json")["wall_s"] if kept.has(BASE) else 0.0
+    warm = read_json(kept.path(BASE) / STORY) if kept.has(BASE) else None
     training = sum(sum(seconds(metrics).values()) for metrics in rounds)
     validation = sum(seconds(metrics).get("validation", 0.0) for metrics in rounds)
     compared = compare_outcomes(base.outcomes, final.outcomes)
@@ -358,11 +360,11 @@ def conclude(cast: Cast, kept: Run) -> dict[str, Any]:
         },
         "introspection": None,
         "curve": [point(k, metrics) for k, metrics in enumerate(rounds) if points(metrics)],
-        "wall_s": warming + training + base.wall_s + final.wall_s,
+        "wall_s": (warm["wall_s"] if warm else 0.0) + training + base.wall_s + final.wall_s,
         "environment_steps": total("rollout/environment_steps"),
         "tokens_sampled": total("rollout/tokens"),
         "tokens_trained": total("train/total_tokens"),
-        "warm_start_s": warming,
+        "warm_start": warm,
         "evaluation": {
             "wall_s": base.wall_s + final.wall_s + validation,
             "environment_steps": base.environment_steps

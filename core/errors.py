@@ -39,3 +39,7 @@ class LearnerError(SelfwrightError, RuntimeError):
 
 class StoreError(SelfwrightError, ValueError):
     """A file of a run is missing, damaged, or belongs to another run."""
+
+
+class DiskError(StoreError):
+    """A file could not be written: the disk is full, or it may not be."""

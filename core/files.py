@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
-from .errors import StoreError
+from .errors import DiskError, StoreError
 
 DRAFT = ".draft-"
 """Names that begin so are unfinished work; whoever owns the folder may remove them."""
@@ -32,7 +32,7 @@ def atomic_write(path: Path) -> Generator[IO[bytes]]:
         draft.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+        raise DiskError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with suppress(OSError):  # it is renamed if all went well
             draft.unlink()

@@ -9,7 +9,8 @@ How plug-ins are made, by the name of their entry-point group:
     selfwright.policies       Policy(config, model, seed)
     selfwright.learners       Learner(config, model, seed)
 
-``config`` is an instance of the class's nested ``Config`` (see ``core.config.Config``).
+``config`` is an instance of the class's nested ``Config``, which derives from
+``core.config.Config``; a policy's from ``PolicyConfig``, a judge's from ``JudgeConfig`` there.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
@@ -137,11 +138,14 @@ class Learner(Protocol):
     """The weights in training and their optimiser: the only thing that touches a gradient."""
 
     def update(self, batch: Batch, progress: float) -> Metrics:
-        """Learn ``batch``. ``progress`` in [0, 1] is the share of the run done, for schedules."""
+        """Learn ``batch``. ``progress`` in [0, 1] is the share of the run done, for schedules.
+
+        The metrics hold ``train/tokens``, those that went forward and backward, at least.
+        """
         ...
 
     def export(self, folder: Path) -> None:
-        """Write what a policy loads: a PEFT adapter folder, or a whole model folder."""
+        """Write what a policy loads: a PEFT adapter folder, or a whole model with tokenizer."""
         ...
 
     def save(self, folder: Path) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias, cast
 
-from .errors import StoreError
+from .errors import DiskError, StoreError
 from .files import DRAFT, read_json, sync_folder, sync_tree, write_json
 
 Differences: TypeAlias = Callable[[dict[str, Any], dict[str, Any]], list[str]]
@@ -82,7 +82,7 @@ class Run:
                 if run.has("recipe.json"):
                     stored = cast("dict[str, Any]", read_json(folder / "recipe.json"))
                 if differences(stored, _plain(recipe)):
-                    shutil.rmtree(folder / "base", ignore_errors=True)  # another recipe's
+                    _discard(folder / "base")  # another recipe's
                 write_json(folder / "recipe.json", recipe)
         except BaseException:
             run.close()
@@ -201,6 +201,15 @@ def _refuse_other(folder: Path, recipe: dict[str, Any], differences: Differences
         )
 
 
+def _discard(path: Path) -> None:
+    """Remove a committed folder; killed meanwhile, it is a draft and no half of a whole."""
+    if path.exists():
+        draft = path.with_name(DRAFT + path.name)
+        with _naming(path):
+            path.rename(draft)
+            shutil.rmtree(draft)
+
+
 def _plain(recipe: dict[str, Any]) -> dict[str, Any]:
     """As it is read back: a tuple here equals the list it was stored as."""
     return json.loads(json.dumps(recipe))
@@ -252,4 +261,4 @@ def _naming(path: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+        raise DiskError(f"cannot write {path}: {error.strerror or error}") from error

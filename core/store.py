@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .errors import StoreError
+from .errors import DiskError, StoreError
 from .files import atomic_write, atomic_write_bytes, sync_folder
 from .run import iterations
 from .types import (
@@ -58,7 +58,7 @@ from .types import (
 if TYPE_CHECKING:
     import datasets
 
-VERSION = 1
+VERSION = 2
 TRAJECTORIES = "trajectories.parquet"
 """What an iteration's trajectories are called in its folder."""
 
@@ -189,7 +189,7 @@ class _Album:
                 sync_folder(self._folder)
                 sync_folder(self._folder.parent)
             except OSError as error:
-                raise StoreError(f"cannot write {folder}: {error.strerror}") from error
+                raise DiskError(f"cannot write {folder}: {error.strerror}") from error
 
     def get(self, name: str) -> bytes:
         if name not in self._images:

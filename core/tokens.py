@@ -1,7 +1,6 @@
 """Messages to token ids, the same way for whoever samples and whoever learns. Imports no torch."""
 
 import hashlib
-import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -165,5 +164,5 @@ class ChatTokens:
 
 
 def _fingerprint(tokenizer: Any) -> str:
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    vocabulary = repr(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
     return hashlib.blake2b(vocabulary.encode(errors="surrogatepass"), digest_size=8).hexdigest()

@@ -577,13 +577,14 @@ class Worker:
             self.dead = self.dead or f"a process of {self._name} died ({how}){self.last_words()}"
             waiting = list(self._pending.values())
             self._pending.clear()
-            for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
-                assert stream
-                with suppress(OSError):
-                    stream.close()
         for future in waiting:
             if future.set_running_or_notify_cancel():
                 future.set_exception(WorldError(self.dead))
+        # Last, and without the lock: what it started may hold the other ends, and this then waits.
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            assert stream
+            with suppress(OSError):
+                stream.close()
 
 
 def made(name: str, plugin: type[Any], settings: Any, without_oracle: bool) -> Any:

@@ -138,7 +138,8 @@ class Sum:
         said = "Yes." if right and (self.oracle or self.config.fault == "tells") else "Hm."
         ends = right and (self.oracle or self.config.fault == "ends")
         observation = Observation(f"{action}? {said}")
-        return TimeStep(observation, float(right) if self.oracle else right / 4, ends, False, ends)
+        reward = 0.0 if self.config.fault == "stingy" and not self.oracle else float(right)
+        return TimeStep(observation, reward, ends, False, ends)
 
     async def close(self) -> None:
         pass

@@ -65,6 +65,7 @@ def test_a_sound_world_keeps_the_contract(name: str, config: dict[str, Any]) -> 
         ("Faulty", "liar", "expert", "acted 4 times on 'train 0' to the end and did not succeed"),
         ("Faulty", "leak", "memory", "over 60 resets, after as many to warm up; wanted at most 32"),
         ("Sum", "tells", "no oracle", "answers a wrong attempt '...? Hm.' and a right one"),
+        ("Sum", "stingy", "no oracle", "pays the expert's attempts 0; wanted 1 for a right one"),
         ("Sum", "ends", "no oracle", "ended at attempt 1, which tells that it was right"),
     ],
 )

@@ -154,6 +154,7 @@ def raising(error: str) -> str:
     ("error", "code", "said"),
     [
         ("errors.StoreError('a damaged file')", 2, "a damaged file\n"),
+        ("errors.DiskError('the disk is full')", 1, "the disk is full\n"),
         ("errors.TooManyFailures('most episodes broke')", 1, "most episodes broke\n"),
         ("KeyboardInterrupt", 130, "selfwright: interrupted\n"),
     ],

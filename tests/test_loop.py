@@ -81,6 +81,8 @@ def lasting(value: Any) -> Any:
     """Without what a clock measured."""
     if isinstance(value, dict):
         return {k: lasting(v) for k, v in value.items() if not k.endswith("_s")}  # pyright: ignore
+    if isinstance(value, list):
+        return [lasting(one) for one in value]  # pyright: ignore
     return value
 
 
@@ -115,7 +117,9 @@ def test_a_run_leaves_its_result_its_report_and_its_checkpoint(whole: Path) -> N
     for key in ("environment_steps", "tokens_sampled", "tokens_trained"):
         assert sum(cost[key] for cost in costs) == result[key]
     assert result["evaluation"]["tokens_sampled"] > 0
-    assert result["wall_s"] > sum(cost["wall_s"] for cost in costs) + result["warm_start_s"]
+    assert result["warm_start"]["updates"] == 40
+    assert result["warm_start"]["environment_steps"] >= 300
+    assert result["wall_s"] > sum(cost["wall_s"] for cost in costs) + result["warm_start"]["wall_s"]
     assert (whole / "report.html").stat().st_size > 5_000
     assert (whole / "checkpoint" / "adapter_model.safetensors").is_file()
     assert (whole / "checkpoint" / "base" / "model.safetensors").is_file()
@@ -135,6 +139,15 @@ def test_the_checkpoint_alone_repeats_the_final_evaluation(
     assert read(room / "again" / "evaluation.json")["results"] == final["results"]
     same = json.loads(selfwright("compare", "whole", "again", "--json").stdout)
     assert (same["difference"], same["p_value"], same["verdict"]) == (0.0, 1.0, "inconclusive")
+
+
+def test_the_base_is_an_ordinary_model(whole: Path, selfwright: Selfwright) -> None:
+    arguments = ("--environment", "countdown", "--tasks", 20, "--seed", 3, "--json")
+    options = [f"environment.{key}" for key in ("numbers=2", "largest=40", "attempts=3")]
+    chosen = [part for key in (*options, "policy.max_tokens=8") for part in ("-o", key)]
+    told = selfwright("evaluate", whole / "base", *arguments, *chosen, "--output", "bare").stdout
+    base = read(whole / "evaluations" / "base" / "evaluation.json")
+    assert json.loads(told)["successes"] == base["successes"]
 
 
 def test_expert_and_random_are_checkpoints_too(selfwright: Selfwright) -> None:

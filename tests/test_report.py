@@ -176,7 +176,7 @@ def make_run(
             for i in range(iterations)
         ],
         "wall_s": 402.7,
-        "warm_start_s": 61.4,
+        "warm_start": {"wall_s": 61.4, "updates": 100},
         "environment_steps": 34_000,
         "tokens_sampled": 690_112,
         "tokens_trained": 960_000,

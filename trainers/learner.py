@@ -295,6 +295,8 @@ class PlainLearner:
             # Embeddings are not trained, and to ask whether they were resized peft may phone.
             lora = {"save_embedding_layers": False} if self._config.method == "lora" else {}
             self._model.save_pretrained(folder, **lora)
+            if not lora:
+                self._tokens.tokenizer.save_pretrained(folder)
 
     def save(self, folder: Path) -> None:
         """Weights in training, optimiser state and the count that random numbers follow from."""

@@ -177,7 +177,10 @@ class RISE:
                 self._context.agent,
                 trajectory,
                 turn,
-                math.exp((reward * gamma ** (last - turn) - lesson.baseline) / config.tau),
+                # Held below what overflows; the learner says so if it is more than it can bear.
+                math.exp(
+                    min((reward * gamma ** (last - turn) - lesson.baseline) / config.tau, 700)
+                ),
             )
             for turn in range(trajectory.replayed, len(trajectory.steps))
         ]
