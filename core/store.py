@@ -58,7 +58,7 @@ from .types import (
 if TYPE_CHECKING:
     import datasets
 
-VERSION = 2
+VERSION = 1
 TRAJECTORIES = "trajectories.parquet"
 """What an iteration's trajectories are called in its folder."""
 

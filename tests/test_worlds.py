@@ -289,7 +289,7 @@ def test_attempts_reach_over_to_another_process() -> None:
         async with mute, mute.lease() as world:
             await world.reset(mute.tasks("test")[0], 0)
             step = await world.step("4")
-            assert (step.reward, step.terminated) == (0.25, False)
+            assert (step.reward, step.terminated, step.observation.text) == (1.0, False, "4? Hm.")
         with pytest.raises(WorldError, match="no method 'without_oracle'"):
             await open_worlds("faulty_worlds:Apart", {}, fleet(), without_oracle=True)
 
