@@ -278,9 +278,13 @@ def test_a_teacher_mends_what_the_policy_got_wrong(room: Path, selfwright: Selfw
     options = [part for key in taught for part in ("-o", key)]
     selfwright("run", "tiny.yaml", "--output", "taught", *options)
     stored = read_trajectories(room / "taught/iterations/0000" / TRAJECTORIES)
-    lessons = [j.trajectory for j in stored if j.trajectory.replayed]
-    assert lessons and all(t.policy == "expert" and t.success for t in lessons)
-    assert all(not t.steps[0].reward for t in lessons), "only failed attempts are mended"
+    lessons = [j.trajectory for j in stored if j.trajectory.policy == "expert"]
+    assert lessons and all(t.replayed and t.success for t in lessons)
+    assert all(not step.reward for t in lessons for step in t.steps[:-1]), (
+        "only failures are mended"
+    )
+    own = {(t.task.id, t.steps) for t in (j.trajectory for j in stored) if t.policy != "expert"}
+    assert all((t.task.id, t.steps[:-1]) in own for t in lessons), "and only the policy's own"
 
 
 def test_cloning_the_expert_with_full_weights(room: Path, selfwright: Selfwright) -> None:
