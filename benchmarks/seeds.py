@@ -41,7 +41,7 @@ def main() -> int:
     for seed in range(arguments.seeds):
         folder = arguments.output / f"{name}-{seed}"
         rows.append(row(seed, played(arguments.recipe, [*overrides, f"seed={seed}"], folder)))
-    Console().print(table(name, rows))
+    Console(width=118).print(table(name, rows))
     gains = [one["difference"] for one in rows]
     error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
     found = {"recipe": name, "overrides": overrides, "cores": os.cpu_count(), "seeds": rows}
