@@ -28,13 +28,17 @@ class TrainerConfig(Config):
         return NLL(self.aggregation, self.length)
 
 
+def key(judged: Judged) -> tuple[str, int]:
+    """What attempts of one group, or turns of one conversation, have in common."""
+    return judged.trajectory.task.id, judged.trajectory.seed
+
+
 def by_task(batch: Iterable[Judged]) -> list[list[Judged]]:
     """Groups of attempts at one task with one seed, without the undecided; never an empty group."""
     groups: dict[tuple[str, int], list[Judged]] = {}
     for judged in batch:
         if judged.verdict.score is not None:
-            key = (judged.trajectory.task.id, judged.trajectory.seed)
-            groups.setdefault(key, []).append(judged)
+            groups.setdefault(key(judged), []).append(judged)
     return list(groups.values())
 
 

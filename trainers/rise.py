@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from ..core.protocols import Context, Plan
 from ..core.seeds import derive
 from ..core.types import Batch, Example, Judged, Start, Step, Stop
-from .credit import TrainerConfig, by_task, example, score
+from .credit import TrainerConfig, by_task, example, key, score
 
 
 class RISEConfig(TrainerConfig):
@@ -202,11 +202,6 @@ class RISE:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
             raise ValueError(f"rise keeps no state, got keys {sorted(state)}")
-
-
-def key(judged: Judged) -> tuple[str, int]:
-    """What tells conversations apart."""
-    return judged.trajectory.task.id, judged.trajectory.seed
 
 
 def sound(judged: Sequence[Judged]) -> list[list[Judged]]:
