@@ -1,5 +1,6 @@
 """Messages to token ids, the same way for whoever samples and whoever learns. Imports no torch."""
 
+import copy
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -45,6 +46,11 @@ class ChatTokens:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"the tokenizer of {tokenizer.name_or_path!r} has no end token")
         self.tokenizer = tokenizer
+        # What is inside does the same at a fifth of the cost; a copy, which nobody else sets up.
+        self._fast: Any = copy.deepcopy(getattr(tokenizer, "backend_tokenizer", None))
+        if self._fast is not None:
+            self._fast.no_truncation()
+            self._fast.no_padding()
         self.fingerprint = _fingerprint(tokenizer)
         """Of the vocabulary: what an id means."""
         self.eos: int = tokenizer.eos_token_id
@@ -160,6 +166,8 @@ class ChatTokens:
             ) from cause
 
     def _encode(self, text: str) -> tuple[int, ...]:
+        if self._fast is not None:
+            return tuple(self._fast.encode(text, add_special_tokens=False).ids)
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
