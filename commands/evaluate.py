@@ -278,9 +278,13 @@ async def seated(
 
 def player_of(config: Config, agent: Any, policy: Any, temperature: float) -> PolicyPlayer:
     assert isinstance(config, PolicyConfig)
-    top_p = 1.0 if temperature == 0 else config.top_p
-    sampling = Sampling(temperature, top_p, config.max_tokens, tuple(config.stop))
+    sampling = sampling_of(config, temperature)
     return PolicyPlayer(agent, policy, sampling, config.timeout_s, config.listed)
+
+
+def sampling_of(config: PolicyConfig, temperature: float) -> Sampling:
+    top_p = 1.0 if temperature == 0 else config.top_p
+    return Sampling(temperature, top_p, config.max_tokens, tuple(config.stop))
 
 
 def default_output(checkpoint: str, exam: Exam, overrides: Sequence[str]) -> Path:

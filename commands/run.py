@@ -11,12 +11,22 @@ from typing import Any
 from rich.console import Console
 
 from ..core import evaluation as files
+from ..core.asking import Patient
 from ..core.config import JudgeConfig, PolicyConfig
 from ..core.draw import draw, starts
 from ..core.errors import LearnerError
 from ..core.files import hard_link, read_json, write_json
 from ..core.judging import BROKEN, judged
-from ..core.protocols import Agent, Attempt, Context, Judge, Learner, Policy, Trainer
+from ..core.protocols import (
+    Agent,
+    Attempt,
+    Context,
+    HasMemory,
+    Judge,
+    Learner,
+    Policy,
+    Trainer,
+)
 from ..core.recipe import Recipe, differences
 from ..core.rollout import ExpertPlayer, Player, failures_by_name, rollouts
 from ..core.run import Run, iteration_name
@@ -26,7 +36,7 @@ from ..core.store import TRAJECTORIES, write_trajectories
 from ..core.types import Judged, Metrics, Start, Stop
 from ..core.worlds import Worlds, open_worlds
 from .base import STORY, made_here, prepare
-from .evaluate import Exam, examine, player_of, tokens_sampled, write_card
+from .evaluate import Exam, examine, player_of, sampling_of, tokens_sampled, write_card
 from .progress import Progress
 from .report import report
 
@@ -133,12 +143,13 @@ async def begun(recipe: Recipe, worlds: Worlds, kept: Run, progress: Progress) -
 async def improve(cast: Cast, kept: Run) -> None:
     """Every iteration that is not committed yet, between two evaluations on the same tasks."""
     recipe, policy = cast.recipe, cast.policy
-    teachers: dict[str, Policy] = {}
-    trainer: Trainer = recipe.trainer.make(context(cast, teachers))
+    opened: dict[str, Policy] = {}
+    trainer: Trainer = recipe.trainer.make(context(cast, opened))
     await evaluated(cast, kept, "base")
     if kept.finished:
         last = kept.path(iteration_name(kept.finished - 1))
-        trainer.load_state_dict(read_json(last / "trainer.json"))
+        if isinstance(trainer, HasMemory):
+            trainer.restore(last / "trainer")
         cast.learner.restore(last / "learner")
         await policy.load(last / "checkpoint")
         cast.progress.say(f"resuming after iteration {kept.finished} of {recipe.iterations}")
@@ -149,8 +160,11 @@ async def improve(cast: Cast, kept: Run) -> None:
                 clock = Clock()
                 cast.learner.export(folder / "checkpoint")
                 cast.learner.save(folder / "learner")
-                write_json(folder / "trainer.json", trainer.state_dict())
-                write_trajectories(folder / TRAJECTORIES, cast.played, kept.folder / "images")
+                images = kept.folder / "images"
+                write_trajectories(folder / TRAJECTORIES, cast.played, images)
+                if isinstance(trainer, HasMemory):
+                    (folder / "trainer").mkdir()
+                    trainer.save(folder / "trainer", images)
                 metrics["time/store_s"] = clock.lap()
                 await policy.load(folder / "checkpoint")
                 metrics |= await validated(cast, index)
@@ -160,8 +174,8 @@ async def improve(cast: Cast, kept: Run) -> None:
             cast.progress.say(line(index, recipe.iterations, metrics))
             watch(kept, index)
     finally:
-        for teacher in teachers.values():
-            await teacher.close()
+        for other in opened.values():
+            await other.close()
     await evaluated(cast, kept, "final")
 
 
@@ -194,8 +208,10 @@ async def iterate(cast: Cast, trainer: Trainer, index: int) -> Metrics:
     return metrics | {"time/learn_s": clock.lap()}
 
 
-def context(cast: Cast, teachers: dict[str, Policy]) -> Context:
-    """What the trainer may use; teachers are opened when first asked for."""
+def context(cast: Cast, opened: dict[str, Policy]) -> Context:
+    """What the trainer may use; other policies are opened when first asked for."""
+    config = cast.recipe.policy.config
+    assert isinstance(config, PolicyConfig)
 
     async def play(begin: Sequence[Start]) -> list[Judged]:
         return await attempt(cast, cast.player(), begin, "playing on")
@@ -209,21 +225,30 @@ def context(cast: Cast, teachers: dict[str, Policy]) -> Context:
             )
         return await attempt(cast, cast.player(), begin, "playing on", cast.blind)
 
+    async def open_policy(name: str) -> Policy:
+        if name not in opened:
+            model = cast.base if name == BASE else name
+            opened[name] = cast.recipe.policy.make(model, cast.recipe.seed)
+        return opened[name]
+
+    async def open_patient(name: str) -> Policy:
+        return Patient(await open_policy(name), config.timeout_s)
+
     async def play_as(name: str) -> Attempt:
         player: Player = cast.expert
         if name != "expert":
-            if name not in teachers:
-                teachers[name] = cast.recipe.policy.make(name, cast.recipe.seed)
-            config = cast.recipe.policy.config
-            assert isinstance(config, PolicyConfig)
-            player = player_of(config, cast.agent, teachers[name], config.temperature)
+            player = player_of(config, cast.agent, await open_policy(name), config.temperature)
 
         async def teach(begin: Sequence[Start]) -> list[Judged]:
             return await attempt(cast, player, begin, f"{name} playing on")
 
         return teach
 
-    return Context(cast.agent, cast.judge, cast.policy, play, play_blind, play_as)
+    policy = Patient(cast.policy, config.timeout_s)
+    sampling, seed = sampling_of(config, config.temperature), cast.recipe.seed
+    return Context(
+        cast.agent, cast.judge, policy, play, play_blind, play_as, open_patient, sampling, seed
+    )
 
 
 async def attempt(

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from .types import (
     Batch,
@@ -117,8 +117,11 @@ class Policy(Protocol):
     async def complete(
         self, prompt: Sequence[Message], sampling: Sampling, seed: int
     ) -> Completion: ...
-    async def score(self, prompt: Sequence[Message], text: str) -> Completion:
-        """``text`` as a completion of ``prompt``, with its token ids and log-probabilities."""
+    async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
+        """``said`` with this policy's own log-probabilities of it.
+
+        Its ids are kept if they are of this policy's vocabulary, else they are those of its text.
+        """
         ...
 
     async def load(self, checkpoint: Path | None) -> None:
@@ -187,6 +190,13 @@ class Context:
     play_as: Callable[[str], Awaitable[Attempt]]
     """Somebody else, as a teacher: ``expert`` is the world's own, any other name a model folder or
     hub id. ``await (await play_as(name))(starts)``."""
+    open: Callable[[str], Awaitable[Policy]]
+    """Another policy to ask: ``base`` is the one the run began with, frozen; any other name a
+    model folder or hub id. Opened once, closed by the run."""
+    sampling: Sampling
+    """How the policy is sampled in training."""
+    seed: int
+    """The run's: what a trainer draws is derived from it, and from what it is drawn for."""
 
 
 class Trainer(Protocol):
@@ -195,8 +205,14 @@ class Trainer(Protocol):
     @property
     def plan(self) -> Plan: ...
     async def batches(self, judged: Sequence[Judged]) -> list[Batch]: ...
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-serialisable; saved with every iteration."""
+
+
+@runtime_checkable
+class HasMemory(Protocol):
+    """A trainer that remembers something from one iteration to the next."""
+
+    def save(self, folder: Path, images: Path) -> None:
+        """Write all that ``restore`` needs into this empty folder; ``images`` are the run's."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def restore(self, folder: Path) -> None: ...

@@ -5,7 +5,7 @@ tasks -> starts -> trajectories -> judge -> judged -> trainer -> batches -> lear
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 Metrics: TypeAlias = dict[str, float]
 """Scalars for the log, keyed ``area/name`` (``rollout/steps``, ``train/loss``)."""
@@ -188,7 +188,11 @@ class TokenArrays:
 
 
 class Loss(Protocol):
-    """Settings, frozen, that are also the function from token arrays to token losses."""
+    """Settings, frozen, that are also the function from token arrays to token losses.
+
+    Without a reference it is 0 wherever the advantage is 0: such rows count in every mean, but
+    nobody computes them.
+    """
 
     @property
     def aggregation(self) -> Aggregation: ...
@@ -201,6 +205,18 @@ class Loss(Protocol):
     def needs_reference(self) -> bool: ...
     def __call__(self, arrays: TokenArrays) -> Any:
         """(N,) losses, before aggregation."""
+        ...
+
+
+@runtime_checkable
+class SelectiveLoss(Protocol):
+    """A loss that looks at a whole optimiser step before it decides which tokens to learn."""
+
+    def select(self, arrays: TokenArrays, seed: int) -> Any:
+        """(N,) float32, 1 for tokens that are learned and 0 for others, of all of a step's tokens.
+
+        ``arrays`` carries no gradient and no reference. Left-out tokens still count in the means.
+        """
         ...
 
 
@@ -228,3 +244,5 @@ class Batch:
     loss: Loss
     examples: tuple[Example, ...]
     epochs: int = 1
+    fresh: bool = False
+    """Learn from the base model on, with a new optimiser, instead of going on."""

@@ -13,6 +13,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariable
 
 from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
 from selfwright.core.errors import LearnerError
+from selfwright.core.seeds import derive
 from selfwright.core.tokens import ChatTokens
-from selfwright.core.types import Batch, Completion, Example, Message
+from selfwright.core.types import Batch, Completion, Example, Message, TokenArrays
 from selfwright.trainers import learner as module
 from selfwright.trainers.learner import LearnerConfig, PlainLearner
-from selfwright.trainers.loss import NLL, Clip
+from selfwright.trainers.loss import NLL, Clip, CovarianceClip
 from selfwright.trainers.pack import micro_batches, pack
 
 Folder = Callable[[str], Path]
@@ -129,8 +131,13 @@ def test_the_gradient_is_the_plain_one(model_folder: Folder, kind: str) -> None:
 
 @pytest.mark.parametrize(
     "loss",
-    [NLL(), NLL("token-mean"), Clip(dual=3.0, kl=0.1, aggregation="seq-mean-token-mean")],
-    ids=["nll", "nll per token", "clip"],
+    [
+        NLL(),
+        NLL("token-mean"),
+        Clip(dual=3.0, kl=0.1, aggregation="seq-mean-token-mean"),
+        CovarianceClip(aggregation="seq-mean-token-sum-norm", share=0.3, above=0.1),
+    ],
+    ids=["nll", "nll per token", "clip", "covariance"],
 )
 def test_micro_batches_do_not_matter(model_folder: Folder, loss: NLL | Clip) -> None:
     folder = model_folder("qwen3")
@@ -145,6 +152,81 @@ def test_micro_batches_do_not_matter(model_folder: Folder, loss: NLL | Clip) -> 
     assert sorted(found) == [1, 2, 4, len(rows)]
     assert all(close(found[1], other) for other in found.values())
     assert any(bool((slope != 0).any()) for slope in found[1].values())
+
+
+def test_what_has_no_gradient_is_counted_but_not_computed(model_folder: Folder) -> None:
+    folder = model_folder("qwen3")
+    examples = talks(tokens_of(folder), 8, turns=1)
+    half = [replace(e, advantage=float(k % 2)) for k, e in enumerate(examples)]
+    told = learner_of(folder, **LOOSE).update(Batch(NLL(), tuple(half)), 0.0)
+    alone = learner_of(folder, **LOOSE).update(Batch(NLL(), tuple(half[1::2])), 0.0)
+    assert told["train/tokens"] == alone["train/tokens"]
+    assert told["train/loss"] == pytest.approx(alone["train/loss"] / 2)
+    assert told["train/grad_norm"] == pytest.approx(alone["train/grad_norm"] / 2, rel=1e-4)
+    assert (told["train/examples"], told["train/updates"]) == (8, 1)
+
+
+def test_a_step_without_a_gradient_is_no_step(model_folder: Folder) -> None:
+    folder = model_folder("qwen3")
+    learner, examples = trained(folder)
+    before = state(learner)
+    idle = tuple(replace(e, advantage=0.0) for e in examples)
+    for loss in (Clip(), CovarianceClip()):
+        assert learner.update(Batch(loss, idle), 0.0)["train/updates"] == 0
+    # Momentum would have moved them.
+    assert equal(before, state(learner))
+    pulled = learner.update(Batch(Clip(kl=0.1), idle), 0.0)
+    assert pulled["train/updates"] == 1 and not equal(before, state(learner))
+
+
+def test_tokens_that_a_loss_leaves_out_have_no_gradient(model_folder: Folder) -> None:
+    """It decides on all of the step's tokens, in their order, whatever the micro-batches."""
+    folder = model_folder("qwen3")
+    examples = talks(tokens_of(folder), 5)
+    seen: list[TokenArrays] = []
+
+    @dataclass(frozen=True)
+    class FirstHalf(Clip):
+        def select(self, arrays: TokenArrays, seed: int) -> Any:
+            seen.append(arrays)
+            return (torch.arange(len(arrays.logprobs)) < len(arrays.logprobs) // 2).float()
+
+    for budget in (10_000, 60):
+        learner = learner_of(folder, token_budget=budget, **LOOSE)
+        got = gradient(learner, Batch(FirstHalf(aggregation="token-mean"), tuple(examples)))
+        fresh = learner_of(folder)
+        rows = pack(examples, fresh._tokens)
+        random.Random(derive(0, "order", 0, 0)).shuffle(rows)
+        spans = [(row, span) for row in rows for span in row.spans]
+        count = sum(span.end - span.begin for _, span in spans)
+        total, left = torch.zeros(()), count // 2
+        told: list[torch.Tensor] = []
+        for row, span in spans:
+            said = logprobs(fresh._model, row.ids[: span.begin], row.ids[span.begin : span.end])
+            ratio = (said - torch.tensor(span.old_logprobs)).exp()
+            worth = (ratio * span.advantage).minimum(ratio.clip(0.8, 1.2) * span.advantage)
+            total = total - worth[: max(0, left)].sum() / count
+            left -= len(said)
+            told.append(said.detach())
+        total.backward()
+        plain = {n: w.grad for n, w in fresh._trained.items() if w.grad is not None}
+        assert close(got, plain)
+        assert torch.allclose(seen[-1].logprobs, torch.cat(told), atol=1e-4)
+        flat = [span.advantage for _, span in spans for _ in range(span.begin, span.end)]
+        assert seen[-1].advantages.tolist() == pytest.approx(flat)
+
+
+def test_a_fresh_start_is_the_first_one(model_folder: Folder) -> None:
+    folder = model_folder("qwen3")
+    examples = tuple(talks(tokens_of(folder), 6))
+    for method in ("lora", "full"):
+        first = learner_of(folder, method=method)
+        first.update(Batch(NLL(), examples), 0.0)
+        again = learner_of(folder, method=method)
+        for _ in range(2):
+            again.update(Batch(NLL(), examples[:3]), 0.0)
+        again.update(Batch(NLL(), examples, fresh=True), 0.0)
+        assert equal(state(first), state(again))
 
 
 def test_few_logits_at_a_time_do_not_matter(
@@ -465,7 +547,7 @@ from pathlib import Path
 
 from selfwright.core.types import Batch, Completion, Example, Message
 from selfwright.trainers.learner import LearnerConfig, PlainLearner
-from selfwright.trainers.loss import Clip
+from selfwright.trainers.loss import Clip, CovarianceClip
 
 
 def learn(model, out):
@@ -477,7 +559,8 @@ def learn(model, out):
     config = LearnerConfig(device="cpu", rank=4, batch_size=3, learning_rate=1e-3, token_budget=40)
     learner = PlainLearner(config, model, 0)
     for share in (examples[:1], examples):
-        print(learner.update(Batch(Clip(kl=0.1), share, epochs=2), 0.0)["train/loss"])
+        for loss in (Clip(kl=0.1), CovarianceClip(share=0.3, above=0.01)):
+            print(learner.update(Batch(loss, share, epochs=2), 0.0)["train/loss"])
     learner.save(Path(out))
 
 

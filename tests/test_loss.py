@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfwright.core.types import Aggregation, TokenArrays
-from selfwright.trainers.loss import NLL, Clip, kl
+from selfwright.trainers.loss import NLL, Clip, CovarianceClip, kl
 from selfwright.trainers.pack import Row, Span, token_weights
 
 LOG = math.log
@@ -95,6 +95,54 @@ def test_dual_clip_bounds_the_loss_of_what_is_punished(
     clip = Clip(dual=3.0)
     assert clip(made).item() == pytest.approx(loss, rel=1e-5)
     assert gradient(clip, made) == pytest.approx([slope], rel=1e-5)
+
+
+def covariances(made: TokenArrays) -> list[float]:
+    a, lp = made.advantages.tolist(), made.logprobs.tolist()
+    mean_a, mean_lp = sum(a) / len(a), sum(lp) / len(lp)
+    return [(x - mean_a) * (y - mean_lp) for x, y in zip(a, lp, strict=True)]
+
+
+def test_covariance_clipping_by_hand() -> None:
+    # Means: A 1, log pi -3; covariances: 3 * 2, 1 * 1, -1 * 1 and -3 * -4.
+    made = arrays([-1.0, -2.0, -2.0, -7.0], [-1.0, -2.0, -2.0, -7.0], [4.0, 2.0, 0.0, -2.0])
+    assert covariances(made) == [6.0, 1.0, -1.0, 12.0]
+    # Half of four tokens may go, and two stand out.
+    chosen = CovarianceClip(share=0.5, above=2.0, below=60.0).select(made, 0)
+    assert chosen.tolist() == [0.0, 1.0, 1.0, 0.0]
+    # Only one of them does below 10.
+    chosen = CovarianceClip(share=0.5, above=2.0, below=10.0).select(made, 0)
+    assert chosen.tolist() == [0.0, 1.0, 1.0, 1.0]
+    # A share that comes to less than one token is one token, a random one of those two.
+    few = {tuple(CovarianceClip(share=0.01).select(made, seed).tolist()) for seed in range(20)}
+    assert few == {(0.0, 1.0, 1.0, 1.0), (1.0, 1.0, 1.0, 0.0)}
+    # The first one's ratio has been cut already.
+    cut = arrays([-1.0, -2.0, -2.0, -7.0], [-2.0, -2.0, -2.0, -7.0], [4.0, 2.0, 0.0, -2.0])
+    assert CovarianceClip(share=0.5).select(cut, 0).tolist() == [1.0, 1.0, 1.0, 0.0]
+
+
+@given(
+    st.lists(st.tuples(st.floats(-20, 0), st.floats(-5, 5)), min_size=1, max_size=40),
+    st.floats(0.0, 0.5),
+    st.integers(0, 5),
+)
+def test_covariance_clipping_leaves_out_few_and_only_what_stands_out(
+    tokens: list[tuple[float, float]], share: float, seed: int
+) -> None:
+    logprobs, advantages = zip(*tokens, strict=True)
+    made = arrays(logprobs, logprobs, advantages)
+    left_out = CovarianceClip(share=share, above=0.5, below=9.0).select(made, seed) == 0
+    assert int(left_out.sum()) <= max(1, int(share * len(tokens)))
+    for value, out in zip(covariances(made), left_out.tolist(), strict=True):
+        assert not out or 0.49 < value < 9.01
+    constant = arrays(logprobs, logprobs, [2.0] * len(tokens))
+    assert CovarianceClip(above=0.01).select(constant, seed).tolist() == [1.0] * len(tokens)
+
+
+def test_the_weight_multiplies_loss_and_penalty() -> None:
+    made = arrays([-1.0, -2.0], [-1.5, -1.0], [2.0, -1.0], [-2.0, -2.5])
+    whole, half = Clip(kl=0.5)(made).tolist(), Clip(kl=0.5, weight=0.5)(made).tolist()
+    assert half == pytest.approx([x / 2 for x in whole]) and any(whole)
 
 
 def test_a_ratio_beyond_float32_spoils_nothing() -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from casting import context_of
 
-from selfwright.agents.chat import Chat, ChatConfig
 from selfwright.core.protocols import Attempt, Context
 from selfwright.core.types import (
     Action,
@@ -75,13 +75,8 @@ class Stage:
 
 
 def run(stage: Stage, **settings: Any) -> list[Batch]:
-    context = Context(
-        agent=Chat(ChatConfig()),
-        judge=None,  # pyright: ignore[reportArgumentType]
-        policy=None,  # pyright: ignore[reportArgumentType]
-        attempt=stage.attempt,
-        attempt_blind=stage.attempt_blind,
-        play_as=stage.play_as,
+    context = context_of(
+        attempt=stage.attempt, attempt_blind=stage.attempt_blind, play_as=stage.play_as
     )
     samples = len(stage.lines[1]) if len(stage.lines) > 1 else 1
     trainer = RISE(RISEConfig.model_validate({"samples": samples, **settings}), context)
@@ -225,7 +220,7 @@ def test_whole_episodes_share_their_score_and_gamma_discounts_from_the_end() -> 
         for k in range(3)
     )
     won = Trajectory(TASK, steps, Observation(""), Stop.TERMINATED, "base", 0, success=True)
-    context = Context(Chat(ChatConfig()), *[None] * 5)  # pyright: ignore[reportArgumentType]
+    context = context_of()
     for gamma, expected in ((1.0, [1.0, 1.0, 1.0]), (0.5, [0.25, 0.5, 1.0])):
         config = RISEConfig(unit="episode", tau=1.0, gamma=gamma)
         judged = [Judged(won, Verdict(1.0, "", "reward"))]
@@ -240,7 +235,7 @@ def _no_play(config: RISEConfig, context: Context) -> RISE:
 def test_undecided_attempts_teach_nothing() -> None:
     stage = Stage([[("a", 0.0)]])
     undecided = stage.play(Start(TASK, 0), 0, 0).trajectory
-    context = Context(Chat(ChatConfig()), *[None] * 5)  # pyright: ignore[reportArgumentType]
+    context = context_of()
     trainer = RISE(RISEConfig(), context)
     assert asyncio.run(trainer.batches([Judged(undecided, Verdict(None, "", "r"))])) == []
 
@@ -273,7 +268,7 @@ def test_gamma_credits_a_turn_with_what_the_conversation_came_to() -> None:
 def test_the_judges_word_not_the_worlds_ends_a_conversation() -> None:
     stage = Stage([[("a", 0.0)], [("b", 0.0)]])
     first = stage.play(Start(TASK, 0), 0, 0)
-    context = Context(Chat(ChatConfig()), *[None] * 2, stage.attempt, *[None] * 2)  # pyright: ignore
+    context = context_of(attempt=stage.attempt)
     trainer = RISE(RISEConfig(turns=2, samples=1), context)
     asyncio.run(trainer.batches([Judged(first.trajectory, Verdict(1.0, "agreed", "majority"))]))
     assert stage.played == []

@@ -97,7 +97,7 @@ def test_a_completion_is_what_was_sampled(shared: TransformersPolicy) -> None:
         logits = shared.model(torch.tensor([[*prompt, *one.token_ids]])).logits[0].log_softmax(-1)
     expected = [float(logits[len(prompt) - 1 + k, x]) for k, x in enumerate(one.token_ids)]
     assert one.logprobs == pytest.approx(expected, abs=1e-4)
-    scored = asyncio.run(shared.score(USER, "3 + 5"))
+    scored = asyncio.run(shared.score(USER, Completion("3 + 5")))
     ids = shared.tokens.completion("3 + 5")
     with torch.inference_mode():
         logits = shared.model(torch.tensor([[*prompt, *ids]])).logits[0].log_softmax(-1)
@@ -167,7 +167,7 @@ def test_too_long_for_the_context_is_an_error_for_that_one_only(shared: Transfor
     assert isinstance(first, Completion) and isinstance(third, Completion)
     assert first.token_ids == third.token_ids
     with pytest.raises(PolicyError, match="context of 512"):
-        asyncio.run(shared.score(USER, "8 " * 600))
+        asyncio.run(shared.score(USER, Completion("8 " * 600)))
 
 
 def test_a_batch_waits_for_every_seat(shared: TransformersPolicy) -> None:

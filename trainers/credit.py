@@ -62,6 +62,25 @@ def example(agent: Agent, trajectory: Trajectory, turn: int, weight: float) -> E
     )
 
 
+def reinforce(agent: Agent, trajectory: Trajectory, advantages: Sequence[float]) -> list[Example]:
+    """Every turn that was not replayed, as sampled, with its log-probabilities of then.
+
+    Args:
+        advantages: one for each of those turns.
+    """
+    own = range(trajectory.replayed, len(trajectory.steps))
+    return [
+        Example(
+            agent.prompt(
+                trajectory.task, trajectory.steps[:turn], trajectory.steps[turn].observation
+            ),
+            trajectory.steps[turn].action.completion,
+            advantage,
+        )
+        for turn, advantage in zip(own, advantages, strict=True)
+    ]
+
+
 def imitate(agent: Agent, trajectory: Trajectory, weight: float = 1.0) -> list[Example]:
     """Every turn that was not replayed."""
     turns: Sequence[int] = range(trajectory.replayed, len(trajectory.steps))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -58,10 +58,3 @@ class Imitation:
             for example in imitate(self._context.agent, one.trajectory)
         )
         return [Batch(self._config.nll, examples, self._config.epochs)] if examples else []
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            raise ValueError(f"imitation keeps no state, got keys {sorted(state)}")

@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from ..core.config import Config
 from ..core.errors import LearnerError
 from ..core.models import open_model
 from ..core.seeds import derive
-from ..core.types import Batch, Loss, Metrics, TokenArrays
+from ..core.types import Batch, Loss, Metrics, SelectiveLoss, TokenArrays
 from .pack import Row, micro_batches, pack, token_weights
 
 LOGITS = 1 << 26
@@ -75,9 +76,16 @@ class PlainLearner:
         self._device: torch.device = self._accelerator.device
         if config.device == "cuda" and self._device.type != "cuda":
             raise LearnerError("learner.device is cuda, but there is no GPU; use auto or cpu")
+        self._budget = config.budget(self._device.type)
+        self._base = model
+        self._begin()
+
+    def _begin(self) -> None:
+        """The base model, weights to train and an optimiser that has seen nothing."""
+        config = self._config
         lora_bf16 = config.precision == "bfloat16" and config.method == "lora"
         weights, self._tokens = open_model(
-            model,
+            self._base,
             str(self._device),
             "bfloat16" if lora_bf16 else "float32",
             config.trust_remote_code,
@@ -98,7 +106,6 @@ class PlainLearner:
             fused=True,
         )
         self._updates = 0
-        self._budget = config.budget(self._device.type)
 
     def _adapt(self, weights: Any) -> Any:
         from peft import LoraConfig, get_peft_model
@@ -130,6 +137,9 @@ class PlainLearner:
     def update(self, batch: Batch, progress: float) -> Metrics:
         """One pass per epoch over the examples, in optimiser steps of about ``batch_size``.
 
+        Rows that have no gradient, as their advantages are 0, are left out of the computation but
+        not of the means; a step of such rows only is no step.
+
         Raises:
             LearnerError: no examples, a loss that needs a frozen base which full training has
                 not got, or a loss that is not finite (the weights are then those before it).
@@ -140,10 +150,12 @@ class PlainLearner:
             raise LearnerError(
                 "KL to the base needs learner.method: lora; full weights keep no base"
             )
+        if batch.fresh:
+            self._begin()
         before = self._tokens.breaks
         rows = pack(batch.examples, self._tokens)
         totals = {"loss": 0.0, "grad_norm": 0.0, "ratio": 0.0, "kl_old": 0.0, "tokens": 0.0}
-        steps, rate = 0, 0.0
+        steps, rate, begun = 0, 0.0, self._updates
         for epoch in range(batch.epochs):
             for chunk in self._steps(rows, len(batch.examples), epoch):
                 rate = self._rate(progress)
@@ -156,7 +168,7 @@ class PlainLearner:
         return metrics | {
             "train/examples": float(len(batch.examples)),
             "train/rows": float(len(rows)),
-            "train/updates": float(steps),
+            "train/updates": float(self._updates - begun),
             "train/tokens": tokens,
             "train/prefix_breaks": float(self._tokens.breaks - before),
             "train/learning_rate": rate,
@@ -171,11 +183,19 @@ class PlainLearner:
         )
 
     def _step(self, rows: list[Row], loss: Loss, rate: float) -> dict[str, float]:
-        weights = token_weights(rows, loss.aggregation, loss.length)
+        every = token_weights(rows, loss.aggregation, loss.length)
         self._optimizer.zero_grad(set_to_none=True)
-        vocabulary = self._model.config.get_text_config().vocab_size
-        groups = micro_batches(rows, self._budget, max(1, LOGITS // vocabulary))
-        mine = groups[self._accelerator.process_index :: self._accelerator.num_processes]
+        live = [
+            k
+            for k, row in enumerate(rows)
+            if loss.needs_reference or any(span.advantage for span in row.spans)
+        ]
+        if isinstance(loss, SelectiveLoss) and live:
+            every = self._selected(rows, every, loss)
+        rows, weights = [rows[k] for k in live], [every[k] for k in live]
+        if not rows:
+            return dict.fromkeys(("loss", "grad_norm", "ratio", "kl_old", "tokens"), 0.0)
+        mine = self._mine(rows)
         sums = torch.zeros(4, dtype=torch.float64)
         with self._randomness("step", self._updates, self._accelerator.process_index):
             for group in mine:
@@ -202,6 +222,47 @@ class PlainLearner:
             "tokens": float(sum(len(row.ids) for row in rows)),
         }
 
+    def _mine(self, rows: Sequence[Row]) -> list[list[int]]:
+        """This process's share of the micro-batches."""
+        vocabulary = self._model.config.get_text_config().vocab_size
+        groups = micro_batches(rows, self._budget, max(1, LOGITS // vocabulary))
+        return groups[self._accelerator.process_index :: self._accelerator.num_processes]
+
+    def _selected(
+        self, rows: Sequence[Row], weights: Sequence[list[list[float]]], loss: SelectiveLoss
+    ) -> list[list[list[float]]]:
+        """The weights, 0 where the loss, having seen the whole step, leaves a token out."""
+        sizes = [sum(span.end - span.begin for span in row.spans) for row in rows]
+        offsets = [0, *accumulate(sizes)]
+        logprobs = torch.zeros(offsets[-1], device=self._device)
+        self._model.eval()
+        with torch.no_grad():
+            for group in self._mine(rows):
+                # Rows come back one after another, as the spans inside each.
+                made = self._logprobs(*self._tensors([rows[k] for k in group]))
+                at = 0
+                for k in group:
+                    logprobs[offsets[k] : offsets[k + 1]] = made[at : at + sizes[k]]
+                    at += sizes[k]
+        self._model.train()
+        if self._accelerator.num_processes > 1:
+            logprobs = self._accelerator.reduce(logprobs, "sum")
+        arrays = TokenArrays(logprobs, *self._given(rows, logprobs))
+        chosen = iter(loss.select(arrays, derive(self._seed, "select", self._updates)).tolist())
+        return [[[w * next(chosen) for w in span] for span in row] for row in weights]
+
+    def _given(self, rows: Sequence[Row], logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,), (N,): log-probabilities as sampled, or ``logprobs`` where unknown; advantages."""
+        device = self._device
+        known = [s.old_logprobs or [torch.nan] * (s.end - s.begin) for r in rows for s in r.spans]
+        old = torch.tensor([x for span in known for x in span], device=device)
+        advantages = torch.tensor(
+            [s.advantage for r in rows for s in r.spans for _ in range(s.begin, s.end)],
+            device=device,
+            dtype=torch.float32,
+        )
+        return old.where(~old.isnan(), logprobs.detach()), advantages
+
     def _add_up(self, sums: Tensor) -> Tensor:
         """Gradients and sums over all processes. By hand: some may hold no row at all."""
         for weight in self._trained.values():
@@ -214,24 +275,16 @@ class PlainLearner:
         self, rows: Sequence[Row], weights: Sequence[list[list[float]]], loss: Loss
     ) -> Tensor:
         """Gradients of a micro-batch; sums of loss, ratio, estimated KL to the sampler, tokens."""
-        device = self._device
         ids, where = self._tensors(rows)
         logprobs = self._logprobs(ids, where)
         reference = None
         if loss.needs_reference:
             with torch.no_grad(), self._model.disable_adapter():
                 reference = self._logprobs(ids, where)
-        known = [s.old_logprobs or [torch.nan] * (s.end - s.begin) for r in rows for s in r.spans]
-        old = torch.tensor([x for span in known for x in span], device=device)
-        old = old.where(~old.isnan(), logprobs.detach())
-        advantages = torch.tensor(
-            [s.advantage for r in rows for s in r.spans for _ in range(s.begin, s.end)],
-            device=device,
-            dtype=torch.float32,
-        )
-        scale = torch.tensor([w for row in weights for span in row for w in span], device=device)
+        old, advantages = self._given(rows, logprobs)
+        scale = torch.tensor([w for row in weights for span in row for w in span])
         losses = loss(TokenArrays(logprobs, old, advantages, reference))
-        total = (losses * scale).sum()
+        total = (losses * scale.to(self._device)).sum()
         self._accelerator.backward(total)
         gap = (old - logprobs).detach()
         return torch.stack(
@@ -239,7 +292,7 @@ class PlainLearner:
                 total.detach(),
                 (-gap).exp().sum(),
                 (gap.exp() - gap - 1).sum(),
-                torch.tensor(float(len(gap)), device=device),
+                torch.tensor(float(len(gap)), device=self._device),
             ]
         ).to("cpu", torch.float64)
 

@@ -1,9 +1,13 @@
 """Losses: frozen settings that are also functions from (N,) token arrays to (N,) token losses."""
 
+import random
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from ..core.types import Aggregation, TokenArrays
+
+KL: TypeAlias = Literal["k1", "k2", "k3"]
+"""An estimator of the Kullback-Leibler divergence, as in ``kl``."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,11 @@ class Clip:
     high: float = 0.2
     dual: float | None = None
     kl: float = 0.0
-    estimator: Literal["k1", "k2", "k3"] = "k3"
+    estimator: KL = "k3"
     aggregation: Aggregation = "token-mean"
     length: int = 1
+    weight: float = 1.0
+    """Multiplies all of it."""
 
     @property
     def needs_reference(self) -> bool:
@@ -53,10 +59,38 @@ class Clip:
             loss = bounded.where(advantages < 0, loss)
         if self.kl > 0:
             loss = loss + self.kl * kl(arrays.logprobs, arrays.reference_logprobs, self.estimator)
-        return loss
+        return self.weight * loss
 
 
-def kl(logprobs: Any, reference: Any, estimator: Literal["k1", "k2", "k3"]) -> Any:
+@dataclass(frozen=True)
+class CovarianceClip(Clip):
+    """Clip, without a few tokens whose update would cost the most entropy.
+
+    Those are tokens whose advantage and log-probability both stand out from the step's means
+    (Clip-Cov: Cui et al. 2025, arXiv:2505.22617, as SPEAR uses it, arXiv:2509.22601). Of all
+    tokens with ``above < (A - mean A)(log pi - mean log pi) < below`` that the ratio has not cut
+    already, ``share`` of the step's tokens, at least one, are chosen at random and not learned.
+    """
+
+    share: float = 0.02
+    above: float = 2.0
+    below: float = 60.0
+
+    def select(self, arrays: TokenArrays, seed: int) -> Any:
+        advantages, logprobs = arrays.advantages, arrays.logprobs
+        covariance = (advantages - advantages.mean()) * (logprobs - logprobs.mean())
+        ratio = (logprobs - arrays.old_logprobs).clip(max=80).exp()
+        cut = (advantages > 0) & (ratio > 1 + self.high)
+        cut |= (advantages < 0) & (ratio < 1 - self.low)
+        standing_out = (covariance > self.above) & (covariance < self.below) & ~cut
+        found: list[int] = standing_out.nonzero().flatten().tolist()
+        count = min(len(found), max(1, int(self.share * len(advantages))))
+        learned = (advantages == advantages).to(advantages.dtype)
+        learned[random.Random(seed).sample(found, count)] = 0
+        return learned
+
+
+def kl(logprobs: Any, reference: Any, estimator: KL) -> Any:
     """Per-token estimates of KL(pi, reference) from tokens sampled by pi, in nats.
 
     k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1, with d = log reference - log pi (Schulman 2020,

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -195,13 +195,6 @@ class RISE:
                 return sum(scores) / len(scores)
             case "state_max":
                 return max(scores)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            raise ValueError(f"rise keeps no state, got keys {sorted(state)}")
 
 
 def sound(judged: Sequence[Judged]) -> list[list[Judged]]:

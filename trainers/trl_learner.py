@@ -72,6 +72,8 @@ class TRLLearner(PlainLearner):
                 f"TRL's SFTTrainer knows no loss but NLL, and the trainer asks for "
                 f"{type(batch.loss).__name__}; use learner.use: plain"
             )
+        if batch.fresh:
+            self._begin()
         seed = derive(self._seed, "trl", self._updates)
         before = self._tokens.breaks
         examples = weighed(batch.examples, self._weights, seed)

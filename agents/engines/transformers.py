@@ -95,12 +95,12 @@ class TransformersPolicy:
         self._kick()
         return await answer
 
-    async def score(self, prompt: Sequence[Message], text: str) -> Completion:
-        before, ids = self.tokens.prompt(prompt), self.tokens.completion(text)
+    async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
+        before, ids = self.tokens.prompt(prompt), self.tokens.answer(said)
         self._fit(len(before), len(ids))
         loop = asyncio.get_running_loop()
         logprobs = await loop.run_in_executor(self._thread, self._score, before, ids)
-        return Completion(text, ids, logprobs, "stop", self.tokens.fingerprint)
+        return Completion(said.text, ids, logprobs, said.finish, self.tokens.fingerprint)
 
     def _fit(self, prompt: int, more: int) -> None:
         if self._closed:

@@ -1,0 +1,81 @@
+"""Asking a policy something outside a world: under a deadline, many at once, failures counted."""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import PolicyError
+from .protocols import Policy
+from .rollout import Failures, deadline
+from .seeds import derive
+from .types import Completion, Message, Sampling
+
+
+@dataclass(frozen=True)
+class Patient:
+    """A policy whose every answer has a deadline."""
+
+    policy: Policy
+    timeout_s: float
+
+    @property
+    def checkpoint(self) -> str:
+        return self.policy.checkpoint
+
+    def seat(self) -> AbstractContextManager[None]:
+        return self.policy.seat()
+
+    async def complete(
+        self, prompt: Sequence[Message], sampling: Sampling, seed: int
+    ) -> Completion:
+        async with deadline(self.timeout_s, "the policy's completion"):
+            return await self.policy.complete(prompt, sampling, seed)
+
+    async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
+        async with deadline(self.timeout_s, "the policy's log-probabilities"):
+            return await self.policy.score(prompt, said)
+
+    async def load(self, checkpoint: Path | None) -> None:
+        await self.policy.load(checkpoint)
+
+    async def close(self) -> None:
+        await self.policy.close()
+
+
+async def ask(
+    policy: Policy,
+    prompts: Sequence[Sequence[Message]],
+    sampling: Sampling,
+    seed: int,
+    max_failures: float = 0.5,
+) -> list[Completion | None]:
+    """One completion each, in order; None where there is none. Prompt k has a seed of its own.
+
+    Raises:
+        PolicyError: more than the share ``max_failures`` failed; holds the first traceback.
+    """
+    failures = Failures(len(prompts), max_failures, PolicyError, "questions failed", "max_failures")
+
+    async def one(index: int) -> Completion | None:
+        with seats[index]:
+            try:
+                return await policy.complete(prompts[index], sampling, derive(seed, index))
+            except Exception as cause:
+                failures.add(cause)
+                return None
+
+    # Seats for all before anybody asks, so that the batches are the same every time.
+    seats = [ExitStack() for _ in prompts]
+    for seat in seats:
+        seat.enter_context(policy.seat())
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(index)) for index in range(len(prompts))]
+    except* PolicyError as several:
+        raise several.exceptions[0] from None
+    finally:
+        for seat in seats:
+            seat.close()
+    return [task.result() for task in tasks]

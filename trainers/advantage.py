@@ -1,0 +1,96 @@
+"""From scores of a group to advantages: of attempts, of single turns, less what drifting costs."""
+
+import asyncio
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+from ..core.protocols import Context
+from ..core.types import Judged, Observation, Step
+from .loss import KL
+
+Baseline: TypeAlias = Literal["grpo", "rloo", "dr_grpo"]
+"""How a group's rewards become advantages, as in ``advantages``."""
+
+
+def advantages(rewards: Sequence[float], how: Baseline) -> list[float]:
+    """(G,) rewards of one group to (G,) advantages.
+
+    ``grpo``: less their mean, over their standard deviation (of G - 1 degrees of freedom) plus
+    1e-6 (Shao et al. 2024, arXiv:2402.03300). ``dr_grpo``: less their mean only (Liu et al. 2025,
+    arXiv:2503.20783). ``rloo``: each less the mean of the others (Ahmadian et al. 2024,
+    arXiv:2402.14740). In a group of one there is nothing to compare with, and the advantage is 0.
+    """
+    size = len(rewards)
+    if size < 2:
+        return [0.0] * size
+    mean = statistics.fmean(rewards)
+    # Exactly 0 where all are equal, whatever the mean was rounded to.
+    centred = [reward - mean if min(rewards) < max(rewards) else 0.0 for reward in rewards]
+    match how:
+        case "grpo":
+            deviation = statistics.stdev(rewards)
+            return [gap / (deviation + 1e-6) for gap in centred]
+        case "rloo":
+            return [gap * size / (size - 1) for gap in centred]
+        case "dr_grpo":
+            return centred
+
+
+def step_advantages(
+    group: Sequence[Judged], rewards: Sequence[float], gamma: float, how: Baseline
+) -> list[list[float]]:
+    """Per attempt, per own turn: its discounted return among all turns with its observation.
+
+    The reward is paid with the last turn. A turn whose observation nobody else saw gets 0.
+    """
+    returns: dict[tuple[str, tuple[bytes, ...]], list[float]] = {}
+    for one, reward in zip(group, rewards, strict=True):
+        for turn, step in own_turns(one):
+            left = len(one.trajectory.steps) - 1 - turn
+            returns.setdefault(_seen(step.observation), []).append(gamma**left * reward)
+    made = {seen: iter(advantages(those, how)) for seen, those in returns.items()}
+    return [[next(made[_seen(step.observation)]) for _, step in own_turns(one)] for one in group]
+
+
+def own_turns(one: Judged) -> list[tuple[int, Step]]:
+    own = range(one.trajectory.replayed, len(one.trajectory.steps))
+    return [(turn, one.trajectory.steps[turn]) for turn in own]
+
+
+def _seen(observation: Observation) -> tuple[str, tuple[bytes, ...]]:
+    return observation.text, observation.images
+
+
+async def divergences(
+    context: Context, groups: Sequence[Sequence[Judged]], estimator: KL
+) -> dict[int, float]:
+    """By ``id`` of the judged: estimated nats from the frozen base, summed over its own tokens."""
+    reference = await context.open("base")
+
+    async def of(one: Judged) -> float:
+        total = 0.0
+        for turn, step in own_turns(one):
+            said = step.action.completion
+            task, before = one.trajectory.task, one.trajectory.steps[:turn]
+            prompt = context.agent.prompt(task, before, step.observation)
+            scored = await reference.score(prompt, said)
+            pairs = zip(scored.logprobs, said.logprobs, strict=True)
+            total += sum(estimated(base - own, estimator) for base, own in pairs)
+        return total
+
+    every = [one for group in groups for one in group]
+    found = await asyncio.gather(*map(of, every))
+    return {id(one): value for one, value in zip(every, found, strict=True)}
+
+
+def estimated(gap: float, estimator: KL) -> float:
+    """``loss.kl`` of one token, from the gap log reference - log pi."""
+    match estimator:
+        case "k1":
+            return -gap
+        case "k2":
+            return gap * gap / 2
+        case "k3":
+            return math.expm1(gap) - gap
