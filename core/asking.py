@@ -1,6 +1,7 @@
 """Asking a policy something outside a world: under a deadline, many at once, failures counted."""
 
 import asyncio
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -42,6 +43,17 @@ class Patient:
 
     async def close(self) -> None:
         await self.policy.close()
+
+
+async def yes_share(
+    policy: Policy, prompt: Sequence[Message], yes: str = "yes", no: str = "no"
+) -> float:
+    """p(yes) / (p(yes) + p(no)), of the two answers as a whole; in [0, 1]."""
+    gap = 0.0
+    for text, sign in ((no, 1.0), (yes, -1.0)):
+        scored = await policy.score(prompt, Completion(text))
+        gap += sign * sum(scored.logprobs)
+    return 1 / (1 + math.exp(min(gap, 700.0)))
 
 
 async def ask(

@@ -131,6 +131,15 @@ class Policy(Protocol):
     async def close(self) -> None: ...
 
 
+@runtime_checkable
+class HasEmbeddings(Protocol):
+    """A policy that can also say how alike texts are."""
+
+    async def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        """One vector each, all of one length."""
+        ...
+
+
 class Judge(Protocol):
     """One verdict per trajectory, in order. All trajectories of one call share one task."""
 

@@ -102,6 +102,14 @@ class TransformersPolicy:
         logprobs = await loop.run_in_executor(self._thread, self._score, before, ids)
         return Completion(said.text, ids, logprobs, said.finish, self.tokens.fingerprint)
 
+    async def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        """(H,) each: the mean over the text's tokens of the last layer's hidden states."""
+        ids = [self.tokens.completion(text) for text in texts]
+        for one in ids:
+            self._fit(0, len(one))
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, lambda: [self._embed(one) for one in ids])
+
     def _fit(self, prompt: int, more: int) -> None:
         if self._closed:
             raise PolicyError("this policy was closed")
@@ -237,6 +245,14 @@ class TransformersPolicy:
             logits = self.model(row[:, :-1], logits_to_keep=len(ids)).logits[0].float()
             chosen = logits.gather(1, row[0, -len(ids) :, None])[:, 0]
             return tuple((chosen - logits.logsumexp(-1)).tolist())
+
+    def _embed(self, ids: tuple[int, ...]) -> list[float]:
+        import torch
+
+        with torch.inference_mode():
+            row = torch.tensor([ids], device=self.model.device)
+            hidden = self.model(row, output_hidden_states=True).hidden_states[-1]
+            return hidden[0].float().mean(0).tolist()
 
     def _load(self, folder: Path | None) -> None:
         self._forget()

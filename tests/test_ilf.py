@@ -1,0 +1,361 @@
+"""ILF: who is refined, by which words, which refinement is learned, and from where on."""
+
+import asyncio
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from casting import context_of, episode
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from selfwright.core.asking import yes_share
+from selfwright.core.store import write_trajectories
+from selfwright.core.types import (
+    Batch,
+    Completion,
+    Judged,
+    Message,
+    Observation,
+    Sampling,
+    Start,
+    Stop,
+    Trajectory,
+    Verdict,
+)
+from selfwright.trainers.feedback import NO_FEEDBACK, Item, shuffled
+from selfwright.trainers.ilf import ILF, ILFConfig
+from selfwright.trainers.selection import QUESTIONS, cosine, instruct, pick, shares
+
+
+@dataclass
+class Refiner:
+    """Refines to what the feedback names; says "yes" as likely as ``sure`` has it."""
+
+    checkpoint: str = "base"
+    asked: list[tuple[Message, ...]] = field(default_factory=list[tuple[Message, ...]])
+    said: int = 0
+    sure: dict[str, float] = field(default_factory=dict[str, float])
+
+    def seat(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    async def complete(
+        self, prompt: Sequence[Message], sampling: Sampling, seed: int
+    ) -> Completion:
+        self.asked.append(tuple(prompt))
+        self.said += 1
+        word = prompt[-1].text.split("say ")[-1].split()[0]
+        return Completion(f"{word} {self.said}", (self.said,), (-1.0,))
+
+    async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
+        chosen = next((p for text, p in self.sure.items() if text in prompt[-1].text), 0.0)
+        return replace(said, logprobs=(chosen if said.text == "yes" else 0.0,))
+
+    async def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        return [[float(text.count(letter)) for letter in "abc 2"] for text in texts]
+
+
+@dataclass
+class World:
+    """An answer is right if it names the task, then a number of which ``right`` approves."""
+
+    right: Any = field(default=lambda number: True)  # pyright: ignore
+    starts: list[Start] = field(default_factory=list[Start])
+
+    async def attempt(self, starts: Sequence[Start]) -> list[Judged]:
+        self.starts += starts
+        return [self.play(start) for start in starts]
+
+    def play(self, start: Start) -> Judged:
+        word, number = start.prefix[-1].action.text.split()
+        score = float(word == start.task.id and self.right(int(number)))
+        trajectory = Trajectory(
+            start.task,
+            start.prefix,
+            Observation("over"),
+            Stop.TRUNCATED,
+            "base",
+            start.seed,
+            start.attempt,
+            len(start.prefix),
+        )
+        return Judged(trajectory, Verdict(score, "", "world"))
+
+
+def failure(task: str, attempt: int = 0, feedback: str | None = None) -> Judged:
+    one = episode(0.0, ("o", f"wrong{attempt}"), task=task, attempt=attempt)
+    final = Observation(feedback or f"no, say {task} now")
+    return replace(one, trajectory=replace(one.trajectory, final=final))
+
+
+def success(task: str, attempt: int = 0) -> Judged:
+    return episode(1.0, ("o", "right"), task=task, attempt=attempt)
+
+
+def made(
+    world: World | None = None, policy: Refiner | None = None, **keys: Any
+) -> tuple[ILF, Refiner, World]:
+    world, policy = world or World(), policy or Refiner()
+
+    async def opened(name: str) -> Refiner:
+        raise AssertionError(name)
+
+    context = context_of(policy=policy, attempt=world.attempt, open=keys.pop("open", opened))
+    config = ILFConfig.model_validate({"refinements": 3} | keys)
+    return ILF(config, context), policy, world
+
+
+def fed(trainer: ILF, judged: Sequence[Judged]) -> list[Batch]:
+    return asyncio.run(trainer.batches(judged))
+
+
+def texts(batch: Batch) -> list[str]:
+    return [example.completion.text for example in batch.examples]
+
+
+def test_failures_are_refined_and_only_what_passes_is_learned() -> None:
+    trainer, refiner, world = made(World(right=lambda n: n % 3 == 2))
+    judged = [failure("a"), failure("a", 1), success("b"), failure("b", 1), failure("c")]
+    (batch,) = fed(trainer, judged)
+    # b was solved by some attempt: its failure is not for refining. Two tasks, three times.
+    assert refiner.said == 6 and len(world.starts) == 6
+    assert sorted(texts(batch)) == ["a 2", "c 5"]
+    assert batch.fresh and all(e.advantage == 1 for e in batch.examples)
+    # The sampled ids are learned, and neither x0 nor the feedback stands in the prompt.
+    for example in batch.examples:
+        assert example.completion.token_ids
+        said = " ".join(message.text for message in example.prompt)
+        assert "wrong" not in said and "say" not in said and "now" not in said
+    # The refiner saw both.
+    shown = " ".join(message.text for message in refiner.asked[0])
+    assert "wrong" in shown and "say a now" in shown
+
+
+def test_any_failure_may_be_asked_for() -> None:
+    trainer, refiner, _ = made(pool="failed")
+    (batch,) = fed(trainer, [success("b"), failure("b", 1), success("c")])
+    assert refiner.said == 3 and [text.split()[0] for text in texts(batch)] == ["b"]
+
+
+def test_nothing_passes_nothing_is_learned() -> None:
+    trainer, _, _ = made(World(right=lambda n: False))
+    assert fed(trainer, [failure("a")]) == []
+    assert fed(trainer, [success("a")]) == fed(trainer, []) == []
+
+
+def test_every_round_learns_the_union_from_the_base() -> None:
+    trainer, _, _ = made()
+    (first,) = fed(trainer, [failure("a")])
+    (second,) = fed(trainer, [failure("b")])
+    assert [text.split()[0] for text in texts(second)] == ["a", "b"]
+    assert second.examples[0] == first.examples[0] and second.fresh
+    going_on, _, _ = made(restart=False)
+    fed(going_on, [failure("a")])
+    (second,) = fed(going_on, [failure("b")])
+    assert [text.split()[0] for text in texts(second)] == ["b"] and not second.fresh
+
+
+def test_one_of_those_that_pass_is_drawn_evenly() -> None:
+    drawn: Counter[str] = Counter()
+    for seed in range(300):
+        trainer, _, _ = made()
+        trainer._context = replace(trainer._context, seed=seed)  # pyright: ignore
+        (batch,) = fed(trainer, [failure("a")])
+        drawn[texts(batch)[0]] += 1
+    assert set(drawn) == {"a 1", "a 2", "a 3"} and min(drawn.values()) > 70
+    alone, _, _ = made(refinements=1)
+    assert texts(fed(alone, [failure("a")])[0]) == ["a 1"]
+
+
+def test_shuffled_feedback_misleads() -> None:
+    tasks = [failure(name) for name in "abcdef"]
+    true, _, _ = made()
+    false, _, world = made(shuffle=True)
+    assert len(fed(true, tasks)[0].examples) == 6
+    assert fed(false, tasks) == [] and len(world.starts) == 18
+
+
+@given(st.lists(st.text(min_size=1), min_size=2, max_size=9, unique=True), st.integers(0, 9))
+def test_shuffling_gives_everybody_somebody_elses(words: list[str], seed: int) -> None:
+    items = [Item(failure(f"t{k}"), 0, word) for k, word in enumerate(words)]
+    moved = [item.feedback for item in shuffled(items, seed)]
+    assert sorted(moved) == sorted(words)
+    assert all(a != b for a, b in zip(words, moved, strict=True))
+
+
+def test_feedback_may_come_from_judge_policy_or_nobody() -> None:
+    one = failure("a")
+    said = replace(one, verdict=Verdict(0.0, "you should say a please", "judge"))
+    trainer, refiner, _ = made(feedback="judge")
+    fed(trainer, [said])
+    assert "should say a please" in refiner.asked[0][-1].text
+    trainer, refiner, _ = made(feedback="none")
+    assert fed(trainer, [said]) == [] and NO_FEEDBACK in refiner.asked[0][-1].text
+    trainer, refiner, _ = made(feedback="policy")
+    fed(trainer, [said])
+    # The question first; its answer, "what 1" or so, is the feedback then.
+    assert "what is wrong" in refiner.asked[0][-1].text
+    answer = refiner.asked[1][-1].text
+    assert answer.endswith(" 1") and refiner.said == 4
+    silent = replace(one, verdict=Verdict(0.0, "", "judge"))
+    trainer, refiner, _ = made(feedback="judge")
+    assert fed(trainer, [silent]) == [] and refiner.said == 0
+
+
+def test_blocks_keep_the_prompt_and_label_the_rest() -> None:
+    trainer, refiner, _ = made(layout="blocks")
+    fed(trainer, [failure("a")])
+    (last,) = refiner.asked[0]
+    assert last.role == "user" and last.text.startswith("do a\no\n\nOLD ANSWER:\nwrong0\n\n")
+    assert "FEEDBACK:\nno, say a now" in last.text
+
+
+def test_a_teacher_may_refine() -> None:
+    teacher, names = Refiner(), list[str]()
+
+    async def opened(name: str) -> Refiner:
+        names.append(name)
+        return teacher
+
+    trainer, policy, _ = made(refiner="some/model", open=opened)
+    assert len(fed(trainer, [failure("a")])) == 1
+    assert (names, teacher.said, policy.said) == (["some/model"], 3, 0)
+
+
+def test_an_episode_is_refined_where_the_feedback_is_about_and_played_on() -> None:
+    one = episode(0.0, ("o", "first"), ("p", "second"), ("say t", "third"))
+    trainer, _, world = made(unit="episode", refinements=1)
+    trainer._given = [Item(one, 1)]  # pyright: ignore[reportPrivateUsage]
+    (batch,) = fed(trainer, [])
+    (start,) = world.starts
+    assert [s.action.text for s in start.prefix] == ["first", "t 1"] and start.turns is None
+    assert start.prefix[1].observation.text == "p"
+    (learned,) = batch.examples
+    assert [m.text for m in learned.prompt] == ["do t\no", "first", "p"]
+
+
+def test_the_policy_itself_may_pick_what_follows_the_feedback() -> None:
+    refiner = Refiner(sure={"NEW ANSWER:\na 2": 2.0, "NEW ANSWER:\na 3": 1.0})
+    trainer, _, world = made(policy=refiner, select="instruct")
+    assert texts(fed(trainer, [failure("a")])[0]) == ["a 2"]
+    assert len(world.starts) == 1
+    trainer, _, _ = made(select="embedding")
+    about = failure("a", feedback="say a 2 2 2")
+    assert texts(fed(trainer, [about])[0]) == ["a 2"]
+
+
+@given(st.floats(-30, 0), st.floats(-30, 0))
+def test_the_share_of_yes(yes: float, no: float) -> None:
+    @dataclass
+    class Two:
+        async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
+            return replace(said, logprobs=({"yes": yes, "no": no}[said.text],))
+
+    policy: Any = Two()
+    share = asyncio.run(yes_share(policy, ()))
+    assert 0 <= share <= 1
+    assert asyncio.run(yes_share(policy, (), "no", "yes")) == pytest.approx(1 - share)
+    if yes == no:
+        assert share == 0.5
+
+
+def test_an_ensemble_is_the_mean_of_its_questions() -> None:
+    # One question is sure of a 1, the others cannot tell.
+    sure = {QUESTIONS[0]: math.log(3)}
+    policy = Refiner(sure=sure)
+    item = Item(failure("a"), 0, "say a")
+    (score,) = asyncio.run(instruct(context_of(policy=policy), item, [Completion("a 1")]))
+    assert score == pytest.approx((0.75 + 4 * 0.5) / 5)
+
+
+def test_equal_scores_are_picked_evenly() -> None:
+    picked = Counter(pick([1.0, 0.0, 1.0], seed) for seed in range(200))
+    assert set(picked) == {0, 2} and min(picked.values()) > 60
+    assert pick([0.2, 0.9], 0) == 1
+
+
+def test_weights_of_the_target_distribution() -> None:
+    assert shares([0.0, 1.0, 0.5], 0.0) == pytest.approx([1 / 3] * 3)
+    assert shares([0.7, 0.7], 9.0) == pytest.approx([0.5, 0.5])
+    assert shares([1.0, 0.0], 2.0) == pytest.approx([0.880797, 0.119203], abs=1e-6)
+    trainer, _, _ = made(World(right=lambda n: n == 2), beta=2.0)
+    (batch,) = fed(trainer, [failure("a")])
+    low, high = 1 / (2 + 7.389056), 7.389056 / (2 + 7.389056)
+    assert [e.advantage for e in batch.examples] == pytest.approx([low, high, low])
+
+
+def test_cosines() -> None:
+    assert cosine([1, 0], [0, 2]) == 0 and cosine([1, 1], [2, 2]) == pytest.approx(1)
+    assert cosine([0, 0], [1, 2]) == 0
+
+
+def lines(path: Path, *rows: dict[str, Any] | str) -> Path:
+    text = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(text) + "\n")
+    return path
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    path = tmp_path / "trajectories.parquet"
+    write_trajectories(path, [failure("a"), failure("b"), success("c")], tmp_path / "images")
+    return path
+
+
+def test_people_may_say_what_was_wrong(stored: Path, tmp_path: Path) -> None:
+    about = {"trajectory": 1, "step": 0, "feedback": "rather say b here"}
+    file = lines(tmp_path / "said.jsonl", about, "")
+    keys: dict[str, Any] = {"feedback": "file", "file": str(file), "trajectories": str(stored)}
+    trainer, refiner, _ = made(**keys)
+    assert (trainer.plan.tasks, trainer.plan.attempts) == (0, 0)
+    (batch,) = fed(trainer, [])
+    assert [text.split()[0] for text in texts(batch)] == ["b"]
+    assert "rather say b here" in refiner.asked[0][-1].text
+    # Another round, another refinement of the same; never two of one round.
+    (batch,) = fed(trainer, [])
+    assert len(batch.examples) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"trajectory": 7, "step": 0, "feedback": "x"}, "trajectory 7 is unknown, there are 3"),
+        ({"trajectory": 0, "step": 4, "feedback": "x"}, "step 4 of trajectory 0 is none of its 1"),
+        ({"trajectory": 2, "step": 0, "feedback": "x"}, "trajectory 2 did not fail"),
+        ({"trajectory": 0, "step": 0}, "feedback: Field required"),
+        ({"trajectory": 0, "step": 0, "feedback": ""}, "feedback: String should have"),
+        ("{", "Expecting property name"),
+    ],
+)
+def test_bad_feedback_files_are_refused_with_the_recipe(
+    stored: Path, tmp_path: Path, row: Any, said: str
+) -> None:
+    good = {"trajectory": 0, "step": 0, "feedback": "x"}
+    file = lines(tmp_path / "said.jsonl", good, row)
+    keys: dict[str, Any] = {"feedback": "file", "file": str(file), "trajectories": str(stored)}
+    with pytest.raises(ValidationError, match=f"line 2: .*{said}"):
+        ILFConfig.model_validate(keys)
+    with pytest.raises(ValidationError, match="go together"):
+        ILFConfig.model_validate({"feedback": "file", "file": str(file)})
+    with pytest.raises(ValidationError, match="no feedback in it"):
+        ILFConfig.model_validate(keys | {"file": str(lines(tmp_path / "empty.jsonl"))})
+
+
+def test_restored_it_goes_on_as_it_would_have(tmp_path: Path) -> None:
+    through, _, _ = made()
+    first, refiner, _ = made()
+    for trainer in (through, first):
+        fed(trainer, [failure("a"), failure("b")])
+    (tmp_path / "trainer").mkdir()
+    first.save(tmp_path / "trainer", tmp_path / "images")
+    second, _, _ = made(policy=refiner)
+    second.restore(tmp_path / "trainer")
+    assert fed(second, [failure("c")]) == fed(through, [failure("c")])

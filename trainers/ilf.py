@@ -1,0 +1,150 @@
+"""Imitation learning from language feedback: refine what failed, imitate what that made good."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from ..core.asking import ask
+from ..core.files import read_json, write_json
+from ..core.protocols import Context, Plan
+from ..core.seeds import derive
+from ..core.store import TRAJECTORIES, read_trajectories, write_trajectories
+from ..core.types import Action, Batch, Completion, Example, Judged, Start, Step
+from .credit import by_task, example, key, score
+from .feedback import FeedbackConfig, Item, refining, shuffled, with_feedback
+from .selection import Select, candidates, shares
+
+
+class ILFConfig(FeedbackConfig):
+    attempts_per_task: int = Field(default=30, ge=1)
+    refinements: int = Field(default=30, ge=1)
+    """Sampled for every attempt that feedback was given on."""
+    unit: Literal["turn", "episode"] = "turn"
+    """What is refined: an action, answered by the world; or one action of an episode, which the
+    policy then plays on to its end."""
+    pool: Literal["unsolved", "failed"] = "unsolved"
+    """Whose failures: of tasks that no attempt solved, or of any."""
+    refiner: str = ""
+    """Empty: the policy; else a model folder or hub id, a teacher or one trained to refine."""
+    layout: Literal["conversation", "blocks"] = "conversation"
+    """How a refiner is asked: as the world would go on, or with labelled blocks."""
+    select: Select = "reward"
+    """Which refinement is learned: a random one of those that reach ``threshold``; the one that
+    the policy itself finds to follow the feedback best; the one most like it; any."""
+    restart: bool = True
+    """Learn all rounds' refinements from the base model on, instead of the new ones from here."""
+    beta: float | None = Field(default=None, ge=0)
+    """None: one refinement a task, of weight 1. Else all that were tried, weighed in proportion to
+    exp(beta * score), a task's together as one."""
+
+
+class ILF:
+    """Sample, get feedback, refine, select, fine-tune on task -> refinement, feedback left out.
+
+    Chen et al. 2023 (arXiv:2303.16749): refinements of failures that pass, one per task, chosen
+    at random, all of one weight. Scheurer et al. 2023 (arXiv:2303.16755): ``select: instruct`` with
+    ``pool: failed``, ``threshold: 1``. Every round learns the union of all rounds from the base.
+
+    Departures: the refiner is the policy unless another model is named, and feedback the world's
+    unless it is asked for otherwise; which failure of a task is refined is drawn at random.
+    """
+
+    Config = ILFConfig
+
+    def __init__(self, config: ILFConfig, context: Context) -> None:
+        self._config = config
+        self._context = context
+        self._given = config.items() if config.file else []
+        self._round = 0
+        self._kept: list[Judged] = []
+        """The refined action of each is the last one that was replayed."""
+
+    @property
+    def plan(self) -> Plan:
+        config = self._config
+        if self._given:
+            return Plan(0, 0)
+        turns = 1 if config.unit == "turn" else None
+        return Plan(config.tasks_per_iteration, config.attempts_per_task, turns)
+
+    async def batches(self, judged: Sequence[Judged]) -> list[Batch]:
+        config, context = self._config, self._context
+        items = self._given or self._pool(judged)
+        if config.feedback != "file":
+            items = await with_feedback(items, config.feedback, context, self._seed("feedback"))
+        if config.shuffle:
+            items = shuffled(items, self._seed("shuffle"))
+        chosen = await self._refine(items)
+        self._kept = [*self._kept, *chosen] if config.restart else chosen
+        self._round += 1
+        examples: list[Example] = []
+        for group in by_task(self._kept):
+            beta = config.beta
+            scores = [score(one) for one in group]
+            weights = [1.0] * len(group) if beta is None else shares(scores, beta)
+            for one, weight in zip(group, weights, strict=True):
+                examples += self._examples(one, weight)
+        return [Batch(config.nll, tuple(examples), config.epochs, config.restart)] if chosen else []
+
+    def _seed(self, *parts: int | str) -> int:
+        return derive(self._context.seed, "ilf", self._round, *parts)
+
+    def _pool(self, judged: Sequence[Judged]) -> list[Item]:
+        """One failed attempt per task, about whose last action something is to be said."""
+        items: list[Item] = []
+        for group in by_task(judged):
+            failed = [one for one in group if score(one) < self._config.threshold]
+            solved = len(failed) < len(group)
+            failed = [one for one in failed if one.trajectory.steps]
+            if failed and not (solved and self._config.pool == "unsolved"):
+                one = random.Random(self._seed("pool", key(group[0])[0])).choice(failed)
+                items.append(Item(one, len(one.trajectory.steps) - 1))
+        return items
+
+    async def _refine(self, items: Sequence[Item]) -> list[Judged]:
+        """The refinements to learn, as episodes; one per task, unless they are weighed."""
+        config, context = self._config, self._context
+        policy = await context.open(config.refiner) if config.refiner else context.policy
+        many = config.refinements
+        prompts = [refining(item, config.layout, context) for item in items for _ in range(many)]
+        said = await ask(policy, prompts, context.sampling, self._seed("refine"))
+        starts: list[Start] = []
+        for k, item in enumerate(items):
+            made = [one for one in said[k * many : (k + 1) * many] if one is not None]
+            seed = self._seed("pick", item.trajectory.task.id, item.step)
+            tried = await candidates(context, item, made, config.select, seed)
+            for number, one in enumerate(tried):
+                starts.append(self._start(item, one, k * many + number))
+        played = await context.attempt(starts) if starts else []
+        chosen: list[Judged] = []
+        for group in by_task(played):
+            if config.beta is not None:
+                chosen += group
+                continue
+            seed = self._seed("select", group[0].trajectory.task.id)
+            decides = config.select == "reward"
+            passed = [one for one in group if not decides or score(one) >= config.threshold]
+            chosen += random.Random(seed).sample(passed, min(1, len(passed)))
+        return chosen
+
+    def _start(self, item: Item, refined: Completion, attempt: int) -> Start:
+        action = Action(self._context.agent.parse(refined.text), refined)
+        trajectory = item.trajectory
+        prefix = (*trajectory.steps[: item.step], Step(item.said.observation, action, 0.0))
+        turns = 0 if self._config.unit == "turn" else None
+        return Start(trajectory.task, trajectory.seed, attempt, prefix, turns)
+
+    def _examples(self, one: Judged, weight: float) -> list[Example]:
+        turns = range(one.trajectory.replayed - 1, len(one.trajectory.steps))
+        return [example(self._context.agent, one.trajectory, turn, weight) for turn in turns]
+
+    def save(self, folder: Path, images: Path) -> None:
+        write_json(folder / "ilf.json", {"round": self._round})
+        write_trajectories(folder / TRAJECTORIES, self._kept, images)
+
+    def restore(self, folder: Path) -> None:
+        self._round = read_json(folder / "ilf.json")["round"]
+        self._kept = read_trajectories(folder / TRAJECTORIES)
