@@ -96,6 +96,11 @@ class PlainLearner:
         self._model: Any = self._adapt(weights) if config.method == "lora" else weights
         self._model.train()
         self._head: Any = weights.get_output_embeddings()
+        layers = getattr(weights.get_decoder(), "layers", None)
+        last = getattr(layers[-1], "mlp", None) if layers else None
+        # What is checkpointed runs again when the hooks are gone; experts want whole sequences.
+        usual = not config.gradient_checkpointing and not hasattr(last, "experts")
+        self._last: Any = last if usual else None
         self._trained: dict[str, Tensor] = {
             name: p for name, p in self._model.named_parameters() if p.requires_grad
         }
@@ -323,12 +328,31 @@ class PlainLearner:
 
     @contextmanager
     def _only(self, rows: Tensor, at: Tensor) -> Generator[None]:
-        """The head gets (N, D) hidden states of these positions in place of (B, T, D)."""
-        hook = self._head.register_forward_pre_hook(lambda _, args: (args[0][rows, at],))  # pyright: ignore[reportUnknownLambdaType]
+        """The head gets (N, D) hidden states of these positions in place of (B, T, D).
+
+        So does the last layer's MLP, as (1, N, D): nobody reads what it makes of other positions.
+        """
+
+        def select(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (args[0][rows, at],)
+
+        def select_one(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            shape.append(args[0].shape)
+            return (args[0][rows, at][None],)
+
+        def put_back(_: Any, __: Any, made: Tensor) -> Tensor:
+            return made.new_zeros(shape.pop()).index_put((rows, at), made[0])
+
+        shape: list[torch.Size] = []
+        hooks = [self._head.register_forward_pre_hook(select)]
+        if self._last is not None:
+            hooks.append(self._last.register_forward_pre_hook(select_one))
+            hooks.append(self._last.register_forward_hook(put_back))
         try:
             yield
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
     def _rate(self, progress: float) -> float:
         left = 1 - min(max(progress, 0.0), 1.0)
