@@ -235,7 +235,7 @@ def test_few_logits_at_a_time_do_not_matter(
     folder = model_folder("wide")
     batch = Batch(NLL(), tuple(talks(learner_of(folder)._tokens, 6)))
     whole = gradient(learner_of(folder, **LOOSE), batch)
-    monkeypatch.setattr(module, "LOGITS", 12_000 * 10)
+    monkeypatch.setitem(module.LOGITS, "cpu", 12_000 * 10)
     learner = learner_of(folder, **LOOSE)
     seen: list[int] = []
 

@@ -17,6 +17,7 @@ from safetensors.torch import (
     save_file,  # pyright: ignore[reportUnknownVariableType]
 )
 from torch import Tensor
+from torch.nn import functional
 
 from ..core.config import Config
 from ..core.errors import LearnerError
@@ -25,8 +26,8 @@ from ..core.seeds import derive
 from ..core.types import Batch, Loss, Metrics, SelectiveLoss, TokenArrays
 from .pack import Row, micro_batches, pack, token_weights
 
-LOGITS = 1 << 26
-"""The most logits held at once: 256 MiB in float32."""
+LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}
+"""The most logits held at once, by kind of device: 32 and 256 MiB in float32."""
 
 
 class LearnerConfig(Config):
@@ -230,7 +231,8 @@ class PlainLearner:
     def _mine(self, rows: Sequence[Row]) -> list[list[int]]:
         """This process's share of the micro-batches."""
         vocabulary = self._model.config.get_text_config().vocab_size
-        groups = micro_batches(rows, self._budget, max(1, LOGITS // vocabulary))
+        logits = LOGITS.get(self._device.type, LOGITS["cuda"])
+        groups = micro_batches(rows, self._budget, max(1, logits // vocabulary))
         return groups[self._accelerator.process_index :: self._accelerator.num_processes]
 
     def _selected(
@@ -323,8 +325,8 @@ class PlainLearner:
         )
         with self._only(rows, at - 1), mixed:
             logits = self._model(input_ids=ids, use_cache=False).logits.float()
-        chosen = logits.gather(1, ids[rows, at][:, None])[:, 0]
-        return chosen - logits.logsumexp(-1)
+        # Of all ways to say this, the one that holds the fewest copies of the logits.
+        return -functional.cross_entropy(logits, ids[rows, at], reduction="none")
 
     @contextmanager
     def _only(self, rows: Tensor, at: Tensor) -> Generator[None]:
