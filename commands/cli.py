@@ -140,6 +140,10 @@ def evaluate(
     temperature: Annotated[
         float | None, typer.Option(min=0, help="0 is greedy; by default as its recipe says.")
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Who scores; by default as its recipe says."),
+    ] = None,
     override: Overrides = None,
     output: Output = None,
     as_json: Json = False,
@@ -152,7 +156,7 @@ def evaluate(
         from .words import evaluation_words
 
         asked = (checkpoint, environment, override or (), split, tasks, seed, temperature)
-        result = asyncio.run(evaluate(*asked, output, _console()))
+        result = asyncio.run(evaluate(*asked, output, _console(), judge))
         _emit(result, stdout, None if as_json else evaluation_words(result))
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,18 @@ from typing import Any
 from rich.console import Console
 
 from ..core import evaluation as files
+from ..core.asking import Patient
 from ..core.config import Config, Evaluation, Fleet, JudgeConfig, PolicyConfig
 from ..core.draw import draw, starts
-from ..core.errors import RecipeError, StoreError
+from ..core.errors import JudgeError, RecipeError, StoreError
 from ..core.evaluation import EvaluationResult, TaskResult, summarise
 from ..core.files import read_json
 from ..core.judging import judged
-from ..core.protocols import HasAttempts, HasExpert, Judge
+from ..core.protocols import AsksPolicies, HasAttempts, HasExpert, Judge, Policy
 from ..core.recipe import Section, section
 from ..core.rollout import ExpertPlayer, Player, PolicyPlayer, RandomPlayer, rollouts
 from ..core.seeds import derive
-from ..core.statistics import Introspection, introspection_table
+from ..core.statistics import Agreement, Introspection, agreement, introspection_table
 from ..core.store import TRAJECTORIES, write_trajectories
 from ..core.types import Judged, Sampling, Stop, Task, Trajectory
 from ..core.worlds import Worlds, open_worlds
@@ -81,6 +82,8 @@ async def examine(
         tokens_sampled=tokens_sampled((*played, *more)),
         wall_s=time.monotonic() - began,
         introspection=table,
+        judge=exam.judge.use,
+        agreement=None if exam.judge.use == "reward" else agreement_of(results),
         results=results,
         **summarise(results),
     )
@@ -91,6 +94,11 @@ def task_result(episode: Judged) -> TaskResult:
     t = episode.trajectory
     failed, score = t.stop == Stop.FAILED, episode.verdict.score
     return TaskResult(t.task.id, t.success, failed, t.reward, len(t.steps), t.error, score)
+
+
+def agreement_of(results: Sequence[TaskResult]) -> Agreement:
+    decided = [(r.score >= 0.5, r.success) for r in results if r.score is not None]
+    return agreement(decided)
 
 
 def tokens_sampled(trajectories: Sequence[Trajectory]) -> int:
@@ -158,6 +166,7 @@ async def evaluate(
     temperature: float | None,
     output: Path | None,
     console: Console,
+    judged_by: str | None = None,
 ) -> dict[str, Any]:
     """``selfwright evaluate``: the numbers of one checkpoint, as written to its folder.
 
@@ -167,14 +176,23 @@ async def evaluate(
     """
     progress = Progress(console)
     card = read_card(checkpoint)
-    exam, policy = settle(card, checkpoint, environment, overrides, split, tasks, seed, temperature)
+    exam, policy = settle(
+        card, checkpoint, environment, overrides, split, tasks, seed, temperature, judged_by
+    )
     settings = exam.environment.config.model_dump(mode="json")
     async with await open_worlds(exam.environment.use, settings, exam.fleet) as worlds:
         player = await seated(checkpoint, card, policy, exam, worlds)
         judge: Judge = exam.judge.make(worlds.sample)
+        opened: dict[str, Policy] = {}
         try:
+            if isinstance(judge, AsksPolicies):
+                judge.ask_through(opener(player, policy, card, opened, exam.seed))
+                # What cannot be opened is better known before anything is played.
+                await judge.judge([])
             result, episodes = await examine(exam, player, judge, worlds, progress, checkpoint)
         finally:
+            for other in opened.values():
+                await other.close()
             if isinstance(player, PolicyPlayer):
                 await player.policy.close()
     folder = output or default_output(checkpoint, exam, overrides)
@@ -204,6 +222,7 @@ def settle(
     tasks: int | None,
     seed: int,
     heat: float | None,
+    judged_by: str | None = None,
 ) -> tuple[Exam, Section | None]:
     """What is played, from the checkpoint's card and the command line, and with which policy."""
     card = card or {}
@@ -230,6 +249,8 @@ def settle(
     told: dict[str, Any] = card.get("agent", {"use": "chat"})
     agent, _ = section("agent", told["use"], mine["agent"], _rest(told))
     told = card.get("judge", {"use": "reward"})
+    if judged_by and judged_by != told["use"]:
+        told = {"use": judged_by}
     judge, _ = section("judge", told["use"], mine["judge"], _rest(told))
     count = settings.tasks if tasks is None else tasks
     temperature = settings.temperature if heat is None else heat
@@ -263,9 +284,7 @@ async def seated(
     assert isinstance(policy.config, PolicyConfig)
     base, adapter = checkpoint, None
     if card is not None:
-        folder = Path(card["folder"])
-        base = str(folder / card["base"]) if card["base_inside"] else card["base"]
-        adapter = folder
+        base, adapter = base_of(card), Path(card["folder"])
     elif (Path(checkpoint) / "adapter_config.json").is_file():
         base = read_json(Path(checkpoint) / "adapter_config.json")["base_model_name_or_path"]
         adapter = Path(checkpoint)
@@ -274,6 +293,38 @@ async def seated(
     model = policy.make(base, exam.seed)
     await model.load(adapter)
     return player_of(policy.config, exam.agent.make(), model, exam.temperature)
+
+
+def base_of(card: Mapping[str, Any]) -> str:
+    """The model that a run's checkpoint began with."""
+    return str(Path(card["folder"]) / card["base"]) if card["base_inside"] else card["base"]
+
+
+def opener(
+    player: Player,
+    policy: Section | None,
+    card: Mapping[str, Any] | None,
+    opened: dict[str, Policy],
+    seed: int,
+) -> Callable[[str], Awaitable[Policy]]:
+    """Finds models for a judge: the one under test, its base, or any other; kept in ``opened``."""
+    engine = policy or section("policy", "transformers", (), {"model": "base"})[0]
+    assert isinstance(engine.config, PolicyConfig)
+    timeout_s = engine.config.timeout_s
+
+    async def open(name: str) -> Policy:
+        if name == "policy" and isinstance(player, PolicyPlayer):
+            return Patient(player.policy, timeout_s)
+        if name in ("policy", "base") and card is None:
+            raise JudgeError(
+                f"{player.name} has no {name} to ask; say which model judges: -o judge.model=..."
+            )
+        if name not in opened:
+            model = base_of(card) if card and name == "base" else name
+            opened[name] = engine.make(model, seed)
+        return Patient(opened[name], timeout_s)
+
+    return open
 
 
 def player_of(config: Config, agent: Any, policy: Any, temperature: float) -> PolicyPlayer:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..core.statistics import Agreement
+
 TURNS = 12
 """The most turns of the table by turn that are shown."""
 
@@ -17,6 +19,8 @@ def run_words(result: Mapping[str, Any]) -> str:
         f"[{100 * low:+.1f}, {100 * high:+.1f}], p = {compared['p_value']:.2g} "
         f"({compared['test']})",
     ]
+    if result["stopped"]:
+        lines.append(f"stopped {result['stopped']}")
     tables: Mapping[str, Any] | None = result["introspection"]
     if tables:
         lines += table_words([("before", tables["base"]), ("after", tables["final"])])
@@ -46,7 +50,21 @@ def evaluation_words(told: Mapping[str, Any]) -> str:
         lines.append("solved within  " + "".join(f"{within[t - 1]:>8.1%}" for t in shown))
     if told["introspection"]:
         lines += table_words([("", told["introspection"])])
+    if told["agreement"]:
+        lines.append(agreement_words(told["judge"], told["agreement"]))
     return "\n".join([*lines, f"in {told['folder']}"])
+
+
+def agreement_words(judge: str, told: Mapping[str, int]) -> str:
+    one = Agreement(**told)
+
+    def shown(value: float | None) -> str:
+        return "undefined" if value is None else f"{value:.2f}"
+
+    return (
+        f"judge {judge} against the world's reward, {one.n} decided: precision "
+        f"{shown(one.precision)}, recall {shown(one.recall)}, kappa {shown(one.kappa)}"
+    )
 
 
 def rate_words(told: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from .errors import StoreError
 from .files import atomic_write_bytes
-from .statistics import Interval, Introspection, wilson
+from .statistics import Agreement, Interval, Introspection, wilson
 
 FILE = "evaluation.json"
 
@@ -88,6 +88,11 @@ class EvaluationResult:
     """Share of tasks solved within 1, 2, ... actions."""
     introspection: Introspection | None = None
     """For worlds of attempts only."""
+    judge: str = "reward"
+    """Whose scores these are."""
+    agreement: Agreement | None = None
+    """Of a judge other than the world's reward with the world, on what it decided; a score of at
+    least 1/2 counts as "solved"."""
     results: tuple[TaskResult, ...]
     """One per task, in the order of the split."""
 

@@ -226,6 +226,56 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """A judge against the truth, on episodes it decided; positive means "solved"."""
+
+    true_positive: int
+    false_positive: int
+    false_negative: int
+    true_negative: int
+
+    @property
+    def n(self) -> int:
+        return self.true_positive + self.false_positive + self.false_negative + self.true_negative
+
+    @property
+    def accuracy(self) -> float | None:
+        return _share(self.true_positive + self.true_negative, self.n)
+
+    @property
+    def precision(self) -> float | None:
+        """Of those it called solved, the share that were: what imitation lives on."""
+        return _share(self.true_positive, self.true_positive + self.false_positive)
+
+    @property
+    def recall(self) -> float | None:
+        return _share(self.true_positive, self.true_positive + self.false_negative)
+
+    @property
+    def kappa(self) -> float | None:
+        """Cohen's: agreement beyond what the two rates alone would give; None if they give all."""
+        if not self.n:
+            return None
+        yes = (self.true_positive + self.false_positive) / self.n
+        solved = (self.true_positive + self.false_negative) / self.n
+        chance = yes * solved + (1 - yes) * (1 - solved)
+        observed = (self.true_positive + self.true_negative) / self.n
+        return None if chance == 1 else (observed - chance) / (1 - chance)
+
+
+def agreement(pairs: Sequence[tuple[bool, bool]]) -> Agreement:
+    """``pairs``: what the judge said, what was true."""
+    counts = Counter(pairs)
+    return Agreement(
+        counts[True, True], counts[True, False], counts[False, True], counts[False, False]
+    )
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+@dataclass(frozen=True)
 class Introspection:
     """RISE's table: does a model mend its own answers, or would asking afresh have done as well?"""
 

@@ -14,8 +14,8 @@ class MajorityJudge:
 
     The answer is the world's canonical form of the last action, or the action's own text where a
     world gives none. Attempts without a legal answer cast no vote and score 0; among equally
-    common answers the earliest wins. Undecided, all of them, if no attempt has a legal answer,
-    and about episodes that failed to run. Never looks at a reward.
+    common answers the earliest wins. Undecided, all of them, if no attempt has a legal answer or
+    there is only one, and about episodes that failed to run. Never looks at a reward.
     """
 
     Config = JudgeConfig
@@ -24,6 +24,10 @@ class MajorityJudge:
         self._world = world
 
     async def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
+        if len(trajectories) == 1:
+            return [
+                Verdict(None, trajectories[0].error or "one attempt is no majority", "majority")
+            ]
         answers = [self._answer(t) for t in trajectories]
         winner = majority(answers)
         if winner is None:

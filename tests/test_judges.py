@@ -73,7 +73,7 @@ def test_majority_counts_values_not_spellings_and_never_the_illegal() -> None:
     assert vote(times, plus) == [1.0, 0.0], "of equals the earliest"
     assert vote("junk", "junk") == [None, None]
     assert vote(None, plus, plus) == [None, 1.0, 1.0]
-    assert vote(plus) == [1.0]
+    assert vote(plus) == [None], "one is no majority"
 
 
 def test_majority_moves_with_the_attempts() -> None:
