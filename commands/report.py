@@ -94,6 +94,8 @@ class Result(_Part):
     environment_steps: int | None = None
     tokens_sampled: int | None = None
     tokens_trained: int | None = None
+    stopped: str | None = None
+    """Why it ended early."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,8 @@ def headline(run: Run) -> tuple[str, str]:
     )
     if compared.verdict == "inconclusive":
         basis += " This may well be chance; the run proves neither gain nor loss."
+    if result.stopped:
+        basis += f" The run was stopped {result.stopped}."
     return claim, basis
 
 

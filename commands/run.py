@@ -3,7 +3,7 @@
 import asyncio
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from ..core.files import hard_link, read_json, write_json
 from ..core.judging import BROKEN, judged
 from ..core.protocols import (
     Agent,
+    AsksPolicies,
     Attempt,
     Context,
+    HasGuards,
     HasMemory,
     Judge,
     Learner,
@@ -46,6 +48,10 @@ PATIENCE = 3
 """Iterations in a row from which nothing could be learned, after which a run stops."""
 
 
+class Alarm(Exception):
+    """A trainer found that what it learns from can no longer be trusted."""
+
+
 @dataclass
 class Cast:
     """Everything a run works with, made once."""
@@ -64,6 +70,8 @@ class Cast:
     """Of the iteration in hand."""
     played: list[Judged] = field(default_factory=list[Judged])
     """Every episode of the iteration in hand."""
+    stopped: str = ""
+    """Why the run ended before its last iteration."""
 
     def player(self, temperature: float | None = None) -> Player:
         """The policy in training; sampled as in training unless a temperature is given."""
@@ -144,7 +152,12 @@ async def improve(cast: Cast, kept: Run) -> None:
     """Every iteration that is not committed yet, between two evaluations on the same tasks."""
     recipe, policy = cast.recipe, cast.policy
     opened: dict[str, Policy] = {}
-    trainer: Trainer = recipe.trainer.make(context(cast, opened))
+    means = context(cast, opened)
+    if isinstance(cast.judge, AsksPolicies):
+        cast.judge.ask_through(asked_by_judges(means))
+        # What cannot be opened is better known before anything is played.
+        await cast.judge.judge([])
+    trainer: Trainer = recipe.trainer.make(means)
     await evaluated(cast, kept, "base")
     if kept.finished:
         last = kept.path(iteration_name(kept.finished - 1))
@@ -173,6 +186,11 @@ async def improve(cast: Cast, kept: Run) -> None:
             await policy.load(kept.path(iteration_name(index)) / "checkpoint")
             cast.progress.say(line(index, recipe.iterations, metrics))
             watch(kept, index)
+    except Alarm as alarm:
+        if not kept.finished:
+            raise LearnerError(f"nothing was learned: {alarm}") from None
+        cast.stopped = f"after iteration {kept.finished} of {recipe.iterations}: {alarm}"
+        cast.progress.say(f"stopped {cast.stopped}")
     finally:
         for other in opened.values():
             await other.close()
@@ -193,6 +211,10 @@ async def iterate(cast: Cast, trainer: Trainer, index: int) -> Metrics:
         given = await attempt(cast, player, begin, f"iteration {index + 1}: playing")
     batches = await trainer.batches(given)
     metrics = {"time/rollout_s": clock.lap()} | summary(cast.played)
+    if isinstance(trainer, HasGuards):
+        metrics |= trainer.findings
+        if trainer.alarm:
+            raise Alarm(trainer.alarm)
     loop = asyncio.get_running_loop()
     progress = index / recipe.iterations
     learned: Metrics = {}
@@ -244,11 +266,26 @@ def context(cast: Cast, opened: dict[str, Policy]) -> Context:
 
         return teach
 
-    policy = Patient(cast.policy, config.timeout_s)
-    sampling, seed = sampling_of(config, config.temperature), cast.recipe.seed
+    sampling = sampling_of(config, config.temperature)
     return Context(
-        cast.agent, cast.judge, policy, play, play_blind, play_as, open_patient, sampling, seed
+        cast.agent,
+        cast.judge,
+        Patient(cast.policy, config.timeout_s),
+        play,
+        play_blind,
+        play_as,
+        open_patient,
+        sampling,
+        cast.base,
+        cast.recipe.seed,
     )
+
+
+def asked_by_judges(means: Context) -> Callable[[str], Awaitable[Policy]]:
+    async def open_for_judge(name: str) -> Policy:
+        return means.policy if name == "policy" else await means.open(name)
+
+    return open_for_judge
 
 
 async def attempt(
@@ -347,7 +384,7 @@ def conclude(cast: Cast, kept: Run) -> dict[str, Any]:
     recipe = cast.recipe
     if not kept.has("checkpoint"):
         with kept.draft("checkpoint") as folder:
-            last = kept.path(iteration_name(recipe.iterations - 1)) / "checkpoint"
+            last = kept.path(iteration_name(kept.finished - 1)) / "checkpoint"
             shutil.copytree(last, folder, dirs_exist_ok=True)
             inside = Path(cast.base).is_dir()
             if inside:
@@ -359,7 +396,7 @@ def conclude(cast: Cast, kept: Run) -> dict[str, Any]:
             write_card(folder, card)
     base, final = (files.read(kept.path(f"evaluations/{name}")) for name in ("base", "final"))
     rounds = [
-        read_json(kept.path(iteration_name(k)) / "metrics.json") for k in range(recipe.iterations)
+        read_json(kept.path(iteration_name(k)) / "metrics.json") for k in range(kept.finished)
     ]
 
     def total(key: str) -> int:
@@ -383,6 +420,7 @@ def conclude(cast: Cast, kept: Run) -> dict[str, Any]:
             "only_base": compared.only_a,
             "only_final": compared.only_b,
         },
+        "stopped": cast.stopped or None,
         "introspection": None,
         "curve": [point(k, metrics) for k, metrics in enumerate(rounds) if points(metrics)],
         "wall_s": (warm["wall_s"] if warm else 0.0) + training + base.wall_s + final.wall_s,

@@ -146,6 +146,15 @@ class Judge(Protocol):
     async def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]: ...
 
 
+@runtime_checkable
+class AsksPolicies(Protocol):
+    """A judge that asks models: it is told how to find them before it judges."""
+
+    def ask_through(self, open: Callable[[str], Awaitable[Policy]]) -> None:
+        """``open``: as ``Context.open``, and ``policy`` is the one in training or under test."""
+        ...
+
+
 class Learner(Protocol):
     """The weights in training and their optimiser: the only thing that touches a gradient."""
 
@@ -204,6 +213,8 @@ class Context:
     model folder or hub id. Opened once, closed by the run."""
     sampling: Sampling
     """How the policy is sampled in training."""
+    base: str
+    """The model the run began with: a folder or hub id, for trainers that copy it."""
     seed: int
     """The run's: what a trainer draws is derived from it, and from what it is drawn for."""
 
@@ -214,6 +225,21 @@ class Trainer(Protocol):
     @property
     def plan(self) -> Plan: ...
     async def batches(self, judged: Sequence[Judged]) -> list[Batch]: ...
+
+
+@runtime_checkable
+class HasGuards(Protocol):
+    """A trainer that watches what it learns from."""
+
+    @property
+    def findings(self) -> Metrics:
+        """Of the last ``batches``; they join the iteration's metrics."""
+        ...
+
+    @property
+    def alarm(self) -> str:
+        """Why the run should end before this iteration is learned; empty if all is well."""
+        ...
 
 
 @runtime_checkable

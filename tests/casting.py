@@ -25,6 +25,7 @@ def context_of(**parts: Any) -> Context:
     default: dict[str, Any] = {
         "agent": Chat(ChatConfig()),
         "sampling": Sampling(),
+        "base": "",
         "seed": 0,
         **dict.fromkeys(names),
     }
@@ -38,11 +39,15 @@ def episode(
     attempt: int = 0,
     replayed: int = 0,
     max_steps: int = 9,
+    sampled: bool = True,
 ) -> Judged:
-    """``turns``: what was seen, and what was said then, as one token with log-probability -1."""
+    """``turns``: what was seen, and what was said then.
+
+    Said as one token with log-probability -1, or as text only.
+    """
+    ids: tuple[tuple[int, ...], tuple[float, ...]] = ((7,), (-1.0,)) if sampled else ((), ())
     steps = tuple(
-        Step(Observation(seen), Action(said, Completion(said, (7,), (-1.0,))), 0.0)
-        for seen, said in turns
+        Step(Observation(seen), Action(said, Completion(said, *ids)), 0.0) for seen, said in turns
     )
     won = score is not None and score >= 1
     trajectory = Trajectory(

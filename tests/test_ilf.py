@@ -4,7 +4,7 @@ import asyncio
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -67,7 +67,7 @@ class Refiner:
 class World:
     """An answer is right if it names the task, then a number of which ``right`` approves."""
 
-    right: Any = field(default=lambda number: True)  # pyright: ignore
+    right: Callable[[int], bool] = field(default=bool)
     starts: list[Start] = field(default_factory=list[Start])
 
     async def attempt(self, starts: Sequence[Start]) -> list[Judged]:

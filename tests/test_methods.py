@@ -1,0 +1,165 @@
+"""Every method for real, on countdown with a tiny model: it runs, learns, and resumes the same."""
+
+import asyncio
+import io
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from selfwright.commands.evaluate import evaluate
+from selfwright.commands.run import run
+from selfwright.commands.words import evaluation_words
+from selfwright.core.config import JudgeConfig
+from selfwright.core.errors import JudgeError, LearnerError
+from selfwright.core.recipe import read
+from selfwright.core.types import Trajectory, Verdict
+from selfwright.judges.reward import RewardJudge
+from selfwright.trainers.guards import CANARIES
+
+RECIPE = """
+seed: 3
+iterations: 3
+environment: {use: countdown, numbers: 2, largest: 9, attempts: 2, parallel: 256}
+policy: {model: MODEL, max_tokens: 8}
+trainer: {use: grpo, tasks_per_iteration: 12, attempts_per_task: 4}
+learner: {rank: 4, alpha: 8, learning_rate: 1e-3, batch_size: 32}
+evaluation: {tasks: 12, validation_tasks: 8, turns: 0}
+"""
+METHODS: dict[str, list[str]] = {
+    "grpo": ["trainer.kl=0.05"],
+    "rloo": ["trainer.use=rloo", "trainer.kl=0.05", "trainer.kl_in=reward"],
+    "gigpo": ["trainer.use=dr_grpo", "trainer.step_weight=1.0", "trainer.length=8"],
+    "spear": [
+        "trainer.use=self_imitation",
+        "trainer.buffer_size=4",
+        "trainer.imitation_warmup=0",
+        "trainer.entropy_share=0.1",
+        "trainer.entropy_bounds=[0.01, 60.0]",
+    ],
+    "ilf": ["trainer.use=ilf", "trainer.pool=failed", "trainer.refinements=12"],
+    "srt": ["trainer.use=self_judge", "judge.use=majority", "trainer.guards.min_precision=0.0"],
+    "rlsr": [
+        "trainer.use=self_judge",
+        "judge.use=model",
+        "trainer.guards.min_precision=0.0",
+    ],
+    "ril": ["trainer.use=adversarial", "trainer.discriminator.pretrain=1"],
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that plays a little."""
+    room = tmp_path_factory.mktemp("base")
+    # With mistakes, so that it can go on after one.
+    warm = "warm_start: {updates: 200, demonstrations: 800, learning_rate: 5e-3, noise: 0.3"
+    warm += ", batch_size: 64}"
+    text = RECIPE.replace("MODEL, max_tokens: 8", f"scratch:32x1, max_tokens: 8, {warm}")
+    (room / "tiny.yaml").write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SELFWRIGHT_CACHE", str(room / "cache"))
+        played(room / "tiny.yaml", ["iterations=1"], room / "run")
+    return room / "run" / "base"
+
+
+def played(recipe: Path, overrides: list[str], output: Path) -> dict[str, Any]:
+    console = Console(file=io.StringIO())
+    return asyncio.run(run(read(recipe, overrides), output, console))
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """Of every iteration, without what a clock measured."""
+    found = [json.loads(f.read_text()) for f in sorted(folder.glob("iterations/*/metrics.json"))]
+    return [{k: v for k, v in one.items() if not k.endswith("_s")} for one in found]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_runs_and_goes_on_where_it_stopped(base: Path, tmp_path: Path, method: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("MODEL", str(base)))
+    whole = played(tmp_path / "recipe.yaml", METHODS[method], tmp_path / "whole")
+    assert whole["final"]["tasks"] == 12 and whole["stopped"] is None
+    learned = metrics(tmp_path / "whole")
+    assert len(learned) == 3 and sum(one.get("train/updates", 0) for one in learned) >= 1
+    # As if it had been killed in its last iteration.
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for name in ("iterations/0002", "evaluations/final", "checkpoint"):
+        shutil.rmtree(tmp_path / "cut" / name)
+    for name in ("result.json", "report.html"):
+        (tmp_path / "cut" / name).unlink()
+    again = played(tmp_path / "recipe.yaml", METHODS[method], tmp_path / "cut")
+    assert metrics(tmp_path / "cut") == learned
+    assert again["final"] == whole["final"]
+
+
+class FadingConfig(JudgeConfig):
+    honest: int = 0
+
+
+class Fading:
+    """Goes by the reward so many times, then says yes to everything."""
+
+    Config = FadingConfig
+
+    def __init__(self, config: FadingConfig, world: Any) -> None:
+        self._left = config.honest
+        self._reward = RewardJudge(config, world)
+
+    async def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
+        self._left -= 1
+        if self._left >= 0:
+            return await self._reward.judge(trajectories)
+        return [Verdict(1.0, "yes", "fading")] * len(trajectories)
+
+
+def test_a_judge_that_pays_for_anything_ends_the_run(base: Path, tmp_path: Path) -> None:
+    """What was learned before is kept, compared, and said to have been stopped."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("MODEL", str(base)))
+    guarded = ["trainer.use=self_judge", f"judge.use={Path(__file__).stem}:Fading"]
+    with pytest.raises(LearnerError, match="nothing was learned: of 8 attempts that the judge"):
+        played(tmp_path / "recipe.yaml", guarded, tmp_path / "never")
+    # The base's test, then one iteration with its canaries, as many as there are tasks and baits.
+    guarded.append(f"judge.honest={12 + 12 + len(CANARIES)}")
+    result = played(tmp_path / "recipe.yaml", guarded, tmp_path / "later")
+    assert "after iteration 1 of 3: " in result["stopped"]
+    assert result["final"]["tasks"] == 12 and len(result["costs"]) == 1
+    assert "was stopped after iteration 1 of 3" in (tmp_path / "later/report.html").read_text()
+    free = [*guarded[:2], "trainer.guards.on=false"]
+    with pytest.raises(LearnerError, match="nothing is being learned: the trainer found no ex"):
+        played(tmp_path / "recipe.yaml", free, tmp_path / "free")
+
+
+def test_evaluate_tells_how_far_a_judge_agrees_with_the_world(base: Path, tmp_path: Path) -> None:
+    asked = (str(base), "countdown", ["policy.max_tokens=8", "environment.numbers=2"], "test")
+    told = asyncio.run(
+        evaluate(*asked, 40, 0, None, tmp_path / "e", Console(file=io.StringIO()), "majority")
+    )
+    # One attempt is no majority: nothing is decided.
+    assert (told["judge"], told["undecided"]) == ("majority", 40)
+    assert told["agreement"]["true_positive"] == 0
+    own = [*asked[2], "judge.model=policy", "judge.cut=0.5"]
+    told = asyncio.run(
+        evaluate(
+            *asked[:2],
+            own,
+            "test",
+            40,
+            0,
+            None,
+            tmp_path / "f",
+            Console(file=io.StringIO()),
+            "model",
+        )
+    )
+    found = told["agreement"]
+    assert sum(found.values()) == 40 - told["undecided"]
+    assert found["true_positive"] + found["false_negative"] == told["successes"]
+    assert "judge model against the world's reward, 40 decided: precision" in evaluation_words(told)
+    with pytest.raises(JudgeError, match=r"no base to ask; .* judge\.model="):
+        asyncio.run(
+            evaluate(*asked, 4, 0, None, tmp_path / "g", Console(file=io.StringIO()), "model")
+        )

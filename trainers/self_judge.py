@@ -1,0 +1,82 @@
+"""Learning from a judge instead of the world's reward, and noticing when that goes wrong."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from ..core.files import read_json, write_json
+from ..core.protocols import Context
+from ..core.seeds import derive
+from ..core.types import Batch, Judged, Metrics
+from .credit import by_task, score
+from .group import GRPO, GroupConfig
+from .guards import Guard, GuardConfig, set_apart
+
+
+class SelfJudgeConfig(GroupConfig):
+    vote_share: float = Field(default=0.0, ge=0, le=1)
+    """Groups whose mean score is lower have no label worth learning. With ``judge: majority`` that
+    mean is the share of votes for the winner."""
+    easiest: float = Field(default=1.0, gt=0, le=1)
+    """Learn only from that share of the groups, those with the highest mean scores."""
+    guards: GuardConfig = GuardConfig()
+
+
+class SelfJudge(GRPO):
+    """Group-relative learning of what the recipe's judge pays, under guard.
+
+    Which method it is, the judge decides. ``model``, asked of the policy or its frozen base, about
+    the extracted answer: RLSR (Simonds et al. 2025, arXiv:2505.08827). ``majority`` with
+    ``baseline: rloo``, ``kl_in: reward``: SRT (Shafayat et al. 2025, arXiv:2505.21444), with its
+    threshold (``vote_share``) and its easiest-share curriculum. ``pairwise`` with ``baseline:
+    dr_grpo``: SPO (Swamy et al. 2024, arXiv:2401.04056).
+
+    Departure: guards are on. A share of every iteration's tasks is judged, compared with the
+    world's word and not learned from; the run ends, with the last good checkpoint, once the judge
+    pays for what is no answer, is mostly wrong, or rises while the truth falls.
+    """
+
+    Config = SelfJudgeConfig
+
+    def __init__(self, config: SelfJudgeConfig, context: Context) -> None:
+        super().__init__(config, context)
+        self._own = config
+        self._guard = Guard(config.guards)
+        self._step = 0
+
+    async def batches(self, judged: Sequence[Judged]) -> list[Batch]:
+        config, groups = self._own, by_task(judged)
+        if config.guards.on:
+            seed = derive(self._context.seed, "labelled", self._step)
+            labelled, groups = set_apart(groups, config.guards.labelled, seed)
+            await self._guard.look(labelled, self._context.judge)
+        self._step += 1
+        groups = chosen(groups, config.vote_share, config.easiest)
+        return self.learned(groups, await self.rewards(groups))
+
+    @property
+    def findings(self) -> Metrics:
+        return self._guard.findings
+
+    @property
+    def alarm(self) -> str:
+        return self._guard.alarm
+
+    def save(self, folder: Path, images: Path) -> None:
+        write_json(folder / "self_judge.json", {"step": self._step} | self._guard.state())
+
+    def restore(self, folder: Path) -> None:
+        state = read_json(folder / "self_judge.json")
+        self._step = state["step"]
+        self._guard.load(state)
+
+
+def chosen(groups: Sequence[list[Judged]], vote_share: float, easiest: float) -> list[list[Judged]]:
+    """Groups with a mean score of ``vote_share`` or more; of those the ``easiest`` share of all."""
+    means = [statistics.fmean(map(score, group)) for group in groups]
+    ranked = sorted(range(len(groups)), key=lambda k: -means[k])
+    kept = set(ranked[: math.ceil(easiest * len(groups))])
+    return [g for k, g in enumerate(groups) if k in kept and means[k] >= vote_share]
