@@ -195,6 +195,27 @@ def compare(
         _emit(result, stdout, None if as_json else render(result))
 
 
+@app.command("bench-methods")
+def bench_methods(
+    recipes: Annotated[
+        list[str], typer.Argument(help="Recipes that differ in trainer and learner only.")
+    ],
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 3,
+    override: Overrides = None,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Compare methods: same bases, same budget, every seed, against base and imitation."""
+    import asyncio
+
+    with _stdout_for_results() as stdout:
+        from .bench import bench, planned, render
+
+        plans = planned(recipes, seeds, override or ())
+        result = asyncio.run(bench(plans, output or Path("runs") / "bench-methods", _console()))
+        _emit(result, stdout, None if as_json else render(result))
+
+
 @app.command("list")
 def list_(
     kind: Annotated[

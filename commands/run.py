@@ -168,8 +168,12 @@ async def improve(cast: Cast, kept: Run) -> None:
         cast.progress.say(f"resuming after iteration {kept.finished} of {recipe.iterations}")
     try:
         for index in range(kept.finished, recipe.iterations):
+            spent = spent_share(kept, recipe)
+            if spent >= 1:
+                cast.progress.say(f"the budget is spent after iteration {index}")
+                break
             with kept.draft(iteration_name(index)) as folder:
-                metrics = await iterate(cast, trainer, index)
+                metrics = await iterate(cast, trainer, index, spent)
                 clock = Clock()
                 cast.learner.export(folder / "checkpoint")
                 cast.learner.save(folder / "learner")
@@ -197,7 +201,16 @@ async def improve(cast: Cast, kept: Run) -> None:
     await evaluated(cast, kept, "final")
 
 
-async def iterate(cast: Cast, trainer: Trainer, index: int) -> Metrics:
+def spent_share(kept: Run, recipe: Recipe) -> float:
+    """How much of the budget the committed iterations have cost."""
+    rounds = [
+        read_json(kept.path(iteration_name(k)) / "metrics.json") for k in range(kept.finished)
+    ]
+    costs = (sum(m[f"rollout/{key}"] for m in rounds) for key in ("environment_steps", "tokens"))
+    return recipe.budget.share(*costs)
+
+
+async def iterate(cast: Cast, trainer: Trainer, index: int, spent: float = 0.0) -> Metrics:
     """Play, judge, learn once. The episodes are left in ``cast.played``."""
     recipe, plan = cast.recipe, trainer.plan
     cast.played = []
@@ -216,7 +229,7 @@ async def iterate(cast: Cast, trainer: Trainer, index: int) -> Metrics:
         if trainer.alarm:
             raise Alarm(trainer.alarm)
     loop = asyncio.get_running_loop()
-    progress = index / recipe.iterations
+    progress = max(index / recipe.iterations, spent)
     learned: Metrics = {}
     with cast.progress.stage(f"iteration {index + 1}: learning"):
         for batch in batches:

@@ -59,6 +59,21 @@ class Evaluation(Config):
     """Turns of the introspection table, for worlds of attempts; 0: no table."""
 
 
+class Budget(Config):
+    """What training may cost. Checked between iterations: the last one may go beyond it."""
+
+    environment_steps: int | None = Field(default=None, ge=1)
+    tokens: int | None = Field(default=None, ge=1)
+    """Sampled ones."""
+
+    def share(self, environment_steps: float, tokens: float) -> float:
+        """How much of it is spent, 1 or more when it is over; 0 if nothing is limited."""
+        return max(
+            environment_steps / self.environment_steps if self.environment_steps else 0.0,
+            tokens / self.tokens if self.tokens else 0.0,
+        )
+
+
 class WarmStart(Config):
     """Clone the world's own expert before the run, for models that cannot play at all yet."""
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 from pydantic import Field
 
 from . import strict_yaml
-from .config import Config, Evaluation, Fleet, JudgeConfig, PolicyConfig
+from .config import Budget, Config, Evaluation, Fleet, JudgeConfig, PolicyConfig
 from .errors import PluginError, RecipeError
 from .faults import show, validate
 from .plugins import load, nearest
@@ -45,7 +45,8 @@ class Top(Config):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """All randomness of a run is derived from it."""
     iterations: int = Field(default=10, ge=1)
-    """Rounds of playing and learning."""
+    """Rounds of playing and learning, at most."""
+    budget: Budget = Budget()
     evaluation: Evaluation = Field(default_factory=lambda: Evaluation.model_validate({}))
 
 
@@ -71,6 +72,7 @@ class Recipe:
     """The file's, without folder and suffix."""
     seed: int
     iterations: int
+    budget: Budget
     environment: Section
     agent: Section
     policy: Section
@@ -89,6 +91,7 @@ class Recipe:
         plain: dict[str, Any] = {"seed": self.seed, "iterations": self.iterations}
         plain |= {key: section.dump() for key, section in sections.items()}
         plain["environment"] |= self.fleet.model_dump(mode="json")
+        plain["budget"] = self.budget.model_dump(mode="json")
         plain["evaluation"] = self.evaluation.model_dump(mode="json")
         return plain
 
@@ -120,6 +123,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         name=file.stem,
         seed=top.seed,
         iterations=top.iterations,
+        budget=top.budget,
         evaluation=top.evaluation,
         fleet=fleet,
         notes=tuple(draft.notes),

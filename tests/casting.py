@@ -1,10 +1,17 @@
 """What trainers are tested with: a context of which only what a test names is there."""
 
+import asyncio
+import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from selfwright.agents.chat import Chat, ChatConfig
+from selfwright.commands.run import run
 from selfwright.core.protocols import Context
+from selfwright.core.recipe import read
 from selfwright.core.types import (
     Action,
     Completion,
@@ -17,6 +24,23 @@ from selfwright.core.types import (
     Trajectory,
     Verdict,
 )
+
+SINGLE = """
+seed: 3
+iterations: 3
+environment: {use: countdown, numbers: 2, largest: 9, attempts: 2, parallel: 256}
+policy: {model: MODEL, max_tokens: 8}
+trainer: {use: grpo, tasks_per_iteration: 12, attempts_per_task: 4}
+learner: {rank: 4, alpha: 8, learning_rate: 1e-3, batch_size: 32}
+evaluation: {tasks: 12, validation_tasks: 8, turns: 0}
+"""
+"""Small enough to be run in seconds, by a model of ``player``."""
+
+
+def played(recipe: Path, overrides: Sequence[str], output: Path) -> dict[str, Any]:
+    """The result of a whole run, in this process."""
+    console = Console(file=io.StringIO())
+    return asyncio.run(run(read(recipe, overrides), output, console))
 
 
 def context_of(**parts: Any) -> Context:

@@ -47,6 +47,22 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     return folder
 
 
+@pytest.fixture(scope="session")
+def player(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that plays the world of ``casting.SINGLE`` a little."""
+    from casting import SINGLE, played
+
+    room = tmp_path_factory.mktemp("player")
+    # With mistakes, so that it can go on after one.
+    warm = "warm_start: {updates: 200, demonstrations: 800, learning_rate: 5e-3, noise: 0.3"
+    text = SINGLE.replace("MODEL", f"scratch:32x1, {warm}, batch_size: 64}}")
+    (room / "tiny.yaml").write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SELFWRIGHT_CACHE", str(room / "cache"))
+        played(room / "tiny.yaml", ["iterations=1"], room / "run")
+    return room / "run" / "base"
+
+
 def _lively(kind: str, scratch_folder: Path, folder: Path) -> None:
     import torch
     import transformers

@@ -9,27 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from casting import SINGLE, played
 from rich.console import Console
 
 from selfwright.commands.evaluate import evaluate
-from selfwright.commands.run import run
 from selfwright.commands.words import evaluation_words
 from selfwright.core.config import JudgeConfig
 from selfwright.core.errors import JudgeError, LearnerError
-from selfwright.core.recipe import read
 from selfwright.core.types import Trajectory, Verdict
 from selfwright.judges.reward import RewardJudge
 from selfwright.trainers.guards import CANARIES
 
-RECIPE = """
-seed: 3
-iterations: 3
-environment: {use: countdown, numbers: 2, largest: 9, attempts: 2, parallel: 256}
-policy: {model: MODEL, max_tokens: 8}
-trainer: {use: grpo, tasks_per_iteration: 12, attempts_per_task: 4}
-learner: {rank: 4, alpha: 8, learning_rate: 1e-3, batch_size: 32}
-evaluation: {tasks: 12, validation_tasks: 8, turns: 0}
-"""
 METHODS: dict[str, list[str]] = {
     "grpo": ["trainer.kl=0.05"],
     "rloo": ["trainer.use=rloo", "trainer.kl=0.05", "trainer.kl_in=reward"],
@@ -52,26 +42,6 @@ METHODS: dict[str, list[str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that plays a little."""
-    room = tmp_path_factory.mktemp("base")
-    # With mistakes, so that it can go on after one.
-    warm = "warm_start: {updates: 200, demonstrations: 800, learning_rate: 5e-3, noise: 0.3"
-    warm += ", batch_size: 64}"
-    text = RECIPE.replace("MODEL, max_tokens: 8", f"scratch:32x1, max_tokens: 8, {warm}")
-    (room / "tiny.yaml").write_text(text)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SELFWRIGHT_CACHE", str(room / "cache"))
-        played(room / "tiny.yaml", ["iterations=1"], room / "run")
-    return room / "run" / "base"
-
-
-def played(recipe: Path, overrides: list[str], output: Path) -> dict[str, Any]:
-    console = Console(file=io.StringIO())
-    return asyncio.run(run(read(recipe, overrides), output, console))
-
-
 def metrics(folder: Path) -> list[dict[str, float]]:
     """Of every iteration, without what a clock measured."""
     found = [json.loads(f.read_text()) for f in sorted(folder.glob("iterations/*/metrics.json"))]
@@ -79,8 +49,8 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_it_runs_and_goes_on_where_it_stopped(base: Path, tmp_path: Path, method: str) -> None:
-    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("MODEL", str(base)))
+def test_it_runs_and_goes_on_where_it_stopped(player: Path, tmp_path: Path, method: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(SINGLE.replace("MODEL", str(player)))
     whole = played(tmp_path / "recipe.yaml", METHODS[method], tmp_path / "whole")
     assert whole["final"]["tasks"] == 12 and whole["stopped"] is None
     learned = metrics(tmp_path / "whole")
@@ -116,9 +86,9 @@ class Fading:
         return [Verdict(1.0, "yes", "fading")] * len(trajectories)
 
 
-def test_a_judge_that_pays_for_anything_ends_the_run(base: Path, tmp_path: Path) -> None:
+def test_a_judge_that_pays_for_anything_ends_the_run(player: Path, tmp_path: Path) -> None:
     """What was learned before is kept, compared, and said to have been stopped."""
-    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("MODEL", str(base)))
+    (tmp_path / "recipe.yaml").write_text(SINGLE.replace("MODEL", str(player)))
     guarded = ["trainer.use=self_judge", f"judge.use={Path(__file__).stem}:Fading"]
     with pytest.raises(LearnerError, match="nothing was learned: of 8 attempts that the judge"):
         played(tmp_path / "recipe.yaml", guarded, tmp_path / "never")
@@ -133,8 +103,8 @@ def test_a_judge_that_pays_for_anything_ends_the_run(base: Path, tmp_path: Path)
         played(tmp_path / "recipe.yaml", free, tmp_path / "free")
 
 
-def test_evaluate_tells_how_far_a_judge_agrees_with_the_world(base: Path, tmp_path: Path) -> None:
-    asked = (str(base), "countdown", ["policy.max_tokens=8", "environment.numbers=2"], "test")
+def test_evaluate_tells_how_far_a_judge_agrees_with_the_world(player: Path, tmp_path: Path) -> None:
+    asked = (str(player), "countdown", ["policy.max_tokens=8", "environment.numbers=2"], "test")
     told = asyncio.run(
         evaluate(*asked, 40, 0, None, tmp_path / "e", Console(file=io.StringIO()), "majority")
     )

@@ -1,0 +1,203 @@
+"""``selfwright bench-methods``: which method works in this world, at equal base and budget?"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from rich.console import Console
+
+from ..core import evaluation as files
+from ..core.errors import RecipeError
+from ..core.files import atomic_write_bytes, write_json
+from ..core.recipe import Recipe, differences, read
+from ..core.statistics import compare_outcomes
+from .run import run
+
+SHARED = ("iterations", "budget", "environment", "agent", "policy", "judge", "evaluation")
+"""What may not differ between methods: else it is not they that are compared."""
+BASELINE = "imitation"
+"""The method that any other has to beat: the policy's own successes, cloned."""
+
+
+def planned(
+    recipes: Sequence[str], seeds: int, overrides: Sequence[str]
+) -> dict[str, list[Recipe]]:
+    """Each method's runs, by its recipe's name; imitation is added where it is missing.
+
+    Raises:
+        RecipeError: a recipe is wrong, two share a name, they differ in more than trainer and
+            learner, or nothing limits what a method may spend.
+    """
+    plans: dict[str, list[Recipe]] = {}
+
+    def add(name: str, recipe: str, more: Sequence[str] = ()) -> None:
+        if name in plans:
+            raise RecipeError(f"two methods are called {name!r}; give their files other names")
+        plans[name] = [read(recipe, [*overrides, *more, f"seed={k}"]) for k in range(seeds)]
+
+    for recipe in recipes:
+        add(Path(recipe).stem, recipe)
+    if not any(several[0].trainer.use == BASELINE for several in plans.values()):
+        add(BASELINE, recipes[0], [f"trainer.use={BASELINE}", "trainer.source=self"])
+    (first, reference), *others = ((name, several[0]) for name, several in plans.items())
+    faults: list[str] = []
+    for name, other in others:
+        a, b = ({key: one.dump()[key] for key in SHARED} for one in (reference, other))
+        faults += [f"{first} and {name}: {line}" for line in differences(a, b)]
+    if faults:
+        raise RecipeError("methods must differ in trainer and learner only:\n" + "\n".join(faults))
+    if reference.budget.environment_steps is None and reference.budget.tokens is None:
+        raise RecipeError(
+            "methods are compared at an equal budget, and none is given; say -o "
+            "budget.environment_steps=N, -o budget.tokens=N or both, with iterations enough for it"
+        )
+    return plans
+
+
+async def bench(
+    plans: Mapping[str, Sequence[Recipe]], output: Path, console: Console
+) -> dict[str, Any]:
+    """All runs, one after another; what is there already in ``output`` is not made again.
+
+    Writes ``bench.json``, which is what this returns, and ``bench.html``.
+    """
+    results: dict[str, list[dict[str, Any]]] = {}
+    seeds = range(len(next(iter(plans.values()))))
+    # Seed by seed, so that whoever stops early has whole comparisons.
+    for seed in seeds:
+        for name, several in plans.items():
+            console.print(f"{name}, seed {seed}", style="bold")
+            folder = output / f"{name}-{seed}"
+            results.setdefault(name, []).append(await run(several[seed], folder, console))
+    baseline = next(name for name, several in plans.items() if several[0].trainer.use == BASELINE)
+    found: dict[str, Any] = {"baseline": baseline, "seeds": len(seeds), "methods": {}}
+    for name, several in results.items():
+        rows = [
+            row(result, output / f"{name}-{seed}", output / f"{baseline}-{seed}")
+            for seed, result in enumerate(several)
+        ]
+        gains = [one["difference"] for one in rows]
+        error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
+        found["methods"][name] = {
+            "trainer": plans[name][0].trainer.dump(),
+            "mean_difference": statistics.fmean(gains),
+            "standard_error": error,
+            "better": sum(one["verdict"] == "better" for one in rows),
+            "better_than_baseline": sum(one["baseline"]["verdict"] == "better" for one in rows),
+            "runs": rows,
+        }
+    write_json(output / "bench.json", found)
+    atomic_write_bytes(output / "bench.html", page(found).encode())
+    console.print(f"report: {output / 'bench.html'}", markup=False)
+    return found
+
+
+def row(result: Mapping[str, Any], folder: Path, baseline: Path) -> dict[str, Any]:
+    """One run: against its base, and against imitation with the same seed, on the same tasks."""
+    mine, theirs = (files.read(f / "evaluations" / "final").outcomes for f in (folder, baseline))
+    other = compare_outcomes(theirs, mine)
+    compared: Mapping[str, Any] = result["comparison"]
+    return {
+        "seed": result["seed"],
+        "tasks": result["final"]["tasks"],
+        "base": result["base"]["success_rate"],
+        "final": result["final"]["success_rate"],
+        **{key: compared[key] for key in ("difference", "interval", "p_value", "verdict")},
+        "baseline": {
+            "difference": other.difference,
+            "interval": list(other.interval),
+            "p_value": other.p_value,
+            "verdict": other.verdict,
+        },
+        "stopped": result["stopped"],
+        "iterations": len(result["costs"]),
+        **{
+            key: result[key]
+            for key in ("environment_steps", "tokens_sampled", "tokens_trained", "wall_s")
+        },
+    }
+
+
+def render(found: Mapping[str, Any]) -> str:
+    """A table for people: a line per run, and one per method."""
+    head = ("method", "seed", "base", "final", "gain", "p", "verdict", "- imitation", "verdict")
+    more = ("steps", "tokens", "wall s")
+    lines = [(*head, *more)]
+    for name, method in found["methods"].items():
+        lines += [cells(name, one) for one in method["runs"]]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
+    text = ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join([*text, "", *map(summary, found["methods"].items())])
+
+
+def summary(item: tuple[str, Mapping[str, Any]]) -> str:
+    name, method = item
+    runs, error = len(method["runs"]), method["standard_error"]
+    spread = "" if error is None else f" +- {100 * error:.1f}"
+    return (
+        f"{name}: {100 * method['mean_difference']:+.1f}{spread} points; better than its base in "
+        f"{method['better']} of {runs} runs, than imitation in {method['better_than_baseline']}"
+    )
+
+
+def cells(name: str, one: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        f"{name} (stopped)" if one["stopped"] else name,
+        str(one["seed"]),
+        f"{one['base']:.1%}",
+        f"{one['final']:.1%}",
+        f"{100 * one['difference']:+.1f}",
+        f"{one['p_value']:.1g}",
+        one["verdict"],
+        f"{100 * one['baseline']['difference']:+.1f}",
+        one["baseline"]["verdict"],
+        f"{one['environment_steps']:,}",
+        f"{one['tokens_sampled']:,}",
+        f"{one['wall_s']:.0f}",
+    )
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Methods compared</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; }
+.better { color: #05651e; font-weight: 600; } .worse { color: #a3160b; font-weight: 600; }
+@media (prefers-color-scheme: dark) {
+body { background: #15171a; color: #e6e6e6; } th, td { border-color: #3a3d42; }
+.better { color: #6fd68a; } .worse { color: #ff9a8d; } }
+</style></head><body>
+<h1>Methods compared</h1>
+<p>Every run began with the same base as the others of its seed, spent the same budget (its last
+iteration may go beyond it) and was tested on the same {{ tasks }} held-out tasks. Verdicts are
+exact McNemar tests at 5 %, not corrected for their number.</p>
+<ul>{% for line in summaries %}<li>{{ line }}</li>{% endfor %}</ul>
+<div class="scroll" tabindex="0" role="region" aria-label="All runs"><table>
+<thead><tr>{% for title in head %}<th scope="col">{{ title }}</th>{% endfor %}</tr></thead>
+<tbody>{% for line in lines %}<tr>{% for cell in line %}
+<td{% if cell in ("better", "worse") %} class="{{ cell }}"{% endif %}>{{ cell }}</td>
+{%- endfor %}</tr>{% endfor %}</tbody></table></div>
+</body></html>
+"""
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """``bench.html``: one self-contained page; all names are escaped."""
+    methods: Mapping[str, Any] = found["methods"]
+    head = ("method", "seed", "base", "final", "gain", "p", "verdict")
+    head += (f"over {found['baseline']}", "verdict", "steps", "tokens", "wall s")
+    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
+    return template.render(
+        head=head,
+        lines=[cells(name, one) for name, method in methods.items() for one in method["runs"]],
+        summaries=list(map(summary, methods.items())),
+        tasks=next(iter(methods.values()))["runs"][0]["tasks"],
+    )
