@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from ..core import evaluation as files
-from ..core.asking import Patient
+from ..core.asking import patient
 from ..core.config import Config, Evaluation, Fleet, JudgeConfig, PolicyConfig
 from ..core.draw import draw, starts
 from ..core.errors import JudgeError, RecipeError, StoreError
@@ -314,7 +314,7 @@ def opener(
 
     async def open(name: str) -> Policy:
         if name == "policy" and isinstance(player, PolicyPlayer):
-            return Patient(player.policy, timeout_s)
+            return patient(player.policy, timeout_s)
         if name in ("policy", "base") and card is None:
             raise JudgeError(
                 f"{player.name} has no {name} to ask; say which model judges: -o judge.model=..."
@@ -322,7 +322,7 @@ def opener(
         if name not in opened:
             model = base_of(card) if card and name == "base" else name
             opened[name] = engine.make(model, seed)
-        return Patient(opened[name], timeout_s)
+        return patient(opened[name], timeout_s)
 
     return open
 
@@ -342,7 +342,7 @@ def default_output(checkpoint: str, exam: Exam, overrides: Sequence[str]) -> Pat
     """Another folder for every way to ask."""
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", checkpoint.strip("/.")) or "model"
     world = re.sub(r"[^A-Za-z0-9_.-]+", "-", exam.environment.use)
-    asked = json.dumps([checkpoint, sorted(overrides), exam.temperature])
+    asked = json.dumps([checkpoint, sorted(overrides), exam.temperature, exam.judge.dump()])
     mark = hashlib.sha256(asked.encode()).hexdigest()[:6]
     told = (world, exam.split, str(exam.tasks), str(exam.seed), name, mark)
     return Path("runs") / "evaluations" / "-".join(told)

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from ..core import evaluation as files
-from ..core.asking import Patient
+from ..core.asking import patient
 from ..core.config import JudgeConfig, PolicyConfig
 from ..core.draw import draw, starts
 from ..core.errors import LearnerError
@@ -150,55 +150,62 @@ async def begun(recipe: Recipe, worlds: Worlds, kept: Run, progress: Progress) -
 
 async def improve(cast: Cast, kept: Run) -> None:
     """Every iteration that is not committed yet, between two evaluations on the same tasks."""
-    recipe, policy = cast.recipe, cast.policy
+    recipe = cast.recipe
     opened: dict[str, Policy] = {}
-    means = context(cast, opened)
-    if isinstance(cast.judge, AsksPolicies):
-        cast.judge.ask_through(asked_by_judges(means))
-        # What cannot be opened is better known before anything is played.
-        await cast.judge.judge([])
-    trainer: Trainer = recipe.trainer.make(means)
-    await evaluated(cast, kept, "base")
-    if kept.finished:
-        last = kept.path(iteration_name(kept.finished - 1))
-        if isinstance(trainer, HasMemory):
-            trainer.restore(last / "trainer")
-        cast.learner.restore(last / "learner")
-        await policy.load(last / "checkpoint")
-        cast.progress.say(f"resuming after iteration {kept.finished} of {recipe.iterations}")
     try:
-        for index in range(kept.finished, recipe.iterations):
-            spent = spent_share(kept, recipe)
-            if spent >= 1:
-                cast.progress.say(f"the budget is spent after iteration {index}")
-                break
-            with kept.draft(iteration_name(index)) as folder:
-                metrics = await iterate(cast, trainer, index, spent)
-                clock = Clock()
-                cast.learner.export(folder / "checkpoint")
-                cast.learner.save(folder / "learner")
-                images = kept.folder / "images"
-                write_trajectories(folder / TRAJECTORIES, cast.played, images)
-                if isinstance(trainer, HasMemory):
-                    (folder / "trainer").mkdir()
-                    trainer.save(folder / "trainer", images)
-                metrics["time/store_s"] = clock.lap()
-                await policy.load(folder / "checkpoint")
-                metrics |= await validated(cast, index)
-                write_json(folder / "metrics.json", metrics)
-            # The draft has its final name now; the weights are to be known by that.
-            await policy.load(kept.path(iteration_name(index)) / "checkpoint")
-            cast.progress.say(line(index, recipe.iterations, metrics))
-            watch(kept, index)
-    except Alarm as alarm:
-        if not kept.finished:
-            raise LearnerError(f"nothing was learned: {alarm}") from None
-        cast.stopped = f"after iteration {kept.finished} of {recipe.iterations}: {alarm}"
-        cast.progress.say(f"stopped {cast.stopped}")
+        means = context(cast, opened)
+        if isinstance(cast.judge, AsksPolicies):
+            cast.judge.ask_through(asked_by_judges(means))
+            # What cannot be opened is better known before anything is played.
+            await cast.judge.judge([])
+        trainer: Trainer = recipe.trainer.make(means)
+        await evaluated(cast, kept, "base")
+        if kept.finished:
+            last = kept.path(iteration_name(kept.finished - 1))
+            if isinstance(trainer, HasMemory):
+                trainer.restore(last / "trainer")
+            cast.learner.restore(last / "learner")
+            await cast.policy.load(last / "checkpoint")
+            cast.progress.say(f"resuming after iteration {kept.finished} of {recipe.iterations}")
+        try:
+            await rounds(cast, trainer, kept)
+        except Alarm as alarm:
+            if not kept.finished:
+                raise LearnerError(f"nothing was learned: {alarm}") from None
+            cast.stopped = f"after iteration {kept.finished} of {recipe.iterations}: {alarm}"
+            cast.progress.say(f"stopped {cast.stopped}")
+        await evaluated(cast, kept, "final")
     finally:
         for other in opened.values():
             await other.close()
-    await evaluated(cast, kept, "final")
+
+
+async def rounds(cast: Cast, trainer: Trainer, kept: Run) -> None:
+    """The iterations that are left, each committed by itself. Raises: Alarm: the trainer's."""
+    recipe, policy = cast.recipe, cast.policy
+    for index in range(kept.finished, recipe.iterations):
+        spent = spent_share(kept, recipe)
+        if spent >= 1:
+            cast.progress.say(f"the budget is spent after iteration {index}")
+            break
+        with kept.draft(iteration_name(index)) as folder:
+            metrics = await iterate(cast, trainer, index, spent)
+            clock = Clock()
+            cast.learner.export(folder / "checkpoint")
+            cast.learner.save(folder / "learner")
+            images = kept.folder / "images"
+            write_trajectories(folder / TRAJECTORIES, cast.played, images)
+            if isinstance(trainer, HasMemory):
+                (folder / "trainer").mkdir()
+                trainer.save(folder / "trainer", images)
+            metrics["time/store_s"] = clock.lap()
+            await policy.load(folder / "checkpoint")
+            metrics |= await validated(cast, index)
+            write_json(folder / "metrics.json", metrics)
+        # The draft has its final name now; the weights are to be known by that.
+        await policy.load(kept.path(iteration_name(index)) / "checkpoint")
+        cast.progress.say(line(index, recipe.iterations, metrics))
+        watch(kept, index)
 
 
 def spent_share(kept: Run, recipe: Recipe) -> float:
@@ -230,17 +237,29 @@ async def iterate(cast: Cast, trainer: Trainer, index: int, spent: float = 0.0) 
             raise Alarm(trainer.alarm)
     loop = asyncio.get_running_loop()
     progress = max(index / recipe.iterations, spent)
-    learned: Metrics = {}
+    learned: list[Metrics] = []
     with cast.progress.stage(f"iteration {index + 1}: learning"):
         for batch in batches:
             if batch.examples:
                 # In a thread, so that deadlines and signals are served while it computes.
-                learned = await loop.run_in_executor(None, cast.learner.update, batch, progress)
-                metrics["train/total_tokens"] = (
-                    metrics.get("train/total_tokens", 0.0) + learned["train/tokens"]
-                )
-    metrics |= learned | {"train/examples": float(sum(len(b.examples) for b in batches))}
-    return metrics | {"time/learn_s": clock.lap()}
+                update = loop.run_in_executor(None, cast.learner.update, batch, progress)
+                learned.append(await update)
+    return metrics | together(learned) | {"time/learn_s": clock.lap()}
+
+
+COUNTED = ("train/examples", "train/rows", "train/updates", "train/tokens", "train/prefix_breaks")
+"""What adds up over an iteration's batches; of other metrics the mean over updates is told."""
+
+
+def together(learned: Sequence[Metrics]) -> Metrics:
+    """The metrics of an iteration's batches as those of one."""
+    total: Metrics = {key: 0.0 for key in ("train/examples", "train/tokens")}
+    updates = sum(one.get("train/updates", 1.0) for one in learned)
+    for one in learned:
+        share = one.get("train/updates", 1.0) / updates if updates else 1 / len(learned)
+        for key, value in one.items():
+            total[key] = total.get(key, 0.0) + (value if key in COUNTED else share * value)
+    return total | {"train/total_tokens": total["train/tokens"]}
 
 
 def context(cast: Cast, opened: dict[str, Policy]) -> Context:
@@ -267,7 +286,7 @@ def context(cast: Cast, opened: dict[str, Policy]) -> Context:
         return opened[name]
 
     async def open_patient(name: str) -> Policy:
-        return Patient(await open_policy(name), config.timeout_s)
+        return patient(await open_policy(name), config.timeout_s)
 
     async def play_as(name: str) -> Attempt:
         player: Player = cast.expert
@@ -283,7 +302,7 @@ def context(cast: Cast, opened: dict[str, Policy]) -> Context:
     return Context(
         cast.agent,
         cast.judge,
-        Patient(cast.policy, config.timeout_s),
+        patient(cast.policy, config.timeout_s),
         play,
         play_blind,
         play_as,

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from .errors import PolicyError
-from .protocols import Policy
+from .protocols import HasEmbeddings, Policy
 from .rollout import Failures, deadline
 from .seeds import derive
 from .types import Completion, Message, Sampling
@@ -45,6 +46,22 @@ class Patient:
         await self.policy.close()
 
 
+@dataclass(frozen=True)
+class PatientEmbedder(Patient):
+    """The same of one that makes embeddings."""
+
+    async def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        assert isinstance(self.policy, HasEmbeddings)
+        async with deadline(self.timeout_s, "the policy's embeddings"):
+            return await self.policy.embed(texts)
+
+
+def patient(policy: Policy, timeout_s: float) -> Patient:
+    """``policy``, whose answers have that deadline; it can do what it could."""
+    kind = PatientEmbedder if isinstance(policy, HasEmbeddings) else Patient
+    return kind(policy, timeout_s)
+
+
 async def yes_share(
     policy: Policy, prompt: Sequence[Message], yes: str = "yes", no: str = "no"
 ) -> float:
@@ -54,6 +71,37 @@ async def yes_share(
         scored = await policy.score(prompt, Completion(text))
         gap += sign * sum(scored.logprobs)
     return 1 / (1 + math.exp(min(gap, 700.0)))
+
+
+Question: TypeAlias = tuple[Sequence[Message], Completion]
+"""A prompt, and what was said to it."""
+
+
+async def score_all(
+    policy: Policy, questions: Sequence[Question], max_failures: float = 0.5
+) -> list[Completion | None]:
+    """``policy.score`` of each, in order; None where it failed.
+
+    Raises:
+        PolicyError: more than the share ``max_failures`` failed; holds the first traceback.
+    """
+    failures = Failures(
+        len(questions), max_failures, PolicyError, "texts could not be scored", "max_failures"
+    )
+
+    async def one(prompt: Sequence[Message], said: Completion) -> Completion | None:
+        try:
+            return await policy.score(prompt, said)
+        except Exception as cause:
+            failures.add(cause)
+            return None
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(*question)) for question in questions]
+    except* PolicyError as several:
+        raise several.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 async def ask(

@@ -245,4 +245,5 @@ class Batch:
     examples: tuple[Example, ...]
     epochs: int = 1
     fresh: bool = False
-    """Learn from the base model on, with a new optimiser, instead of going on."""
+    """Learn from the base model on, with a new optimiser, instead of going on; at the learning
+    rate that the run begins with, whatever its schedule."""

@@ -111,7 +111,7 @@ class ModelJudge(Asks):
         if not cleaned(last):
             return ""
         parts = [f"{s.observation.text}\n> {s.action.text}" for s in trajectory.steps]
-        return cleaned("\n".join([*parts, trajectory.final.text]))
+        return cleaned("\n".join([*parts, trajectory.final.text]), keep="end")
 
     async def _asked(self, policy: Policy, task: str, shown: str) -> tuple[float | None, str]:
         config = self._config
@@ -145,12 +145,16 @@ def _request(config: ModelJudgeConfig) -> str:
             return f"Think, then end with a line SCORE: N, where N is 0 to {config.scale} points."
 
 
-def cleaned(text: str) -> str:
-    """One's own words only: no control characters, no tags, no marks, no verdicts."""
+def cleaned(text: str, keep: Literal["begin", "end"] = "begin") -> str:
+    """One's own words only: no control characters, no tags, no marks, no verdicts.
+
+    At most ``LONGEST`` characters: of what happened, the end tells more than the beginning.
+    """
     text = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
     text = re.sub(r"<[^<>\n]*>|\[\[.*?\]\]|<<<|>>>", " ", text)
     text = re.sub(r"(?i)\b(verdict|score)\s*[:=]", r"\1 ", text)
-    return text.strip()[:LONGEST].rstrip()
+    text = text.strip()
+    return (text[:LONGEST] if keep == "begin" else text[-LONGEST:]).strip()
 
 
 def read_verdict(text: str) -> float | None:
@@ -160,7 +164,8 @@ def read_verdict(text: str) -> float | None:
 
 
 def read_points(text: str, scale: int) -> float | None:
-    """The last score as a share of ``scale``; None without one, or beyond the scale."""
-    found = re.findall(r"(?im)^\W*score\W*[:=]\s*(\d+(?:\.\d+)?)\s*(?:/\s*\d+)?\W*$", text)
-    points = float(found[-1]) if found else -1.0
-    return points / scale if 0 <= points <= scale else None
+    """The last score as a share of ``scale``; None without one, or on another scale."""
+    found = re.findall(r"(?im)^\W*score\W*[:=]\s*(\d+(?:\.\d+)?)\s*(?:/\s*(\d+))?\W*$", text)
+    points, of = found[-1] if found else ("-1", "")
+    fits = 0 <= float(points) <= scale and of in ("", str(scale))
+    return float(points) / scale if fits else None

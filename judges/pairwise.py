@@ -31,6 +31,8 @@ class PairwiseJudge(Asks):
     """
 
     Config = PairwiseConfig
+    relative = True
+    """Its scores compare attempts; 1/2 does not mean that one is half right."""
 
     def __init__(self, config: PairwiseConfig, world: Any) -> None:
         super().__init__(config.model)

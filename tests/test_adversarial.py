@@ -190,6 +190,12 @@ def test_several_teachers_take_turns_and_files_teach_too(
     fed(trainer, students(1, 0, 0, 0) + students(1, 0, 0, 0, task="u"))
     assert [s.attempt for s in stage.asked["expert"]] == [0, 3, 0, 3]
     assert [s.attempt for s in stage.asked["other"]] == [1, 1]
+    several = [episode(1.0, ("o", f"s{k}"), attempt=k, sampled=False) for k in range(2)]
+    write_trajectories(tmp_path / "two.parquet", several, tmp_path / "images")
+    teachers = ["expert", str(tmp_path / "two.parquet")]
+    both, _ = made(model_folder("scratch"), teachers=teachers, discriminator=STILL)
+    (batch,) = fed(both, students(1, 0, 0, 0))
+    assert [e.completion.text for e in batch.examples][6:] == ["s0", "s1"]
     only, _ = made(model_folder("scratch"), teachers=[str(path)], discriminator=STILL)
     (batch,) = fed(only, students(1, 0) + students(1, 0, task="u"))
     assert [e.completion.text for e in batch.examples].count("stored") == 2
@@ -197,6 +203,29 @@ def test_several_teachers_take_turns_and_files_teach_too(
         AdversarialConfig.model_validate({"teachers": ["gone.parquet"]})
     with pytest.raises(ValidationError, match="at least 1 item"):
         AdversarialConfig.model_validate({"teachers": []})
+
+
+def test_what_a_teacher_did_not_say_or_the_policy_cannot_score_is_left_out(
+    model_folder: Folder,
+) -> None:
+    @dataclass
+    class Hesitant(Stage):
+        async def play_as(self, name: str) -> Any:
+            async def teach(starts: Sequence[Start]) -> list[Judged]:
+                silent = episode(0.0, attempt=0)
+                return [silent, *(await (await Stage.play_as(self, name))(starts))[1:]]
+
+            return teach
+
+        async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
+            if said.text == "expert 2":
+                raise ValueError("too long")
+            return await Stage.score(self, prompt, said)
+
+    trainer, _ = made(model_folder("scratch"), Hesitant(), discriminator=STILL)
+    (batch,) = fed(trainer, students(1, 0, 0, 0))
+    theirs = [e.completion.text for e in batch.examples if "mine" not in e.completion.text]
+    assert theirs == ["expert 1", "expert 3"]
 
 
 def test_everybody_is_in_a_pair() -> None:

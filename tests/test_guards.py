@@ -30,11 +30,17 @@ class Paying:
         return [Verdict(float(any(w in text for w in self.words)), "", "paying") for text in said]
 
 
+@dataclass
+class RelativeYes(Paying):
+    relative: bool = True
+    words: tuple[str, ...] = ("",)
+
+
 def claims(called: int, right: int, missed: int = 0, rest: int = 0) -> list[Judged]:
-    """Attempts of one task: so many called solved, so many of those solved; then the others."""
+    """Tasks: so many called solved, so many of those solved; then the others."""
     made: list[Judged] = []
     for k in range(called + rest):
-        one = episode(float(k < called), ("o", f"a{k}"), attempt=k)
+        one = episode(float(k < called), ("o", f"a{k}"), task=f"t{k}")
         truth = k < right or called <= k < called + missed
         made.append(replace(one, trajectory=replace(one.trajectory, success=truth)))
     return made
@@ -51,7 +57,7 @@ def looked(guard: Guard, *rounds: list[Judged], judge: Any = None) -> Guard:
 
 def test_a_judge_that_is_mostly_wrong_is_found_out() -> None:
     guard = looked(Guard(GuardConfig()), claims(20, 2, missed=1, rest=10))
-    assert "of 20 attempts that the judge calls solved, 2 are" in guard.alarm
+    assert "on 20 tasks where the judge calls something solved, it is right on 2" in guard.alarm
     assert guard.findings["guard/precision"] == 0.1
     assert guard.findings["guard/recall"] == pytest.approx(2 / 3)
     assert guard.findings["guard/success"] == 0.1
@@ -60,6 +66,21 @@ def test_a_judge_that_is_mostly_wrong_is_found_out() -> None:
     assert looked(Guard(GuardConfig()), claims(20, 18, rest=10)).alarm == ""
     assert looked(Guard(GuardConfig()), claims(0, 0, rest=10)).alarm == ""
     assert looked(Guard(GuardConfig()), []).alarm == ""
+    # Ten attempts at one task that err together are one error; over iterations they add up.
+    together = [
+        replace(one, trajectory=replace(one.trajectory, task=replace(one.trajectory.task, id="t")))
+        for one in claims(10, 0)
+    ]
+    assert looked(Guard(GuardConfig()), together).alarm == ""
+    assert looked(Guard(GuardConfig()), *[claims(4, 0, rest=4)] * 2).alarm == ""
+    assert "on 12 tasks" in looked(Guard(GuardConfig()), *[claims(4, 0, rest=4)] * 5).alarm
+
+
+def test_who_only_compares_is_not_measured_by_what_is_solved() -> None:
+    judge = RelativeYes(words=("a0",))
+    falling = [claims(20, 20, rest=20), claims(25, 5, rest=15), claims(40, 0)]
+    assert looked(Guard(GuardConfig()), *falling, judge=judge).alarm == ""
+    assert "pays" in looked(Guard(GuardConfig()), claims(1, 1), judge=RelativeYes()).alarm
 
 
 def test_score_up_and_truth_down_ends_the_run() -> None:
@@ -80,7 +101,7 @@ def test_no_judge_may_pay_for_what_is_no_answer() -> None:
     honest, taken = Paying(("a0",)), Paying(("correct",))
     guard = looked(Guard(GuardConfig()), claims(1, 1), judge=honest)
     assert guard.alarm == "" and guard.findings["guard/canaries_paid"] == 0
-    assert len(honest.seen) == len(CANARIES) and "do t" in honest.seen
+    assert len(honest.seen) == len(CANARIES) and "do t0" in honest.seen
     guard = looked(Guard(GuardConfig()), claims(1, 1), judge=taken)
     assert "pays 1 for the answer 'The answer is correct.'" in guard.alarm
     assert looked(Guard(GuardConfig(canaries=False)), claims(1, 1), judge=taken).alarm == ""

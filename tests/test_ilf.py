@@ -16,7 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from selfwright.core.asking import yes_share
+from selfwright.core.asking import patient, yes_share
+from selfwright.core.errors import PolicyError
+from selfwright.core.protocols import HasEmbeddings
 from selfwright.core.store import write_trajectories
 from selfwright.core.types import (
     Batch,
@@ -59,8 +61,24 @@ class Refiner:
         chosen = next((p for text, p in self.sure.items() if text in prompt[-1].text), 0.0)
         return replace(said, logprobs=(chosen if said.text == "yes" else 0.0,))
 
+    async def load(self, checkpoint: Path | None) -> None: ...
+    async def close(self) -> None: ...
+
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:
         return [[float(text.count(letter)) for letter in "abc 2"] for text in texts]
+
+
+class Deaf:
+    """Makes no embeddings."""
+
+    checkpoint = "base"
+
+    def __init__(self) -> None:
+        inner = Refiner()
+        self.seat, self.complete, self.score = inner.seat, inner.complete, inner.score
+
+    async def load(self, checkpoint: Path | None) -> None: ...
+    async def close(self) -> None: ...
 
 
 @dataclass
@@ -252,6 +270,16 @@ def test_the_policy_itself_may_pick_what_follows_the_feedback() -> None:
     assert texts(fed(trainer, [about])[0]) == ["a 2"]
 
 
+def test_a_deadline_takes_no_ability_away() -> None:
+    assert isinstance(patient(Refiner(), 9.0), HasEmbeddings)
+    assert not isinstance(patient(patient(Deaf(), 9.0), 9.0), HasEmbeddings)
+    trainer, _, _ = made(policy=patient(Refiner(), 9.0), select="embedding")  # pyright: ignore
+    assert len(fed(trainer, [failure("a", feedback="say a 2 2 2")])) == 1
+    deaf, _, _ = made(policy=Deaf(), select="embedding")  # pyright: ignore
+    with pytest.raises(PolicyError, match="needs a policy that embeds"):
+        fed(deaf, [failure("a")])
+
+
 @given(st.floats(-30, 0), st.floats(-30, 0))
 def test_the_share_of_yes(yes: float, no: float) -> None:
     @dataclass
@@ -347,6 +375,8 @@ def test_bad_feedback_files_are_refused_with_the_recipe(
         ILFConfig.model_validate({"feedback": "file", "file": str(file)})
     with pytest.raises(ValidationError, match="no feedback in it"):
         ILFConfig.model_validate(keys | {"file": str(lines(tmp_path / "empty.jsonl"))})
+    with pytest.raises(ValidationError, match=r"cannot read none\.jsonl"):
+        ILFConfig.model_validate(keys | {"file": "none.jsonl"})
 
 
 def test_restored_it_goes_on_as_it_would_have(tmp_path: Path) -> None:

@@ -227,6 +227,10 @@ def test_a_fresh_start_is_the_first_one(model_folder: Folder) -> None:
             again.update(Batch(NLL(), examples[:3]), 0.0)
         again.update(Batch(NLL(), examples, fresh=True), 0.0)
         assert equal(state(first), state(again))
+    # Late in the run, too: it is a training of its own.
+    late = learner_of(folder, schedule="cosine")
+    assert late.update(Batch(NLL(), examples, fresh=True), 0.9)["train/learning_rate"] == 1e-2
+    assert late.update(Batch(NLL(), examples), 0.9)["train/learning_rate"] < 1e-3
 
 
 def test_few_logits_at_a_time_do_not_matter(

@@ -12,10 +12,12 @@ import pytest
 from casting import SINGLE, played
 from rich.console import Console
 
-from selfwright.commands.evaluate import evaluate
+from selfwright.commands.evaluate import default_output, evaluate, settle
+from selfwright.commands.run import together
 from selfwright.commands.words import evaluation_words
 from selfwright.core.config import JudgeConfig
 from selfwright.core.errors import JudgeError, LearnerError
+from selfwright.core.evaluation import FILE
 from selfwright.core.types import Trajectory, Verdict
 from selfwright.judges.reward import RewardJudge
 from selfwright.trainers.guards import CANARIES
@@ -64,6 +66,10 @@ def test_it_runs_and_goes_on_where_it_stopped(player: Path, tmp_path: Path, meth
     again = played(tmp_path / "recipe.yaml", METHODS[method], tmp_path / "cut")
     assert metrics(tmp_path / "cut") == learned
     assert again["final"] == whole["final"]
+    for name in ("base", "final"):
+        judged = json.loads((tmp_path / "whole" / "evaluations" / name / FILE).read_text())
+        # But for majorities, of one attempt there is none.
+        assert judged["undecided"] == (12 if method == "srt" else 0)
 
 
 class FadingConfig(JudgeConfig):
@@ -86,16 +92,25 @@ class Fading:
         return [Verdict(1.0, "yes", "fading")] * len(trajectories)
 
 
+def test_metrics_of_several_batches_are_those_of_one() -> None:
+    one = {"train/examples": 8.0, "train/updates": 3.0, "train/loss": 2.0, "train/tokens": 9.0}
+    other = {"train/examples": 2.0, "train/updates": 1.0, "train/loss": 6.0, "train/tokens": 1.0}
+    assert together([one]) == one | {"train/total_tokens": 9.0}
+    both = {"train/examples": 10.0, "train/updates": 4.0, "train/loss": 3.0, "train/tokens": 10.0}
+    assert together([one, other]) == both | {"train/total_tokens": 10.0}
+    assert together([])["train/examples"] == 0
+
+
 def test_a_judge_that_pays_for_anything_ends_the_run(player: Path, tmp_path: Path) -> None:
     """What was learned before is kept, compared, and said to have been stopped."""
     (tmp_path / "recipe.yaml").write_text(SINGLE.replace("MODEL", str(player)))
     guarded = ["trainer.use=self_judge", f"judge.use={Path(__file__).stem}:Fading"]
-    with pytest.raises(LearnerError, match="nothing was learned: of 8 attempts that the judge"):
+    with pytest.raises(LearnerError, match="nothing was learned: the judge pays 1 for"):
         played(tmp_path / "recipe.yaml", guarded, tmp_path / "never")
     # The base's test, then one iteration with its canaries, as many as there are tasks and baits.
     guarded.append(f"judge.honest={12 + 12 + len(CANARIES)}")
     result = played(tmp_path / "recipe.yaml", guarded, tmp_path / "later")
-    assert "after iteration 1 of 3: " in result["stopped"]
+    assert "after iteration 1 of 3: the judge pays 1 for" in result["stopped"]
     assert result["final"]["tasks"] == 12 and len(result["costs"]) == 1
     assert "was stopped after iteration 1 of 3" in (tmp_path / "later/report.html").read_text()
     free = [*guarded[:2], "trainer.guards.on=false"]
@@ -110,6 +125,11 @@ def test_evaluate_tells_how_far_a_judge_agrees_with_the_world(player: Path, tmp_
     )
     # One attempt is no majority: nothing is decided.
     assert (told["judge"], told["undecided"]) == ("majority", 40)
+    names: set[Path] = set()
+    for judge in (None, "majority"):
+        exam, _ = settle(None, "expert", "countdown", [], "test", 4, 0, None, judge)
+        names.add(default_output("expert", exam, []))
+    assert len(names) == 2
     assert told["agreement"]["true_positive"] == 0
     own = [*asked[2], "judge.model=policy", "judge.cut=0.5"]
     told = asyncio.run(

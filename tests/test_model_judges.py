@@ -92,6 +92,10 @@ def test_it_sees_the_answer_and_no_reward() -> None:
     oracle = Oracle()
     scores(judge_of(ModelJudge, oracle, shows="transcript"), played("my answer"))
     assert inside(oracle.shown[0]) == "seen\n> my answer\nthe end"
+    long = [episode(0.0, *[("seen", "talk " * 300)] * 9).trajectory]
+    scores(judge_of(ModelJudge, oracle, shows="transcript"), long)
+    assert inside(oracle.shown[-1]).endswith("talk \nthe end")
+    assert len(inside(oracle.shown[-1])) <= LONGEST
 
 
 def test_in_a_world_of_attempts_it_sees_the_canonical_answer() -> None:
@@ -143,6 +147,7 @@ def test_verdicts_are_read_from_their_line(text: str, verdict: float | None) -> 
         ("score: 2.5/5", 0.5),
         ("Score: 0", 0.0),
         ("SCORE: 9", None),
+        ("SCORE: 4/10", None),
         ("SCORE: high", None),
         ("five", None),
     ],

@@ -134,6 +134,11 @@ def test_old_episodes_are_forgotten() -> None:
     assert [m.step for m in trainer._replay.memories] == [0, 1]  # pyright: ignore
     fed(trainer, round_of([1, 0], "c"))
     assert [m.step for m in trainer._replay.memories] == [1, 2]  # pyright: ignore
+    # With 0, what was played before is never replayed.
+    never = made(tolerate=0, buffer_size=1)
+    for k in range(4):
+        judged = [one for n in range(3) for one in round_of([1, 0], f"{k}{n}")]
+        assert len(fed(never, judged)) == 1
 
 
 def test_the_queue_drops_whole_iterations_oldest_first() -> None:

@@ -1,11 +1,11 @@
 """From scores of a group to advantages: of attempts, of single turns, less what drifting costs."""
 
-import asyncio
 import math
 import statistics
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
+from ..core.asking import score_all
 from ..core.protocols import Context
 from ..core.types import Judged, Observation, Step
 from .loss import KL
@@ -66,23 +66,31 @@ def _seen(observation: Observation) -> tuple[str, tuple[bytes, ...]]:
 async def divergences(
     context: Context, groups: Sequence[Sequence[Judged]], estimator: KL
 ) -> dict[int, float]:
-    """By ``id`` of the judged: estimated nats from the frozen base, summed over its own tokens."""
-    reference = await context.open("base")
+    """By ``id`` of the judged: estimated nats from the frozen base, summed over its own tokens.
 
-    async def of(one: Judged) -> float:
-        total = 0.0
-        for turn, step in own_turns(one):
-            said = step.action.completion
-            task, before = one.trajectory.task, one.trajectory.steps[:turn]
-            prompt = context.agent.prompt(task, before, step.observation)
-            scored = await reference.score(prompt, said)
-            pairs = zip(scored.logprobs, said.logprobs, strict=True)
-            total += sum(estimated(base - own, estimator) for base, own in pairs)
-        return total
+    What the base cannot score costs nothing.
 
+    Raises:
+        PolicyError: that is more than half of it.
+    """
     every = [one for group in groups for one in group]
-    found = await asyncio.gather(*map(of, every))
-    return {id(one): value for one, value in zip(every, found, strict=True)}
+    turns = [(one, turn, step) for one in every for turn, step in own_turns(one)]
+    asked = [
+        (
+            context.agent.prompt(
+                one.trajectory.task, one.trajectory.steps[:turn], step.observation
+            ),
+            step.action.completion,
+        )
+        for one, turn, step in turns
+    ]
+    scored = await score_all(await context.open("base"), asked)
+    found = {id(one): 0.0 for one in every}
+    for (one, _, step), base in zip(turns, scored, strict=True):
+        if base is not None:
+            pairs = zip(base.logprobs, step.action.completion.logprobs, strict=True)
+            found[id(one)] += sum(estimated(theirs - own, estimator) for theirs, own in pairs)
+    return found
 
 
 def estimated(gap: float, estimator: KL) -> float:

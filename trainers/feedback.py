@@ -60,7 +60,11 @@ def read_feedback(path: Path, given: Sequence[Judged], threshold: float) -> list
     """
     items: list[Item] = []
     faults: list[str] = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    for number, text in enumerate(lines, 1):
         if not text.strip():
             continue
         try:
@@ -95,7 +99,8 @@ class FeedbackConfig(TrainerConfig):
     file: str = ""
     """With ``feedback: file``: JSON lines {"trajectory": row, "step": index, "feedback": words}."""
     trajectories: str = ""
-    """The attempts that ``file`` is about: a parquet file, as runs store them."""
+    """The attempts that ``file`` is about: a parquet file, as runs store them. A stored task is a
+    plain one, so this is for worlds that play plain tasks, and refused by others."""
     shuffle: bool = False
     """Give every attempt another one's feedback: what is left then is not due to it."""
     threshold: float = Field(default=1.0, ge=0, le=1)

@@ -158,6 +158,7 @@ class PlainLearner:
             )
         if batch.fresh:
             self._begin()
+            progress = 0.0  # A whole training of its own: the run's schedule is not its.
         before = self._tokens.breaks
         rows = pack(batch.examples, self._tokens)
         totals = {"loss": 0.0, "grad_norm": 0.0, "ratio": 0.0, "kl_old": 0.0, "tokens": 0.0}

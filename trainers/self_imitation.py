@@ -47,8 +47,11 @@ class SelfImitation(GRPO):
     of recent groups too: the difference is their advantage then, and their old log-probabilities
     are those they were sampled with. Replay is a batch of its own, after the new episodes'.
 
-    Departures: none by default. The buffer's size suits runs of thousands of episodes an
-    iteration; in small ones lower ``buffer_size``, ``imitation_warmup`` and ``tool_decay``.
+    Departures: Dr.BoT's filters (overlong, void and repetitive samples, the quarter of groups that
+    vary least) and the rewards of format and for valid actions are left to world and judge; what
+    is too old leaves the buffer before it is read, not after. The defaults suit runs of thousands
+    of episodes an iteration; in small ones lower ``buffer_size``, ``imitation_warmup``,
+    ``tool_decay``.
     """
 
     Config = SelfImitationConfig
@@ -87,6 +90,7 @@ class SelfImitation(GRPO):
         """What is replayed now, before this iteration's episodes are remembered."""
         config = self._mine
         weight = config.imitation * rising(self._step, config.imitation_warmup)
+        self._replay.expire(self._step)
         taken = self._replay.take(derive(self._context.seed, "replay", self._step))
         examples = [
             example
@@ -106,7 +110,6 @@ class SelfImitation(GRPO):
         self, groups: Sequence[Sequence[Judged]], rewards: Sequence[Sequence[float]]
     ) -> None:
         replay, step = self._replay, self._step
-        replay.expire(step)
         replay.observe(step, [statistics.fmean(mine) for mine in rewards])
         for group, mine in zip(groups, rewards, strict=True):
             better = advantages(mine, self._config.baseline)

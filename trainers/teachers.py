@@ -1,13 +1,13 @@
 """Whom a policy learns from: the world's expert, other models, stored trajectories, several."""
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..core.asking import score_all
 from ..core.protocols import Context
 from ..core.store import read_trajectories
-from ..core.types import Judged, Start, Step
+from ..core.types import Judged, Start
 from .credit import by_task
 
 PARQUET = ".parquet"
@@ -20,11 +20,12 @@ class Teachers:
         """Raises: StoreError: a file is missing or damaged."""
         self._names = names
         self._context = context
-        self._stored = {
-            name: {group[0].trajectory.task.id: group for group in by_task(read_trajectories(file))}
-            for name in names
-            if (file := Path(name)).suffix == PARQUET
-        }
+        self._stored: dict[str, dict[str, list[Judged]]] = {}
+        for name in names:
+            if name.endswith(PARQUET):
+                known = self._stored.setdefault(name, {})
+                for group in by_task(read_trajectories(Path(name))):
+                    known.setdefault(group[0].trajectory.task.id, []).extend(group)
 
     async def respond(
         self, groups: Sequence[Sequence[Judged]], count: int | None
@@ -32,7 +33,11 @@ class Teachers:
         """Per group, ``count`` responses to its task by all teachers together, in turn.
 
         None: as many as the group has. Fewer where a stored teacher has not met the task, or a
-        response could not be judged. They carry the policy's own log-probabilities.
+        response was empty or could not be judged or scored. They carry the policy's own
+        log-probabilities.
+
+        Raises:
+            PolicyError: the policy can score less than half of what was said.
         """
         found: list[Judged] = []
         for place, name in enumerate(self._names):
@@ -47,7 +52,7 @@ class Teachers:
                 found += self._read(name, starts)
             elif starts:
                 found += await (await self._context.play_as(name))(starts)
-        scored = await asyncio.gather(*map(self._scored, found))
+        scored = await self._scored([one for one in found if one.trajectory.steps])
         by_id = {group[0].trajectory.task.id: group for group in by_task(scored)}
         return [by_id.get(group[0].trajectory.task.id, []) for group in groups]
 
@@ -56,16 +61,29 @@ class Teachers:
             replace(one, trajectory=replace(one.trajectory, seed=start.seed))
             for start in starts
             if (those := self._stored[name].get(start.task.id))
-            for one in [those[start.attempt % len(those)]]
+            for one in [those[start.attempt // len(self._names) % len(those)]]
         ]
 
-    async def _scored(self, one: Judged) -> Judged:
-        context, steps = self._context, list[Step]()
-        for step in one.trajectory.steps:
-            prompt = context.agent.prompt(one.trajectory.task, steps, step.observation)
-            said = await context.policy.score(prompt, step.action.completion)
-            steps.append(replace(step, action=replace(step.action, completion=said)))
-        return replace(one, trajectory=replace(one.trajectory, steps=tuple(steps)))
+    async def _scored(self, many: Sequence[Judged]) -> list[Judged]:
+        """With the policy's log-probabilities; without those that it cannot score whole."""
+        agent = self._context.agent
+        asked = [
+            (agent.prompt(t.task, t.steps[:turn], step.observation), step.action.completion)
+            for t in (one.trajectory for one in many)
+            for turn, step in enumerate(t.steps)
+        ]
+        answers = iter(await score_all(self._context.policy, asked))
+        scored: list[Judged] = []
+        for one in many:
+            said = [next(answers) for _ in one.trajectory.steps]
+            steps = [
+                replace(step, action=replace(step.action, completion=text))
+                for step, text in zip(one.trajectory.steps, said, strict=True)
+                if text is not None
+            ]
+            if len(steps) == len(said):
+                scored.append(replace(one, trajectory=replace(one.trajectory, steps=tuple(steps))))
+        return scored
 
 
 def missing(names: Sequence[str]) -> list[str]:

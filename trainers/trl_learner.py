@@ -74,6 +74,7 @@ class TRLLearner(PlainLearner):
             )
         if batch.fresh:
             self._begin()
+            progress = 0.0
         seed = derive(self._seed, "trl", self._updates)
         before = self._tokens.breaks
         examples = weighed(batch.examples, self._weights, seed)
