@@ -12,7 +12,7 @@ from ..core.files import read_json, write_json
 from ..core.protocols import Context
 from ..core.seeds import derive
 from ..core.types import Batch, Judged
-from .advantage import advantages
+from .advantage import advantages, own_turns
 from .credit import by_task, reinforce
 from .group import GRPO, DrGRPOConfig
 from .replay import Memory, Replay
@@ -80,7 +80,7 @@ class SelfImitation(GRPO):
         share = falling(self._step, config.tool_decay)
         return [
             [
-                reward + share * min(1.0, config.tool_reward * _actions(one))
+                reward + share * min(1.0, config.tool_reward * len(own_turns(one)))
                 for one, reward in zip(group, mine, strict=True)
             ]
             for group, mine in zip(groups, await super().rewards(groups), strict=True)
@@ -98,7 +98,7 @@ class SelfImitation(GRPO):
             for example in reinforce(
                 self._context.agent,
                 memory.judged.trajectory,
-                [advantage] * _actions(memory.judged),
+                [advantage] * len(own_turns(memory.judged)),
             )
         ]
         if not (examples and weight):
@@ -134,7 +134,3 @@ def rising(step: int, over: int) -> float:
 def falling(step: int, over: int) -> float:
     """From 1 to 0 along half a cosine, then 0."""
     return 1 - rising(step, over)
-
-
-def _actions(one: Judged) -> int:
-    return len(one.trajectory.steps) - one.trajectory.replayed
