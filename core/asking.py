@@ -2,11 +2,11 @@
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from .errors import PolicyError
 from .protocols import HasEmbeddings, Policy
@@ -96,12 +96,7 @@ async def score_all(
             failures.add(cause)
             return None
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(*question)) for question in questions]
-    except* PolicyError as several:
-        raise several.exceptions[0] from None
-    return [task.result() for task in tasks]
+    return await _together([one(*question) for question in questions])
 
 
 async def ask(
@@ -131,11 +126,19 @@ async def ask(
     for seat in seats:
         seat.enter_context(policy.seat())
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(index)) for index in range(len(prompts))]
-    except* PolicyError as several:
-        raise several.exceptions[0] from None
+        return await _together([one(index) for index in range(len(prompts))])
     finally:
         for seat in seats:
             seat.close()
+
+
+async def _together(
+    answers: Sequence[Coroutine[Any, Any, Completion | None]],
+) -> list[Completion | None]:
+    """All at once, in order; the first PolicyError ends the others."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(answer) for answer in answers]
+    except* PolicyError as several:
+        raise several.exceptions[0] from None
     return [task.result() for task in tasks]
