@@ -168,7 +168,7 @@ async def improve(cast: Cast, kept: Run) -> None:
             await cast.policy.load(last / "checkpoint")
             cast.progress.say(f"resuming after iteration {kept.finished} of {recipe.iterations}")
         try:
-            await rounds(cast, trainer, kept)
+            await rounds(cast, means, trainer, kept)
         except Alarm as alarm:
             if not kept.finished:
                 raise LearnerError(f"nothing was learned: {alarm}") from None
@@ -180,7 +180,7 @@ async def improve(cast: Cast, kept: Run) -> None:
             await other.close()
 
 
-async def rounds(cast: Cast, trainer: Trainer, kept: Run) -> None:
+async def rounds(cast: Cast, means: Context, trainer: Trainer, kept: Run) -> None:
     """The iterations that are left, each committed by itself. Raises: Alarm: the trainer's."""
     recipe, policy = cast.recipe, cast.policy
     for index in range(kept.finished, recipe.iterations):
@@ -189,7 +189,7 @@ async def rounds(cast: Cast, trainer: Trainer, kept: Run) -> None:
             cast.progress.say(f"the budget is spent after iteration {index}")
             break
         with kept.draft(iteration_name(index)) as folder:
-            metrics = await iterate(cast, trainer, index, spent)
+            metrics = await iterate(cast, means, trainer, index, spent)
             clock = Clock()
             cast.learner.export(folder / "checkpoint")
             cast.learner.save(folder / "learner")
@@ -217,7 +217,9 @@ def spent_share(kept: Run, recipe: Recipe) -> float:
     return recipe.budget.share(*costs)
 
 
-async def iterate(cast: Cast, trainer: Trainer, index: int, spent: float = 0.0) -> Metrics:
+async def iterate(
+    cast: Cast, means: Context, trainer: Trainer, index: int, spent: float = 0.0
+) -> Metrics:
     """Play, judge, learn once. The episodes are left in ``cast.played``."""
     recipe, plan = cast.recipe, trainer.plan
     cast.played = []
@@ -227,8 +229,11 @@ async def iterate(cast: Cast, trainer: Trainer, index: int, spent: float = 0.0) 
     if plan.tasks:
         tasks = draw(cast.worlds.tasks("train"), plan.tasks, derive(cast.seed, "tasks"))
         begin = starts(tasks, plan.attempts, cast.seed, plan.turns)
-        player = cast.player() if plan.player == "policy" else cast.expert
-        given = await attempt(cast, player, begin, f"iteration {index + 1}: playing")
+        what = f"iteration {index + 1}: playing"
+        if plan.player == "policy":
+            given = await attempt(cast, cast.player(), begin, what)
+        else:
+            given = await (await means.play_as(plan.player))(begin)
     batches = await trainer.batches(given)
     metrics = {"time/rollout_s": clock.lap()} | summary(cast.played)
     if isinstance(trainer, HasGuards):

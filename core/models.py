@@ -18,6 +18,11 @@ def open_model(
         PolicyError: there is no such device.
     """
     weights = open_weights(model, device, dtype, trust_remote_code)
+    return weights, open_tokens(model, trust_remote_code)
+
+
+def open_tokens(model: str, trust_remote_code: bool = False) -> ChatTokens:
+    """The tokenizer alone. Raises: ModelError: as ``open_model``."""
     # Untyped: their from_pretrained is only partly known to a type checker.
     from transformers import AutoTokenizer
 
@@ -26,7 +31,16 @@ def open_model(
         tokenizer = tokenizers.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as cause:
         raise _cannot_open(model, cause) from cause
-    return weights, ChatTokens(tokenizer)
+    return ChatTokens(tokenizer)
+
+
+def same_vocabulary(model: str, other: str) -> None:
+    """Raises: ModelError: the two cannot be compared token by token, or cannot be opened."""
+    if open_tokens(model).fingerprint != open_tokens(other).fingerprint:
+        raise ModelError(
+            f"the teacher {other!r} has another vocabulary than {model!r}: their distributions "
+            "cannot be compared; learn from its text instead (imitation, rise, adversarial)"
+        )
 
 
 def open_weights(model: str, device: str, dtype: str, trust_remote_code: bool) -> Any:

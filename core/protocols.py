@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from .types import (
     Batch,
@@ -185,7 +185,8 @@ class Plan:
     """Per task: the size of a group."""
     turns: int | None = None
     """Actions per episode; None: to its end."""
-    player: Literal["policy", "expert"] = "policy"
+    player: str = "policy"
+    """``policy``, or a name as ``Context.play_as`` has it."""
 
 
 Attempt: TypeAlias = Callable[[Sequence[Start]], Awaitable[list[Judged]]]

@@ -3,6 +3,7 @@
 tasks -> starts -> trajectories -> judge -> judged -> trainer -> batches -> learner -> policy
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
@@ -176,7 +177,10 @@ each one's token mean; mean over sequences of token sums; the same over a consta
 
 @dataclass(frozen=True, slots=True)
 class TokenArrays:
-    """What a loss sees: the trained tokens of a micro-batch, flattened; all (N,) float32, nats."""
+    """What a loss sees: the trained tokens of a micro-batch, flattened; (N,) float32, nats.
+
+    N tokens, a vocabulary of V, D hidden units.
+    """
 
     logprobs: Any
     """Under the weights being trained; carries the gradient."""
@@ -185,6 +189,15 @@ class TokenArrays:
     advantages: Any
     reference_logprobs: Any = None
     """Under the frozen base model; None unless the loss asks for it."""
+    groups: Any = None
+    """(N,) int64: ``Example.group`` of the token's example."""
+    distribution: Any = None
+    """(N, V): log-probabilities of every token there, under the weights being trained; carries the
+    gradient. This and what follows is None but for a ``DistributionLoss``."""
+    teacher: Any = None
+    """(N, V): the same under the loss's teacher."""
+    states: Any = None
+    """(N, D): what the model's head reads there, without gradient."""
 
 
 class Loss(Protocol):
@@ -209,14 +222,38 @@ class Loss(Protocol):
 
 
 @runtime_checkable
-class SelectiveLoss(Protocol):
-    """A loss that looks at a whole optimiser step before it decides which tokens to learn."""
+class StepLoss(Loss, Protocol):
+    """A loss that looks at a whole optimiser step before it says what each token counts."""
 
-    def select(self, arrays: TokenArrays, seed: int) -> Any:
-        """(N,) float32, 1 for tokens that are learned and 0 for others, of all of a step's tokens.
+    def weigh(self, arrays: TokenArrays, seed: int) -> Any:
+        """(N,) float32: what the losses of all of a step's tokens are multiplied by.
 
-        ``arrays`` carries no gradient and no reference. Left-out tokens still count in the means.
+        0 leaves a token out, though it still counts in the means. ``arrays`` carries no gradient.
         """
+        ...
+
+
+@runtime_checkable
+class DistributionLoss(Loss, Protocol):
+    """A loss that compares whole distributions."""
+
+    @property
+    def teacher(self) -> str:
+        """A model folder or hub id, of the vocabulary of the model in training."""
+        ...
+
+
+@runtime_checkable
+class AdversarialLoss(Loss, Protocol):
+    """A loss with parameters of its own, which climb it once before the weights descend it."""
+
+    @property
+    def adversary(self) -> Sequence[Any]:
+        """Those parameters, as they are after a first call of the loss."""
+        ...
+
+    def climb(self) -> None:
+        """One step up the gradients that are in them; they are gone afterwards."""
         ...
 
 
@@ -226,6 +263,8 @@ class Example:
     completion: Completion
     advantage: float = 1.0
     """Multiplies log p(completion | prompt); 1 is plain imitation."""
+    group: int = -1
+    """Examples of one group are learned in the same optimiser step; below 0, in any."""
 
 
 @dataclass(frozen=True, slots=True)

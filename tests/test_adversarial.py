@@ -14,15 +14,11 @@ import torch
 from casting import context_of, episode
 from pydantic import ValidationError
 
+from selfwright.core.scalar import Text
 from selfwright.core.store import write_trajectories
 from selfwright.core.types import Batch, Completion, Judged, Message, Start
 from selfwright.trainers.adversarial import Adversarial, AdversarialConfig, paired
-from selfwright.trainers.discriminator import (
-    Discriminator,
-    DiscriminatorConfig,
-    Text,
-    objective,
-)
+from selfwright.trainers.discriminator import Discriminator, DiscriminatorConfig, objective
 from selfwright.trainers.group import DrGRPO
 from selfwright.trainers.loss import Clip
 
@@ -175,10 +171,10 @@ def test_it_is_pre_trained_once_and_learns_before_it_pays(model_folder: Folder) 
     for said, advantage in learned(batch).items():
         assert advantage == (-0.5 if said.startswith("mine") else 0.5)
     assert trainer.findings["discriminator/accuracy"] == 1
-    updates = trainer._discriminator._updates  # pyright: ignore[reportPrivateUsage]
+    updates = trainer._discriminator.net.updates  # pyright: ignore[reportPrivateUsage]
     assert updates == 31
     fed(trainer, judged)
-    assert trainer._discriminator._updates == 32  # pyright: ignore[reportPrivateUsage]
+    assert trainer._discriminator.net.updates == 32  # pyright: ignore[reportPrivateUsage]
 
 
 def test_several_teachers_take_turns_and_files_teach_too(

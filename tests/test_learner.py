@@ -187,7 +187,7 @@ def test_tokens_that_a_loss_leaves_out_have_no_gradient(model_folder: Folder) ->
 
     @dataclass(frozen=True)
     class FirstHalf(Clip):
-        def select(self, arrays: TokenArrays, seed: int) -> Any:
+        def weigh(self, arrays: TokenArrays, seed: int) -> Any:
             seen.append(arrays)
             return (torch.arange(len(arrays.logprobs)) < len(arrays.logprobs) // 2).float()
 

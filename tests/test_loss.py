@@ -108,17 +108,17 @@ def test_covariance_clipping_by_hand() -> None:
     made = arrays([-1.0, -2.0, -2.0, -7.0], [-1.0, -2.0, -2.0, -7.0], [4.0, 2.0, 0.0, -2.0])
     assert covariances(made) == [6.0, 1.0, -1.0, 12.0]
     # Half of four tokens may go, and two stand out.
-    chosen = CovarianceClip(share=0.5, above=2.0, below=60.0).select(made, 0)
+    chosen = CovarianceClip(share=0.5, above=2.0, below=60.0).weigh(made, 0)
     assert chosen.tolist() == [0.0, 1.0, 1.0, 0.0]
     # Only one of them does below 10.
-    chosen = CovarianceClip(share=0.5, above=2.0, below=10.0).select(made, 0)
+    chosen = CovarianceClip(share=0.5, above=2.0, below=10.0).weigh(made, 0)
     assert chosen.tolist() == [0.0, 1.0, 1.0, 1.0]
     # A share that comes to less than one token is one token, a random one of those two.
-    few = {tuple(CovarianceClip(share=0.01).select(made, seed).tolist()) for seed in range(20)}
+    few = {tuple(CovarianceClip(share=0.01).weigh(made, seed).tolist()) for seed in range(20)}
     assert few == {(0.0, 1.0, 1.0, 1.0), (1.0, 1.0, 1.0, 0.0)}
     # The first one's ratio has been cut already.
     cut = arrays([-1.0, -2.0, -2.0, -7.0], [-2.0, -2.0, -2.0, -7.0], [4.0, 2.0, 0.0, -2.0])
-    assert CovarianceClip(share=0.5).select(cut, 0).tolist() == [1.0, 1.0, 1.0, 0.0]
+    assert CovarianceClip(share=0.5).weigh(cut, 0).tolist() == [1.0, 1.0, 1.0, 0.0]
 
 
 @given(
@@ -131,12 +131,12 @@ def test_covariance_clipping_leaves_out_few_and_only_what_stands_out(
 ) -> None:
     logprobs, advantages = zip(*tokens, strict=True)
     made = arrays(logprobs, logprobs, advantages)
-    left_out = CovarianceClip(share=share, above=0.5, below=9.0).select(made, seed) == 0
+    left_out = CovarianceClip(share=share, above=0.5, below=9.0).weigh(made, seed) == 0
     assert int(left_out.sum()) <= max(1, int(share * len(tokens)))
     for value, out in zip(covariances(made), left_out.tolist(), strict=True):
         assert not out or 0.49 < value < 9.01
     constant = arrays(logprobs, logprobs, [2.0] * len(tokens))
-    assert CovarianceClip(above=0.01).select(constant, seed).tolist() == [1.0] * len(tokens)
+    assert CovarianceClip(above=0.01).weigh(constant, seed).tolist() == [1.0] * len(tokens)
 
 
 def test_the_weight_multiplies_loss_and_penalty() -> None:

@@ -40,6 +40,15 @@ METHODS: dict[str, list[str]] = {
         "judge.use=model",
         "trainer.guards.min_precision=0.0",
     ],
+    "sil": ["trainer.use=sil", "trainer.length=8", "trainer.replay_size=16"],
+    "text_gail": ["trainer.use=text_gail", "trainer.discriminator.pretrain=1"],
+    "moments": ["trainer.use=moment_matching", "trainer.teacher=MODEL", "trainer.epochs=2"],
+    "exact moments": [
+        "trainer.use=moment_matching",
+        "trainer.teacher=MODEL",
+        "trainer.mode=exact",
+    ],
+    "self-rewarding": ["trainer.use=self_rewarding", "judge.use=model", "judge.model=policy"],
     "ril": ["trainer.use=adversarial", "trainer.discriminator.pretrain=1"],
 }
 
@@ -53,7 +62,8 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize("method", METHODS)
 def test_it_runs_and_goes_on_where_it_stopped(player: Path, tmp_path: Path, method: str) -> None:
     (tmp_path / "recipe.yaml").write_text(SINGLE.replace("MODEL", str(player)))
-    whole = played(tmp_path / "recipe.yaml", METHODS[method], tmp_path / "whole")
+    keys = [key.replace("MODEL", str(player)) for key in METHODS[method]]
+    whole = played(tmp_path / "recipe.yaml", keys, tmp_path / "whole")
     assert whole["final"]["tasks"] == 12 and whole["stopped"] is None
     learned = metrics(tmp_path / "whole")
     assert len(learned) == 3 and sum(one.get("train/updates", 0) for one in learned) >= 1
@@ -63,7 +73,7 @@ def test_it_runs_and_goes_on_where_it_stopped(player: Path, tmp_path: Path, meth
         shutil.rmtree(tmp_path / "cut" / name)
     for name in ("result.json", "report.html"):
         (tmp_path / "cut" / name).unlink()
-    again = played(tmp_path / "recipe.yaml", METHODS[method], tmp_path / "cut")
+    again = played(tmp_path / "recipe.yaml", keys, tmp_path / "cut")
     assert metrics(tmp_path / "cut") == learned
     assert again["final"] == whole["final"]
     for name in ("base", "final"):

@@ -8,10 +8,11 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from ..core.protocols import Context
+from ..core.protocols import Agent, Context
+from ..core.scalar import Text
 from ..core.types import Batch, Judged, Metrics
 from .credit import by_task
-from .discriminator import Discriminator, DiscriminatorConfig, Text
+from .discriminator import FILE, Discriminator, DiscriminatorConfig
 from .group import GRPO, DrGRPOConfig
 from .teachers import Teachers, missing
 
@@ -65,7 +66,7 @@ class Adversarial(GRPO):
         groups = by_task(judged)
         taught = await self._teachers.respond(groups, self._own.teacher_attempts)
         pairs = [
-            (self._text(one), self._text(other))
+            (whole_text(self._context.agent, one), whole_text(self._context.agent, other))
             for group, theirs in zip(groups, taught, strict=True)
             for one, other in paired(group, theirs)
         ]
@@ -79,7 +80,7 @@ class Adversarial(GRPO):
         return self.learned(whole, await self.rewards(whole))
 
     async def rewards(self, groups: Sequence[Sequence[Judged]]) -> list[list[float]]:
-        texts = [self._text(one) for group in groups for one in group]
+        texts = [whole_text(self._context.agent, one) for group in groups for one in group]
         loop = asyncio.get_running_loop()
         likeness = await loop.run_in_executor(None, self._discriminator.scores, texts)
         like = iter(likeness)
@@ -90,13 +91,6 @@ class Adversarial(GRPO):
             [self._own.similarity * a + self._own.answer * b for a, b in zip(x, y, strict=True)]
             for x, y in zip(passed, await super().rewards(groups), strict=True)
         ]
-
-    def _text(self, one: Judged) -> Text:
-        trajectory = one.trajectory
-        last = trajectory.steps[-1]
-        before = trajectory.steps[:-1]
-        prompt = self._context.agent.prompt(trajectory.task, before, last.observation)
-        return prompt, last.action.completion
 
     @property
     def findings(self) -> Metrics:
@@ -111,7 +105,7 @@ class Adversarial(GRPO):
             self._discriminator.save(folder)
 
     def restore(self, folder: Path) -> None:
-        self._fresh = not (folder / "discriminator.safetensors").is_file()
+        self._fresh = not (folder / FILE).is_file()
         if not self._fresh:
             self._discriminator.restore(folder)
 
@@ -125,3 +119,9 @@ def paired(students: Sequence[Judged], teachers: Sequence[Judged]) -> list[tuple
         (s or students[k % len(students)], t or teachers[k % len(teachers)])
         for k, (s, t) in enumerate(pairs)
     ]
+
+
+def whole_text(agent: Agent, one: Judged) -> Text:
+    """All of an episode: its last prompt and what was answered."""
+    *before, last = one.trajectory.steps
+    return agent.prompt(one.trajectory.task, before, last.observation), last.action.completion

@@ -14,6 +14,8 @@ from .loss import KL, Clip, CovarianceClip
 
 class GroupConfig(TrainerConfig):
     attempts_per_task: int = Field(default=8, ge=2)
+    turns: int | None = Field(default=None, ge=1)
+    """The most actions of an episode that is learned; None: as many as the task allows."""
     baseline: Baseline = "grpo"
     """How a group's scores become advantages."""
     aggregation: Aggregation = "seq-mean-token-mean"
@@ -71,7 +73,8 @@ class GRPO:
 
     @property
     def plan(self) -> Plan:
-        return Plan(self._config.tasks_per_iteration, self._config.attempts_per_task)
+        config = self._config
+        return Plan(config.tasks_per_iteration, config.attempts_per_task, config.turns)
 
     async def batches(self, judged: Sequence[Judged]) -> list[Batch]:
         groups = by_task(judged)

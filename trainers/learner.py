@@ -4,7 +4,8 @@ import math
 import random
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
+from dataclasses import replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +24,16 @@ from ..core.config import Config
 from ..core.errors import LearnerError
 from ..core.models import open_model
 from ..core.seeds import derive
-from ..core.types import Batch, Loss, Metrics, SelectiveLoss, TokenArrays
-from .pack import Row, micro_batches, pack, token_weights
+from ..core.types import (
+    AdversarialLoss,
+    Batch,
+    DistributionLoss,
+    Loss,
+    Metrics,
+    StepLoss,
+    TokenArrays,
+)
+from .pack import Row, micro_batches, pack, token_weights, units
 
 LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}
 """The most logits held at once, by kind of device: 32 and 256 MiB in float32."""
@@ -79,6 +88,7 @@ class PlainLearner:
             raise LearnerError("learner.device is cuda, but there is no GPU; use auto or cpu")
         self._budget = config.budget(self._device.type)
         self._base = model
+        self._teachers: dict[str, Any] = {}
         self._begin()
 
     def _begin(self) -> None:
@@ -182,12 +192,11 @@ class PlainLearner:
         }
 
     def _steps(self, rows: Sequence[Row], examples: int, epoch: int) -> Iterable[list[Row]]:
-        order = list(rows)
+        order = units(rows)
         random.Random(derive(self._seed, "order", self._updates, epoch)).shuffle(order)
         steps = min(len(order), max(1, round(examples / self._config.batch_size)))
-        return (
-            order[len(order) * k // steps : len(order) * (k + 1) // steps] for k in range(steps)
-        )
+        cuts = [len(order) * k // steps for k in range(steps + 1)]
+        return ([row for unit in order[a:b] for row in unit] for a, b in pairwise(cuts))
 
     def _step(self, rows: list[Row], loss: Loss, rate: float) -> dict[str, float]:
         every = token_weights(rows, loss.aggregation, loss.length)
@@ -197,16 +206,20 @@ class PlainLearner:
             for k, row in enumerate(rows)
             if loss.needs_reference or any(span.advantage for span in row.spans)
         ]
-        if isinstance(loss, SelectiveLoss) and live:
-            every = self._selected(rows, every, loss)
+        if isinstance(loss, StepLoss) and live:
+            every = self._weighed(rows, every, loss)
         rows, weights = [rows[k] for k in live], [every[k] for k in live]
         if not rows:
             return dict.fromkeys(("loss", "grad_norm", "ratio", "kl_old", "tokens"), 0.0)
-        mine = self._mine(rows)
+        mine = [
+            ([rows[k] for k in group], [weights[k] for k in group]) for group in self._mine(rows)
+        ]
+        if isinstance(loss, AdversarialLoss):
+            self._challenge(mine, loss)
         sums = torch.zeros(4, dtype=torch.float64)
         with self._randomness("step", self._updates, self._accelerator.process_index):
-            for group in mine:
-                sums += self._backward([rows[k] for k in group], [weights[k] for k in group], loss)
+            for part, scale in mine:
+                sums += self._backward(part, scale, loss)
         if self._accelerator.num_processes > 1:
             sums = self._add_up(sums)
         norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), self._config.max_grad_norm)
@@ -236,40 +249,62 @@ class PlainLearner:
         groups = micro_batches(rows, self._budget, max(1, logits // vocabulary))
         return groups[self._accelerator.process_index :: self._accelerator.num_processes]
 
-    def _selected(
-        self, rows: Sequence[Row], weights: Sequence[list[list[float]]], loss: SelectiveLoss
+    def _weighed(
+        self, rows: Sequence[Row], weights: Sequence[list[list[float]]], loss: StepLoss
     ) -> list[list[list[float]]]:
-        """The weights, 0 where the loss, having seen the whole step, leaves a token out."""
+        """The weights, times what the loss, having seen the whole step, says of each token."""
         sizes = [sum(span.end - span.begin for span in row.spans) for row in rows]
         offsets = [0, *accumulate(sizes)]
-        logprobs = torch.zeros(offsets[-1], device=self._device)
+        found = torch.zeros(2, offsets[-1], device=self._device)
         self._model.eval()
         with torch.no_grad():
             for group in self._mine(rows):
                 # Rows come back one after another, as the spans inside each.
-                made = self._logprobs(*self._tensors([rows[k] for k in group]))
+                made = self._arrays([rows[k] for k in group], loss)
+                both = (made.logprobs, made.reference_logprobs)
                 at = 0
                 for k in group:
-                    logprobs[offsets[k] : offsets[k + 1]] = made[at : at + sizes[k]]
+                    for where, values in zip(found, both, strict=True):
+                        if values is not None:
+                            where[offsets[k] : offsets[k + 1]] = values[at : at + sizes[k]]
                     at += sizes[k]
         self._model.train()
         if self._accelerator.num_processes > 1:
-            logprobs = self._accelerator.reduce(logprobs, "sum")
-        arrays = TokenArrays(logprobs, *self._given(rows, logprobs))
-        chosen = iter(loss.select(arrays, derive(self._seed, "select", self._updates)).tolist())
-        return [[[w * next(chosen) for w in span] for span in row] for row in weights]
+            found = self._accelerator.reduce(found, "sum")
+        old, advantages, groups = self._given(rows, found[0])
+        reference = found[1] if loss.needs_reference else None
+        arrays = TokenArrays(found[0], old, advantages, reference, groups)
+        said = iter(loss.weigh(arrays, derive(self._seed, "weigh", self._updates)).tolist())
+        return [[[w * next(said) for w in span] for span in row] for row in weights]
 
-    def _given(self, rows: Sequence[Row], logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        """(N,), (N,): log-probabilities as sampled, or ``logprobs`` where unknown; advantages."""
+    def _challenge(
+        self, mine: Sequence[tuple[list[Row], list[list[list[float]]]]], loss: AdversarialLoss
+    ) -> None:
+        """One step of the loss's own parameters, up."""
+        for weight in loss.adversary:
+            weight.grad = None  # What the last descent has left there.
+        self._model.eval()
+        for rows, weights in mine:
+            with torch.no_grad():
+                arrays = self._arrays(rows, loss)
+            (-(loss(arrays) * self._scale(weights)).sum()).backward()
+        self._model.train()
+        if self._accelerator.num_processes > 1:
+            for weight in loss.adversary:
+                mine_only = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                weight.grad = self._accelerator.reduce(mine_only, "sum")
+        loss.climb()
+
+    def _given(self, rows: Sequence[Row], logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N,) each: log-probabilities as sampled, or ``logprobs`` where unknown; advantages;
+        groups."""
         device = self._device
         known = [s.old_logprobs or [torch.nan] * (s.end - s.begin) for r in rows for s in r.spans]
         old = torch.tensor([x for span in known for x in span], device=device)
-        advantages = torch.tensor(
-            [s.advantage for r in rows for s in r.spans for _ in range(s.begin, s.end)],
-            device=device,
-            dtype=torch.float32,
-        )
-        return old.where(~old.isnan(), logprobs.detach()), advantages
+        spans = [s for r in rows for s in r.spans for _ in range(s.begin, s.end)]
+        advantages = torch.tensor([s.advantage for s in spans], device=device, dtype=torch.float32)
+        groups = torch.tensor([s.group for s in spans], device=device)
+        return old.where(~old.isnan(), logprobs.detach()), advantages, groups
 
     def _add_up(self, sums: Tensor) -> Tensor:
         """Gradients and sums over all processes. By hand: some may hold no row at all."""
@@ -283,17 +318,10 @@ class PlainLearner:
         self, rows: Sequence[Row], weights: Sequence[list[list[float]]], loss: Loss
     ) -> Tensor:
         """Gradients of a micro-batch; sums of loss, ratio, estimated KL to the sampler, tokens."""
-        ids, where = self._tensors(rows)
-        logprobs = self._logprobs(ids, where)
-        reference = None
-        if loss.needs_reference:
-            with torch.no_grad(), self._model.disable_adapter():
-                reference = self._logprobs(ids, where)
-        old, advantages = self._given(rows, logprobs)
-        scale = torch.tensor([w for row in weights for span in row for w in span])
-        losses = loss(TokenArrays(logprobs, old, advantages, reference))
-        total = (losses * scale.to(self._device)).sum()
+        arrays = self._arrays(rows, loss)
+        total = (loss(arrays) * self._scale(weights)).sum()
         self._accelerator.backward(total)
+        old, logprobs = arrays.old_logprobs, arrays.logprobs
         gap = (old - logprobs).detach()
         return torch.stack(
             [
@@ -303,6 +331,51 @@ class PlainLearner:
                 torch.tensor(float(len(gap)), device=self._device),
             ]
         ).to("cpu", torch.float64)
+
+    def _scale(self, weights: Sequence[list[list[float]]]) -> Tensor:
+        return torch.tensor([w for row in weights for span in row for w in span]).to(self._device)
+
+    def _arrays(self, rows: Sequence[Row], loss: Loss) -> TokenArrays:
+        """What ``loss`` sees of these rows."""
+        ids, where = self._tensors(rows)
+        logits, states = self._logits(self._model, self._head, self._last, ids, where)
+        # Of all ways to say this, the one that holds the fewest copies of the logits.
+        logprobs = -functional.cross_entropy(logits, ids[where], reduction="none")
+        old, advantages, groups = self._given(rows, logprobs)
+        arrays = TokenArrays(logprobs, old, advantages, groups=groups)
+        if loss.needs_reference:
+            with torch.no_grad(), self._model.disable_adapter():
+                other, _ = self._logits(self._model, self._head, self._last, ids, where)
+                reference = -functional.cross_entropy(other, ids[where], reduction="none")
+            arrays = replace(arrays, reference_logprobs=reference)
+        if isinstance(loss, DistributionLoss):
+            teacher = self._teacher(loss.teacher)
+            with torch.no_grad():
+                theirs, _ = self._logits(teacher, teacher.get_output_embeddings(), None, ids, where)
+            arrays = replace(
+                arrays,
+                distribution=logits.log_softmax(-1),
+                teacher=theirs.log_softmax(-1),
+                states=states.detach().float(),
+            )
+        return arrays
+
+    def _teacher(self, name: str) -> Any:
+        """A frozen model of the same vocabulary, opened once. Raises: LearnerError: it is not."""
+        if name not in self._teachers:
+            dtype = self._config.precision
+            weights, tokens = open_model(
+                name, str(self._device), dtype, self._config.trust_remote_code
+            )
+            sizes = [m.config.get_text_config().vocab_size for m in (self._model, weights)]
+            if tokens.fingerprint != self._tokens.fingerprint or sizes[0] != sizes[1]:
+                raise LearnerError(
+                    f"the teacher {name!r} has another vocabulary ({sizes[1]} tokens) than the "
+                    f"model in training ({sizes[0]}): their distributions cannot be compared; "
+                    "learn from its text instead (imitation, rise, adversarial)"
+                )
+            self._teachers[name] = weights.eval()
+        return self._teachers[name]
 
     def _tensors(self, rows: Sequence[Row]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """(B, T) ids, padded on the right, and (N,), (N,): row and position of trained tokens."""
@@ -318,44 +391,20 @@ class PlainLearner:
         place = torch.tensor(spots).to(self._device)
         return ids.to(self._device), (place[:, 0], place[:, 1])
 
-    def _logprobs(self, ids: Tensor, where: tuple[Tensor, Tensor]) -> Tensor:
-        """(N,) float32, nats. No mask is needed: padding stands on the right of a causal row."""
+    def _logits(
+        self, model: Any, head: Any, last: Any, ids: Tensor, where: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """(N, V) float32, and (N, D) what the head made them from, that predict these tokens.
+
+        No mask is needed: padding stands on the right of a causal row.
+        """
         rows, at = where
         mixed = torch.autocast(
             self._device.type, torch.bfloat16, enabled=self._config.precision == "bfloat16"
         )
-        with self._only(rows, at - 1), mixed:
-            logits = self._model(input_ids=ids, use_cache=False).logits.float()
-        # Of all ways to say this, the one that holds the fewest copies of the logits.
-        return -functional.cross_entropy(logits, ids[rows, at], reduction="none")
-
-    @contextmanager
-    def _only(self, rows: Tensor, at: Tensor) -> Generator[None]:
-        """The head gets (N, D) hidden states of these positions in place of (B, T, D).
-
-        So does the last layer's MLP, as (1, N, D): nobody reads what it makes of other positions.
-        """
-
-        def select(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (args[0][rows, at],)
-
-        def select_one(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            shape.append(args[0].shape)
-            return (args[0][rows, at][None],)
-
-        def put_back(_: Any, __: Any, made: Tensor) -> Tensor:
-            return made.new_zeros(shape.pop()).index_put((rows, at), made[0])
-
-        shape: list[torch.Size] = []
-        hooks = [self._head.register_forward_pre_hook(select)]
-        if self._last is not None:
-            hooks.append(self._last.register_forward_pre_hook(select_one))
-            hooks.append(self._last.register_forward_hook(put_back))
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with only(head, last, rows, at - 1) as read, mixed:
+            logits = model(input_ids=ids, use_cache=False).logits.float()
+        return logits, read[0]
 
     def _rate(self, progress: float) -> float:
         left = 1 - min(max(progress, 0.0), 1.0)
@@ -421,3 +470,35 @@ class PlainLearner:
                 for slot in slots
                 if (value := state.get(f"optimizer.{slot}.{name}")) is not None
             }
+
+
+@contextmanager
+def only(head: Any, last: Any, rows: Tensor, at: Tensor) -> Generator[list[Tensor]]:
+    """A model's ``head`` gets (N, D) hidden states of these positions in place of (B, T, D).
+
+    So does ``last``, the last layer's MLP, if given, as (1, N, D): nobody reads what it makes of
+    other positions. What the head read is put into the list.
+    """
+
+    def select(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        read.append(args[0][rows, at])
+        return (read[-1],)
+
+    def select_one(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        shape.append(args[0].shape)
+        return (args[0][rows, at][None],)
+
+    def put_back(_: Any, __: Any, made: Tensor) -> Tensor:
+        return made.new_zeros(shape.pop()).index_put((rows, at), made[0])
+
+    read: list[Tensor] = []
+    shape: list[torch.Size] = []
+    hooks = [head.register_forward_pre_hook(select)]
+    if last is not None:
+        hooks.append(last.register_forward_pre_hook(select_one))
+        hooks.append(last.register_forward_hook(put_back))
+    try:
+        yield read
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,6 +1,7 @@
 """Losses: frozen settings that are also functions from (N,) token arrays to (N,) token losses."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -76,7 +77,7 @@ class CovarianceClip(Clip):
     above: float = 2.0
     below: float = 60.0
 
-    def select(self, arrays: TokenArrays, seed: int) -> Any:
+    def weigh(self, arrays: TokenArrays, seed: int) -> Any:
         advantages, logprobs = arrays.advantages, arrays.logprobs
         covariance = (advantages - advantages.mean()) * (logprobs - logprobs.mean())
         ratio = (logprobs - arrays.old_logprobs).clip(max=80).exp()
@@ -88,6 +89,115 @@ class CovarianceClip(Clip):
         learned = (advantages == advantages).to(advantages.dtype)
         learned[random.Random(seed).sample(found, count)] = 0
         return learned
+
+
+@dataclass(frozen=True)
+class SequenceClip:
+    """PPO's clip of whole sequences: one ratio for all of an example's tokens, their product.
+
+    As TextGAIL has it (Wu et al. 2021, arXiv:2004.13796). A sequence is an ``Example.group``; its
+    loss is -min(ratio A, clip(ratio) A), and that is what the sum of its tokens' gradients is of.
+    """
+
+    low: float = 0.2
+    high: float = 0.2
+    aggregation: Aggregation = "seq-mean-token-sum"
+    length: int = 1
+    needs_reference: bool = False
+
+    def weigh(self, arrays: TokenArrays, seed: int) -> Any:
+        """The sequence's ratio, 0 where it is clipped: d ratio = ratio * d log pi."""
+        gaps = group_sums(arrays.logprobs - arrays.old_logprobs, arrays.groups)
+        ratio = gaps.clip(max=80).exp()
+        cut = (arrays.advantages > 0) & (ratio > 1 + self.high)
+        cut |= (arrays.advantages < 0) & (ratio < 1 - self.low)
+        return ratio.where(~cut, ratio.new_zeros(()))
+
+    def __call__(self, arrays: TokenArrays) -> Any:
+        return -arrays.advantages * arrays.logprobs
+
+
+@dataclass(frozen=True)
+class DPO:
+    """-log sigmoid(beta * margin) of pairs (Rafailov et al. 2023, arXiv:2305.18290).
+
+    A pair is an ``Example.group``: the chosen one with the advantage 1, the rejected with -1. The
+    margin is the sum over their tokens of advantage * (log pi - log pi_old): the reference is the
+    policy that sampled them. Token losses have DPO's gradient, not its value.
+    """
+
+    beta: float = 0.1
+    aggregation: Aggregation = "seq-mean-token-sum"
+    length: int = 1
+    needs_reference: bool = False
+
+    def weigh(self, arrays: TokenArrays, seed: int) -> Any:
+        gaps = arrays.advantages * (arrays.logprobs - arrays.old_logprobs)
+        margins = group_sums(gaps, arrays.groups)
+        # A pair is two sequences, and the mean is over sequences.
+        return 2 * self.beta * (-self.beta * margins).sigmoid()
+
+    def __call__(self, arrays: TokenArrays) -> Any:
+        return -arrays.advantages * arrays.logprobs
+
+
+@dataclass(frozen=True)
+class MomentGap:
+    """How far the policy is from its teacher in the eyes of a bounded critic f(state, action).
+
+    sum_a (teacher(a) - pi(a)) f(s, a) at every state, over the whole vocabulary (AMMD: Jia 2024,
+    arXiv:2406.02959). Without a ``critic`` f is the one with |f| <= 1 that sees the most: the gap
+    is then sum_a |teacher(a) - pi(a)|, twice the total variation.
+    """
+
+    teacher: str
+    own: bool = False
+    """The states are the policy's own: that they come about hangs on its weights, too, and a token
+    answers for the gaps that follow it in its example."""
+    weight: float = 1.0
+    critic: Any = None
+    """(N, D) states and a vocabulary's size to (N, V) values in [-1, 1]."""
+    aggregation: Aggregation = "token-mean"
+    length: int = 1
+    needs_reference: bool = False
+
+    def __call__(self, arrays: TokenArrays) -> Any:
+        apart = arrays.teacher.exp() - arrays.distribution.exp()
+        if self.critic is None:
+            gap = apart.abs().sum(-1)
+        else:
+            gap = (apart * self.critic(arrays.states, apart.shape[-1])).sum(-1)
+        loss = gap
+        if self.own:
+            loss = gap + arrays.logprobs * following(gap.detach(), arrays.groups)
+        return self.weight * arrays.advantages * loss
+
+
+@dataclass(frozen=True)
+class ContestedGap(MomentGap):
+    """The same against a critic that learns."""
+
+    @property
+    def adversary(self) -> Sequence[Any]:
+        return self.critic.weights
+
+    def climb(self) -> None:
+        self.critic.climb()
+
+
+def group_sums(values: Any, groups: Any) -> Any:
+    """(N,): each token's sum over all of its group's; a token of no group (-1) is alone."""
+    places = groups.where(groups >= 0, groups.new_tensor(range(len(groups))) + groups.max() + 1)
+    _, where = places.unique(return_inverse=True)
+    return values.new_zeros(int(where.max()) + 1).index_add(0, where, values)[where]
+
+
+def following(values: Any, groups: Any) -> Any:
+    """(N,): each token's sum over those after it in its example, which is a run of one group."""
+    sums = values.cumsum(0)
+    _, counts = groups.unique_consecutive(return_counts=True)
+    ends = counts.cumsum(0) - 1
+    return sums[ends].repeat_interleave(counts) - sums
 
 
 def kl(logprobs: Any, reference: Any, estimator: KL) -> Any:

@@ -20,6 +20,8 @@ class Span:
     """(end - begin,) nats, or empty if unknown."""
     example: int
     """Its place among the examples."""
+    group: int = -1
+    """The example's."""
 
 
 @dataclass
@@ -62,7 +64,8 @@ def pack(examples: Sequence[Example], tokens: ChatTokens) -> list[Row]:
                 f"example {k} has {len(completion)} tokens and {len(logprobs)} log-probabilities; "
                 "there must be one each, or none"
             )
-        row.spans.append(Span(begin, len(row.ids), examples[k].advantage, logprobs, k))
+        one = examples[k]
+        row.spans.append(Span(begin, len(row.ids), one.advantage, logprobs, k, one.group))
         whole.setdefault(tuple(row.ids), []).append(row)
         lengths.add(len(row.ids))
         lasts.add(row.ids[-1])
@@ -82,6 +85,26 @@ def _row_to_extend(
                 if len(row.ids) == end:
                     return row
     return None
+
+
+def units(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows, in order, those together that share a group."""
+    made: list[list[Row]] = []
+    known: dict[int, list[Row]] = {}
+    for row in rows:
+        groups = {span.group for span in row.spans if span.group >= 0}
+        joined = [known[group] for group in groups if group in known]
+        unit = joined[0] if joined else []
+        if not joined:
+            made.append(unit)
+        for other in joined[1:]:
+            if other is not unit:
+                unit += other
+                made = [one for one in made if one is not other]
+                known |= {group: unit for group, one in known.items() if one is other}
+        unit.append(row)
+        known |= dict.fromkeys(groups, unit)
+    return made
 
 
 def token_weights(

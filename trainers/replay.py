@@ -5,11 +5,17 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 from ..core.files import read_json
 from ..core.store import TRAJECTORIES, read_trajectories, write_trajectories
 from ..core.types import Judged
+from .advantage import own_turns
+from .credit import score
+
+LEAST = 1e-6
+"""The priority of a step that is no better than expected."""
 
 
 @dataclass(frozen=True)
@@ -84,3 +90,31 @@ class Replay:
         pairs = zip(played, numbers["memories"], strict=True)
         self.memories = [Memory(judged, reward, step) for judged, (reward, step) in pairs]
         self.means = [(step, means) for step, means in numbers["means"]]
+
+
+def returns(one: Judged, gamma: float) -> list[float]:
+    """Of each own action: the score, discounted by how many actions come after it."""
+    last = len(one.trajectory.steps) - 1
+    return [gamma ** (last - turn) * score(one) for turn, _ in own_turns(one)]
+
+
+def recent(kept: Sequence[Judged], size: int) -> list[Judged]:
+    """The newest episodes with at most ``size`` actions together, the newest one at least."""
+    sums = list(accumulate(len(own_turns(one)) for one in reversed(kept)))
+    count = max(1, sum(total <= size for total in sums))
+    return list(kept[-count:])
+
+
+def prioritised(
+    gaps: Sequence[float], size: int, priority: float, correction: float, seed: int
+) -> list[tuple[int, float]]:
+    """``size`` places, drawn in proportion to max(gap, 1e-6)**priority, with importance weights.
+
+    A weight is (1 / (N p))**correction, over the greatest of those drawn (Schaul et al. 2016,
+    arXiv:1511.05952).
+    """
+    worth = [max(gap, LEAST) ** priority for gap in gaps]
+    drawn = random.Random(seed).choices(range(len(worth)), worth, k=size)
+    total = sum(worth)
+    weights = [(total / (len(worth) * worth[k])) ** correction for k in drawn]
+    return [(k, w / max(weights)) for k, w in zip(drawn, weights, strict=True)]

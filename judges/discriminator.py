@@ -1,0 +1,87 @@
+"""How far an attempt is taken for a teacher's, by the discriminator of an adversarial run."""
+
+import asyncio
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self, cast
+
+from pydantic import Field, model_validator
+
+from ..core.config import Config, JudgeConfig
+from ..core.errors import JudgeError
+from ..core.files import read_json
+from ..core.plugins import load
+from ..core.protocols import Agent
+from ..core.run import iterations
+from ..core.scalar import ScalarConfig, ScalarModel, Text
+from ..core.types import Stop, Trajectory, Verdict
+
+FILE = "discriminator.safetensors"
+"""What adversarial trainers write into an iteration's ``trainer`` folder."""
+
+
+class DiscriminatorJudgeConfig(JudgeConfig):
+    run: str
+    """The folder of a run whose trainer has a discriminator."""
+    token_budget: int = Field(default=4096, ge=1)
+    """Padded tokens computed at once."""
+
+    @model_validator(mode="after")
+    def _there(self) -> Self:
+        if not _files(Path(self.run)):
+            raise ValueError(f"no iteration of {self.run!r} holds a discriminator")
+        return self
+
+
+class DiscriminatorJudge:
+    """1 - D(episode), D as it was after the last iteration of that run: 1 is like a teacher's.
+
+    It tells likeness, not success: how far that is the same, ``evaluate --judge`` says. An episode
+    is read as that run's agent shows it. Undecided about episodes that failed to run.
+    """
+
+    Config = DiscriminatorJudgeConfig
+
+    def __init__(self, config: DiscriminatorJudgeConfig, world: Any) -> None:
+        """Raises: JudgeError, ModelError: the run is damaged, or its base model is not there."""
+        run = Path(config.run)
+        recipe = cast("dict[str, Any]", read_json(run / "recipe.json"))
+        settings = dict(recipe["agent"])
+        plugin = load("agents", settings.pop("use"))
+        agent_config: type[Config] = plugin.Config
+        self._agent: Agent = plugin(agent_config.model_validate(settings))
+        base = run / "base"
+        model = str(base) if base.is_dir() else recipe["policy"]["model"]
+        self._net = ScalarModel(ScalarConfig(token_budget=config.token_budget), model)
+        self._net.restore(_files(run)[-1])
+
+    async def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
+        sound = [t for t in trajectories if t.stop != Stop.FAILED and t.steps]
+        loop = asyncio.get_running_loop()
+        texts = list(map(self._text, sound))
+        found = await loop.run_in_executor(None, self._net.values, texts) if texts else []
+        values = {id(t): z for t, z in zip(sound, found, strict=True)}
+        return [
+            Verdict(None, t.error or "nothing was done", "discriminator")
+            if id(t) not in values
+            else self._verdict(values[id(t)])
+            for t in trajectories
+        ]
+
+    def _verdict(self, z: float) -> Verdict:
+        if not math.isfinite(z):
+            raise JudgeError(f"the discriminator says {z}; it has diverged in its training")
+        like = 1 / (1 + math.exp(max(-700.0, min(700.0, z))))
+        return Verdict(like, f"taken for a teacher's with probability {like:.3f}", "discriminator")
+
+    def _text(self, trajectory: Trajectory) -> Text:
+        *before, last = trajectory.steps
+        prompt = self._agent.prompt(trajectory.task, before, last.observation)
+        return prompt, last.action.completion
+
+
+def _files(run: Path) -> list[Path]:
+    """The discriminators of a run's iterations, in order."""
+    made = [folder / "trainer" / FILE for folder in iterations(run)]
+    return [file for file in made if file.is_file()]
