@@ -16,7 +16,7 @@ from ..core.recipe import Recipe, differences, read
 from ..core.statistics import compare_outcomes
 from .run import run
 
-SHARED = ("iterations", "budget", "environment", "agent", "policy", "judge", "evaluation")
+SHARED = ("budget", "environment", "agent", "policy", "evaluation")
 """What may not differ between methods: else it is not they that are compared."""
 BASELINE = "imitation"
 """The method that any other has to beat: the policy's own successes, cloned."""
@@ -28,8 +28,8 @@ def planned(
     """Each method's runs, by its recipe's name; imitation is added where it is missing.
 
     Raises:
-        RecipeError: a recipe is wrong, two share a name, they differ in more than trainer and
-            learner, or nothing limits what a method may spend.
+        RecipeError: a recipe is wrong, two share a name, they differ in more than trainer, judge
+            and learner, or nothing limits what a method may spend.
     """
     plans: dict[str, list[Recipe]] = {}
 
@@ -40,7 +40,7 @@ def planned(
 
     for recipe in recipes:
         add(Path(recipe).stem, recipe)
-    if not any(several[0].trainer.use == BASELINE for several in plans.values()):
+    if not any(is_baseline(several[0]) for several in plans.values()):
         add(BASELINE, recipes[0], [f"trainer.use={BASELINE}", "trainer.source=self"])
     (first, reference), *others = ((name, several[0]) for name, several in plans.items())
     faults: list[str] = []
@@ -48,13 +48,19 @@ def planned(
         a, b = ({key: one.dump()[key] for key in SHARED} for one in (reference, other))
         faults += [f"{first} and {name}: {line}" for line in differences(a, b)]
     if faults:
-        raise RecipeError("methods must differ in trainer and learner only:\n" + "\n".join(faults))
+        raise RecipeError(
+            "methods may differ in trainer, judge and learner only:\n" + "\n".join(faults)
+        )
     if reference.budget.environment_steps is None and reference.budget.tokens is None:
         raise RecipeError(
             "methods are compared at an equal budget, and none is given; say -o "
             "budget.environment_steps=N, -o budget.tokens=N or both, with iterations enough for it"
         )
     return plans
+
+
+def is_baseline(recipe: Recipe) -> bool:
+    return [phase.trainer.use for phase in recipe.phases] == [BASELINE]
 
 
 async def bench(
@@ -72,7 +78,7 @@ async def bench(
             console.print(f"{name}, seed {seed}", style="bold")
             folder = output / f"{name}-{seed}"
             results.setdefault(name, []).append(await run(several[seed], folder, console))
-    baseline = next(name for name, several in plans.items() if several[0].trainer.use == BASELINE)
+    baseline = next(name for name, several in plans.items() if is_baseline(several[0]))
     found: dict[str, Any] = {"baseline": baseline, "seeds": len(seeds), "methods": {}}
     for name, several in results.items():
         rows = [
@@ -82,7 +88,7 @@ async def bench(
         gains = [one["difference"] for one in rows]
         error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
         found["methods"][name] = {
-            "trainer": plans[name][0].trainer.dump(),
+            "recipe": plans[name][0].dump(),
             "mean_difference": statistics.fmean(gains),
             "standard_error": error,
             "better": sum(one["verdict"] == "better" for one in rows),

@@ -4,7 +4,8 @@ import asyncio
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..core.asking import patient
 from ..core.config import JudgeConfig, PolicyConfig
 from ..core.draw import draw, starts
 from ..core.errors import LearnerError
-from ..core.files import hard_link, read_json, write_json
+from ..core.files import read_json, write_json
 from ..core.judging import BROKEN, judged
 from ..core.protocols import (
     Agent,
@@ -24,26 +25,25 @@ from ..core.protocols import (
     Context,
     HasGuards,
     HasMemory,
+    HasNamedTasks,
     Judge,
     Learner,
     Policy,
     Trainer,
 )
-from ..core.recipe import Recipe, differences
+from ..core.recipe import Phase, Recipe, differences
 from ..core.rollout import ExpertPlayer, Player, failures_by_name, rollouts
 from ..core.run import Run, iteration_name
 from ..core.seeds import derive
-from ..core.statistics import compare_outcomes, wilson
 from ..core.store import TRAJECTORIES, write_trajectories
-from ..core.types import Judged, Metrics, Start, Stop
+from ..core.types import Completion, Judged, Metrics, Start, Stop, Task
 from ..core.worlds import Worlds, open_worlds
-from .base import STORY, made_here, prepare
-from .evaluate import Exam, examine, player_of, sampling_of, tokens_sampled, write_card
+from .base import made_here, prepare
+from .evaluate import Exam, examine, player_of, sampling_of, tokens_sampled
 from .progress import Progress
 from .report import report
+from .result import BASE, conclude, phase_name, points, seconds
 
-BASE = "base"
-"""The folder, in the run's, of a base model that was made here."""
 PATIENCE = 3
 """Iterations in a row from which nothing could be learned, after which a run stops."""
 
@@ -64,12 +64,16 @@ class Cast:
     judge: Judge
     learner: Learner
     progress: Progress
+    phase: Phase
+    """The one that the iteration in hand belongs to."""
     blind: Worlds | None = None
     """Worlds that never say whether an attempt was right; opened when first asked for."""
     seed: int = 0
     """Of the iteration in hand."""
     played: list[Judged] = field(default_factory=list[Judged])
     """Every episode of the iteration in hand."""
+    asked: int = 0
+    """Tokens that were sampled in it outside of episodes."""
     stopped: str = ""
     """Why the run ended before its last iteration."""
 
@@ -121,7 +125,8 @@ async def run(recipe: Recipe, output: Path, console: Console) -> dict[str, Any]:
             try:
                 agent, judge = recipe.agent.make(), recipe.judge.make(worlds.sample)
                 learner = recipe.learner.make(base, recipe.seed)
-                cast = Cast(recipe, worlds, base, agent, policy, judge, learner, progress)
+                first = recipe.phases[0]
+                cast = Cast(recipe, worlds, base, agent, policy, judge, learner, progress, first)
                 try:
                     await improve(cast, kept)
                 finally:
@@ -129,7 +134,7 @@ async def run(recipe: Recipe, output: Path, console: Console) -> dict[str, Any]:
                         await cast.blind.close()
             finally:
                 await policy.close()
-        result = conclude(cast, kept)
+        result = conclude(recipe, base, cast.stopped, kept)
         progress.say(f"report: {report(output)}")
         return result
 
@@ -149,47 +154,85 @@ async def begun(recipe: Recipe, worlds: Worlds, kept: Run, progress: Progress) -
 
 
 async def improve(cast: Cast, kept: Run) -> None:
-    """Every iteration that is not committed yet, between two evaluations on the same tasks."""
-    recipe = cast.recipe
+    """Every iteration that is not committed yet, between evaluations on the same tasks."""
+    recipe, judge = cast.recipe, cast.judge
     opened: dict[str, Policy] = {}
     try:
         means = context(cast, opened)
-        if isinstance(cast.judge, AsksPolicies):
-            cast.judge.ask_through(asked_by_judges(means))
-            # What cannot be opened is better known before anything is played.
-            await cast.judge.judge([])
-        trainer: Trainer = recipe.trainer.make(means)
+        await introduced(judge, means)
+        # Before anything is played: what cannot be opened or is unfit is better known now.
+        judges = [await judge_of(cast, means, phase) for phase in recipe.phases]
+        trainers: list[Trainer] = [
+            phase.trainer.make(replace(means, judge=mine))
+            for phase, mine in zip(recipe.phases, judges, strict=True)
+        ]
         await evaluated(cast, kept, "base")
         if kept.finished:
             last = kept.path(iteration_name(kept.finished - 1))
+            trainer = trainers[phase_of(recipe, kept.finished - 1)]
             if isinstance(trainer, HasMemory):
                 trainer.restore(last / "trainer")
             cast.learner.restore(last / "learner")
             await cast.policy.load(last / "checkpoint")
             cast.progress.say(f"resuming after iteration {kept.finished} of {recipe.iterations}")
-        try:
-            await rounds(cast, means, trainer, kept)
-        except Alarm as alarm:
-            if not kept.finished:
-                raise LearnerError(f"nothing was learned: {alarm}") from None
-            cast.stopped = f"after iteration {kept.finished} of {recipe.iterations}: {alarm}"
-            cast.progress.say(f"stopped {cast.stopped}")
+        begin = 0
+        for number, phase in enumerate(recipe.phases):
+            cast.phase, cast.judge = phase, judges[number]
+            try:
+                await rounds(cast, means, trainers[number], kept, begin)
+            except Alarm as alarm:
+                cast.stopped = f"after iteration {kept.finished} of {recipe.iterations}: {alarm}"
+                cast.progress.say(f"stopped {cast.stopped}")
+                break
+            begin += phase.iterations
+            if begin < recipe.iterations and kept.finished == begin:
+                cast.judge = judge
+                await evaluated(cast, kept, phase_name(number))
+        cast.judge = judge
         await evaluated(cast, kept, "final")
     finally:
         for other in opened.values():
             await other.close()
 
 
-async def rounds(cast: Cast, means: Context, trainer: Trainer, kept: Run) -> None:
-    """The iterations that are left, each committed by itself. Raises: Alarm: the trainer's."""
+async def judge_of(cast: Cast, means: Context, phase: Phase) -> Judge:
+    if phase.judge is cast.recipe.judge:
+        return cast.judge
+    judge: Judge = phase.judge.make(cast.worlds.sample)
+    await introduced(judge, means)
+    return judge
+
+
+async def introduced(judge: Judge, means: Context) -> None:
+    """Told where to find the policies it asks, which are opened."""
+    if isinstance(judge, AsksPolicies):
+        judge.ask_through(asked_by_judges(means))
+        await judge.judge([])
+
+
+def phase_of(recipe: Recipe, index: int) -> int:
+    """The number of the phase that an iteration belongs to."""
+    ends = accumulate(phase.iterations for phase in recipe.phases)
+    return next(number for number, end in enumerate(ends) if index < end)
+
+
+async def rounds(cast: Cast, means: Context, trainer: Trainer, kept: Run, begin: int) -> None:
+    """The iterations of a phase that are left, each committed by itself; ``begin`` is its first.
+
+    Raises:
+        Alarm: the trainer's. The iteration it was raised in is kept, but nothing was learned in it.
+    """
     recipe, policy = cast.recipe, cast.policy
-    for index in range(kept.finished, recipe.iterations):
+    if isinstance(trainer, HasGuards) and trainer.alarm:
+        raise Alarm(trainer.alarm)  # Raised before the run was killed.
+    for index in range(max(begin, kept.finished), begin + cast.phase.iterations):
         spent = spent_share(kept, recipe)
         if spent >= 1:
             cast.progress.say(f"the budget is spent after iteration {index}")
             break
+        done = max((index - begin) / cast.phase.iterations, spent)
         with kept.draft(iteration_name(index)) as folder:
-            metrics = await iterate(cast, means, trainer, index, spent)
+            metrics = await iterate(cast, means, trainer, index, done)
             clock = Clock()
             cast.learner.export(folder / "checkpoint")
             cast.learner.save(folder / "learner")
@@ -205,7 +248,9 @@ async def rounds(cast: Cast, means: Context, trainer: Trainer, kept: Run) -> Non
         # The draft has its final name now; the weights are to be known by that.
         await policy.load(kept.path(iteration_name(index)) / "checkpoint")
         cast.progress.say(line(index, recipe.iterations, metrics))
-        watch(kept, index)
+        if isinstance(trainer, HasGuards) and trainer.alarm:
+            raise Alarm(trainer.alarm)
+        watch(kept, begin, index)
 
 
 def spent_share(kept: Run, recipe: Recipe) -> float:
@@ -218,11 +263,11 @@ def spent_share(kept: Run, recipe: Recipe) -> float:
 
 
 async def iterate(
-    cast: Cast, means: Context, trainer: Trainer, index: int, spent: float = 0.0
+    cast: Cast, means: Context, trainer: Trainer, index: int, progress: float = 0.0
 ) -> Metrics:
     """Play, judge, learn once. The episodes are left in ``cast.played``."""
     recipe, plan = cast.recipe, trainer.plan
-    cast.played = []
+    cast.played, cast.asked = [], 0
     cast.seed = derive(recipe.seed, "iteration", index)
     clock = Clock()
     given: list[Judged] = []
@@ -235,13 +280,12 @@ async def iterate(
         else:
             given = await (await means.play_as(plan.player))(begin)
     batches = await trainer.batches(given)
-    metrics = {"time/rollout_s": clock.lap()} | summary(cast.played)
+    metrics = {"time/rollout_s": clock.lap()} | summary(cast.played, cast.asked)
     if isinstance(trainer, HasGuards):
         metrics |= trainer.findings
         if trainer.alarm:
-            raise Alarm(trainer.alarm)
+            batches = []
     loop = asyncio.get_running_loop()
-    progress = max(index / recipe.iterations, spent)
     learned: list[Metrics] = []
     with cast.progress.stage(f"iteration {index + 1}: learning"):
         for batch in batches:
@@ -290,8 +334,14 @@ def context(cast: Cast, opened: dict[str, Policy]) -> Context:
             opened[name] = cast.recipe.policy.make(model, cast.recipe.seed)
         return opened[name]
 
+    def count(said: Completion) -> None:
+        cast.asked += len(said.token_ids)
+
     async def open_patient(name: str) -> Policy:
-        return patient(await open_policy(name), config.timeout_s)
+        return patient(await open_policy(name), config.timeout_s, count)
+
+    def named(id: str) -> Task:
+        return named_task(cast.worlds, id)
 
     async def play_as(name: str) -> Attempt:
         player: Player = cast.expert
@@ -307,15 +357,31 @@ def context(cast: Cast, opened: dict[str, Policy]) -> Context:
     return Context(
         cast.agent,
         cast.judge,
-        patient(cast.policy, config.timeout_s),
+        patient(cast.policy, config.timeout_s, count),
         play,
         play_blind,
         play_as,
         open_patient,
+        named,
         sampling,
         cast.base,
         cast.recipe.seed,
     )
+
+
+SCANNED = 100_000
+"""Training tasks that are looked through for a name, in worlds that cannot look it up."""
+
+
+def named_task(worlds: Worlds, id: str) -> Task:
+    """Raises: ValueError: there is no such training task."""
+    if isinstance(worlds.sample, HasNamedTasks):
+        return worlds.sample.named(id)
+    tasks = worlds.tasks("train")
+    for index in range(min(len(tasks), SCANNED)):
+        if tasks[index].id == id:
+            return tasks[index]
+    raise ValueError(f"there is no training task {id!r}")
 
 
 def asked_by_judges(means: Context) -> Callable[[str], Awaitable[Policy]]:
@@ -331,22 +397,25 @@ async def attempt(
     """Play and judge; the episodes join the iteration's."""
     with cast.progress.stage(what, len(begin)) as tell:
         played = await rollouts(player, worlds or cast.worlds, begin, cast.seed, tell)
-    config = cast.recipe.judge.config
+    config = cast.phase.judge.config
     assert isinstance(config, JudgeConfig)
     given = await judged(cast.judge, played, config)
     cast.played += given
     return given
 
 
-def summary(played: Sequence[Judged]) -> Metrics:
-    """What was played, in numbers; nothing undefined is written down as a number."""
+def summary(played: Sequence[Judged], asked: int = 0) -> Metrics:
+    """What was played, in numbers; nothing undefined is written down as a number.
+
+    ``asked``: tokens that were sampled outside of episodes.
+    """
     trajectories = [j.trajectory for j in played]
     scores = [j.verdict.score for j in played if j.verdict.score is not None]
     own = [step for t in trajectories for step in t.steps[t.replayed :]]
     metrics: Metrics = {
         "rollout/episodes": float(len(played)),
         "rollout/environment_steps": float(sum(len(t.steps) for t in trajectories)),
-        "rollout/tokens": float(tokens_sampled(trajectories)),
+        "rollout/tokens": float(tokens_sampled(trajectories) + asked),
         "rollout/failed": float(sum(t.stop == Stop.FAILED for t in trajectories)),
         "judge/undecided": float(len(played) - len(scores)),
         "judge/broken": float(sum(j.verdict.judge == BROKEN for j in played)),
@@ -400,11 +469,11 @@ async def evaluated(cast: Cast, kept: Run, name: str) -> None:
     )
 
 
-def watch(kept: Run, index: int) -> None:
-    """Raises: LearnerError: the last iterations had nothing to learn from."""
+def watch(kept: Run, begin: int, index: int) -> None:
+    """Raises: LearnerError: the phase's last iterations had nothing to learn from."""
     recent = [
         read_json(kept.path(iteration_name(k)) / "metrics.json")
-        for k in range(max(0, index + 1 - PATIENCE), index + 1)
+        for k in range(max(begin, index + 1 - PATIENCE), index + 1)
     ]
     if len(recent) == PATIENCE and not any(m.get("train/examples") for m in recent):
         score = recent[-1].get("judge/score", "undefined")
@@ -414,127 +483,6 @@ def watch(kept: Run, index: int) -> None:
             f"{recent[-1]['rollout/failed']:.0f} failed); warm the policy up, make the tasks "
             "easier, or loosen the trainer's filter"
         )
-
-
-def conclude(cast: Cast, kept: Run) -> dict[str, Any]:
-    """The checkpoint's folder and ``result.json``."""
-    recipe = cast.recipe
-    if not kept.has("checkpoint"):
-        with kept.draft("checkpoint") as folder:
-            last = kept.path(iteration_name(kept.finished - 1)) / "checkpoint"
-            shutil.copytree(last, folder, dirs_exist_ok=True)
-            inside = Path(cast.base).is_dir()
-            if inside:
-                # What is kept with the run is never rewritten; of somebody else's nobody knows.
-                put = hard_link if kept.has(BASE) else shutil.copy2
-                shutil.copytree(cast.base, folder / "base", copy_function=put)
-            card: dict[str, Any] = recipe.dump()
-            card |= {"base": "base" if inside else cast.base, "base_inside": inside}
-            write_card(folder, card)
-    base, final = (files.read(kept.path(f"evaluations/{name}")) for name in ("base", "final"))
-    rounds = [
-        read_json(kept.path(iteration_name(k)) / "metrics.json") for k in range(kept.finished)
-    ]
-
-    def total(key: str) -> int:
-        return int(sum(metrics.get(key, 0.0) for metrics in rounds))
-
-    warm = read_json(kept.path(BASE) / STORY) if kept.has(BASE) else None
-    training = sum(sum(seconds(metrics).values()) for metrics in rounds)
-    validation = sum(seconds(metrics).get("validation", 0.0) for metrics in rounds)
-    compared = compare_outcomes(base.outcomes, final.outcomes)
-    result: dict[str, Any] = {
-        "recipe": recipe.name,
-        "seed": recipe.seed,
-        "base": brief(base),
-        "final": brief(final),
-        "comparison": {
-            "difference": compared.difference,
-            "interval": list(compared.interval),
-            "p_value": compared.p_value,
-            "verdict": compared.verdict,
-            "test": compared.test,
-            "only_base": compared.only_a,
-            "only_final": compared.only_b,
-        },
-        "stopped": cast.stopped or None,
-        "introspection": None,
-        "curve": [point(k, metrics) for k, metrics in enumerate(rounds) if points(metrics)],
-        "wall_s": (warm["wall_s"] if warm else 0.0) + training + base.wall_s + final.wall_s,
-        "environment_steps": total("rollout/environment_steps"),
-        "tokens_sampled": total("rollout/tokens"),
-        "tokens_trained": total("train/total_tokens"),
-        "warm_start": warm,
-        "evaluation": {
-            "wall_s": base.wall_s + final.wall_s + validation,
-            "environment_steps": base.environment_steps
-            + final.environment_steps
-            + total("validation/environment_steps"),
-            "tokens_sampled": base.tokens_sampled
-            + final.tokens_sampled
-            + total("validation/tokens"),
-        },
-        "costs": [costs(k, metrics) for k, metrics in enumerate(rounds)],
-    }
-    if base.introspection and final.introspection:
-        tables = (read_json(kept.path(f"evaluations/{n}/{files.FILE}")) for n in ("base", "final"))
-        result["introspection"] = dict(
-            zip(("base", "final"), (t["introspection"] for t in tables), strict=True)
-        )
-    write_json(kept.path("result.json"), result)
-    return result
-
-
-def brief(evaluation: files.EvaluationResult) -> dict[str, Any]:
-    return {
-        "tasks": evaluation.tasks,
-        "successes": evaluation.successes,
-        "success_rate": evaluation.success_rate,
-        "interval": list(evaluation.interval),
-        "failed": evaluation.failed,
-        "failures": evaluation.failures,
-    }
-
-
-def seconds(metrics: Metrics) -> dict[str, float]:
-    """Where an iteration's time went, by phase."""
-    return {
-        key.removeprefix("time/").removesuffix("_s"): value
-        for key, value in metrics.items()
-        if key.startswith("time/")
-    }
-
-
-def costs(index: int, metrics: Metrics) -> dict[str, Any]:
-    """What one iteration's training cost, its evaluation left out."""
-    prefix = "failures/"
-    return {
-        "iteration": index + 1,
-        "episodes": int(metrics["rollout/episodes"]),
-        "environment_steps": int(metrics["rollout/environment_steps"]),
-        "tokens_sampled": int(metrics["rollout/tokens"]),
-        "tokens_trained": int(metrics.get("train/total_tokens", 0)),
-        "wall_s": sum(v for k, v in seconds(metrics).items() if k != "validation"),
-        "failures": {
-            key.removeprefix(prefix): int(value)
-            for key, value in metrics.items()
-            if key.startswith(prefix)
-        },
-    }
-
-
-def points(metrics: Metrics) -> bool:
-    return "validation/success" in metrics
-
-
-def point(index: int, metrics: Metrics) -> dict[str, Any]:
-    rate, tasks = metrics["validation/success"], int(metrics["validation/tasks"])
-    return {
-        "iteration": index + 1,
-        "success_rate": rate,
-        "interval": list(wilson(round(rate * tasks), tasks)),
-        "tasks": tasks,
-    }
 
 
 def line(index: int, iterations: int, metrics: Metrics) -> str:

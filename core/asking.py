@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,8 @@ class Patient:
 
     policy: Policy
     timeout_s: float
+    told: Callable[[Completion], None] | None = None
+    """Hears of every completion."""
 
     @property
     def checkpoint(self) -> str:
@@ -33,7 +35,10 @@ class Patient:
         self, prompt: Sequence[Message], sampling: Sampling, seed: int
     ) -> Completion:
         async with deadline(self.timeout_s, "the policy's completion"):
-            return await self.policy.complete(prompt, sampling, seed)
+            said = await self.policy.complete(prompt, sampling, seed)
+        if self.told:
+            self.told(said)
+        return said
 
     async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
         async with deadline(self.timeout_s, "the policy's log-probabilities"):
@@ -56,10 +61,12 @@ class PatientEmbedder(Patient):
             return await self.policy.embed(texts)
 
 
-def patient(policy: Policy, timeout_s: float) -> Patient:
+def patient(
+    policy: Policy, timeout_s: float, told: Callable[[Completion], None] | None = None
+) -> Patient:
     """``policy``, whose answers have that deadline; it can do what it could."""
     kind = PatientEmbedder if isinstance(policy, HasEmbeddings) else Patient
-    return kind(policy, timeout_s)
+    return kind(policy, timeout_s, told)
 
 
 async def yes_share(

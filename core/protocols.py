@@ -92,6 +92,15 @@ class HasAttempts(Protocol):
         ...
 
 
+@runtime_checkable
+class HasNamedTasks(Protocol):
+    """A world that knows its training tasks by their ids, however many there are."""
+
+    def named(self, id: str) -> Task:
+        """Raises: ValueError: there is no such task, or it is not for training."""
+        ...
+
+
 class Agent(Protocol):
     """How a model reads and acts: two pure functions, no I/O."""
 
@@ -212,6 +221,8 @@ class Context:
     open: Callable[[str], Awaitable[Policy]]
     """Another policy to ask: ``base`` is the one the run began with, frozen; any other name a
     model folder or hub id. Opened once, closed by the run."""
+    named: Callable[[str], Task]
+    """The training task of an id. Raises ValueError: there is none."""
     sampling: Sampling
     """How the policy is sampled in training."""
     base: str

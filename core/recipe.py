@@ -31,6 +31,11 @@ DEFAULTS = {"agent": "chat", "policy": "transformers", "judge": "reward", "learn
 BASES: dict[str, type[Config]] = {"policy": PolicyConfig, "judge": JudgeConfig}
 """What the configs of these sections derive from, for the loop reads some of their keys."""
 
+ALONE = ("trainer", "iterations")
+"""What a recipe without ``phases`` says once, and each of the phases for itself."""
+SHARED = tuple(key for key in SECTIONS if key not in ALONE)
+"""The sections that all phases share."""
+
 _SHIPPED = Path(__file__).parents[1] / "recipes"
 _FLEET = frozenset(Fleet.model_fields)
 
@@ -50,6 +55,16 @@ class Top(Config):
     evaluation: Evaluation = Field(default_factory=lambda: Evaluation.model_validate({}))
 
 
+class Spell(Config):
+    """The keys of one of several ``phases`` beside its ``trainer`` and its ``judge``."""
+
+    iterations: int = Field(default=10, ge=1)
+
+
+KEYS = (*SECTIONS, *Top.model_fields, "phases", "extends")
+"""All that a recipe may say."""
+
+
 @dataclass(frozen=True)
 class Section:
     """A plug-in as a recipe uses it: its name, its class, its checked config."""
@@ -67,17 +82,27 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """Some iterations by one trainer."""
+
+    trainer: Section
+    judge: Section
+    iterations: int
+
+
+@dataclass(frozen=True)
 class Recipe:
     name: str
     """The file's, without folder and suffix."""
     seed: int
-    iterations: int
+    phases: tuple[Phase, ...]
+    """At least one; the weights in training go from each to the next."""
     budget: Budget
     environment: Section
     agent: Section
     policy: Section
     judge: Section
-    trainer: Section
+    """Of evaluations, and of phases that name none."""
     learner: Section
     evaluation: Evaluation
     fleet: Fleet
@@ -85,11 +110,28 @@ class Recipe:
     notes: tuple[str, ...] = ()
     """What the reader should know: keys that an override made void."""
 
+    @property
+    def iterations(self) -> int:
+        """Of all phases together, at most."""
+        return sum(phase.iterations for phase in self.phases)
+
     def dump(self) -> dict[str, Any]:
         """Every key with its value, defaults included, as a recipe would say it."""
-        sections: dict[str, Section] = {key: getattr(self, key) for key in SECTIONS}
-        plain: dict[str, Any] = {"seed": self.seed, "iterations": self.iterations}
+        sections: dict[str, Section] = {key: getattr(self, key) for key in SHARED}
+        plain: dict[str, Any] = {"seed": self.seed}
         plain |= {key: section.dump() for key, section in sections.items()}
+        if len(self.phases) == 1:
+            plain["iterations"] = self.iterations
+            plain["trainer"] = self.phases[0].trainer.dump()
+        else:
+            plain["phases"] = [
+                {
+                    "trainer": phase.trainer.dump(),
+                    "judge": phase.judge.dump(),
+                    "iterations": phase.iterations,
+                }
+                for phase in self.phases
+            ]
         plain["environment"] |= self.fleet.model_dump(mode="json")
         plain["budget"] = self.budget.model_dump(mode="json")
         plain["evaluation"] = self.evaluation.model_dump(mode="json")
@@ -107,22 +149,22 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: listing every fault of the file and of the overrides, one a line.
     """
     file = _find(Path(path))
-    draft = _Draft.parsed(_text(file), str(path) if Path(path) == file else file.name)
+    draft = _opened(file, str(path) if Path(path) == file else file.name)
     draft.override(overrides)
     for key in draft.values:
-        if key not in SECTIONS and key not in Top.model_fields:
-            known = (*SECTIONS, *Top.model_fields)
-            draft.fault((key,), f"unknown key; {nearest(key, known)}")
+        if key not in KEYS:
+            draft.fault((key,), f"unknown key; {nearest(key, KEYS)}")
     top = draft.checked(Top, {k: v for k, v in draft.values.items() if k in Top.model_fields})
     fleet = draft.fleet()
-    sections = {key: draft.section(key) for key in SECTIONS}
+    sections = {key: draft.section(key) for key in SHARED}
+    phases = draft.phases(top, sections["judge"])
     draft.stop_if_faulty()
     found = {key: section for key, section in sections.items() if section}
-    assert top and fleet and len(found) == len(SECTIONS)
+    assert top and fleet and phases and len(found) == len(SHARED)
     return Recipe(
         name=file.stem,
         seed=top.seed,
-        iterations=top.iterations,
+        phases=phases,
         budget=top.budget,
         evaluation=top.evaluation,
         fleet=fleet,
@@ -211,8 +253,7 @@ class _Draft:
             draft.values = values
         elif not document.faults:
             got = "nothing" if document.value is None else show(document.value)
-            known = ", ".join([*SECTIONS, *Top.model_fields])
-            draft.fault((), f"a recipe is a mapping with the keys {known}; got {got}")
+            draft.fault((), f"a recipe is a mapping with the keys {', '.join(KEYS)}; got {got}")
         if draft.faults and not draft.values:
             draft.stop_if_faulty()  # What else is missing would only be noise.
         return draft
@@ -245,39 +286,99 @@ class _Draft:
                 self._switch(str(path[0]), value, place)
             self._set(path, value, place)
 
+    def extend(self, base: "_Draft") -> None:
+        """Add what only ``base`` says. A plug-in's keys go with its name."""
+        merged = {**base.values}
+        for key, mine in self.values.items():
+            theirs, own = _mapping(base.values.get(key)), _mapping(mine)
+            merged[key] = mine
+            if theirs is None or own is None:
+                continue
+            default = DEFAULTS.get(key)
+            if own.get("use", theirs.get("use", default)) == theirs.get("use", default):
+                merged[key] = {**theirs, **own}
+        if "phases" in self.values:
+            merged = {k: v for k, v in merged.items() if k in self.values or k not in ALONE}
+        elif set(ALONE) & set(self.values):
+            merged.pop("phases", None)
+        self.values = merged
+        self.places = {**base.places, **self.places}
+        self.faults += base.faults
+        self.spoiled |= base.spoiled
+
+    def phases(self, top: Top | None, judge: Section | None) -> tuple[Phase, ...]:
+        """The phases, none with what is wrong added to the faults."""
+        if "phases" not in self.values:
+            trainer = self.section("trainer")
+            return (Phase(trainer, judge, top.iterations),) if trainer and judge and top else ()
+        for key in ALONE:
+            if key in self.values:
+                self.fault((key,), f"stands in each of the phases; leave {key} out here")
+        given: Any = self.values["phases"]
+        if not isinstance(given, list) or not given:
+            said = "wanted a list of phases {trainer: {use: NAME, ...}, iterations: N}"
+            self.fault(("phases",), f"{said}, got {show(given)}")
+            return ()
+        items = cast("list[Any]", given)
+        made = [self._phase(k, item, judge) for k, item in enumerate(items)]
+        found = tuple(phase for phase in made if phase)
+        return found if len(found) == len(items) else ()
+
+    def _phase(self, index: int, item: Any, judge: Section | None) -> Phase | None:
+        at = ("phases", index)
+        given = _mapping(item)
+        if given is None:
+            self.fault(
+                at, f"wanted {{trainer: {{use: NAME, ...}}, iterations: N}}, got {show(item)}"
+            )
+            return None
+        spell = self.checked(
+            Spell, {k: v for k, v in given.items() if k not in ("trainer", "judge")}, at
+        )
+        trainer = self.section("trainer", at)
+        mine = self.section("judge", at) if "judge" in given else judge
+        return Phase(trainer, mine, spell.iterations) if spell and trainer and mine else None
+
     def fleet(self) -> Fleet | None:
         given = _mapping(self.values.get("environment")) or {}
         mine = {key: value for key, value in given.items() if key in _FLEET}
         return self.checked(Fleet, mine, ("environment",))
 
-    def section(self, key: str) -> Section | None:
-        """The section ``key``, or None with what is wrong added to the faults."""
-        if key not in self.values and key not in DEFAULTS:
-            self.fault((), f"{key} is missing; give {key}: {{use: NAME, ...}}")
+    def section(self, key: str, at: KeyPath = ()) -> Section | None:
+        """The section ``key``, of the phase ``at`` or of the recipe.
+
+        None with what is wrong added to the faults.
+        """
+        values: Any = self.values
+        for part in at:
+            values = values[part]
+        if key not in values and key not in DEFAULTS:
+            self.fault(at, f"{key} is missing; give {key}: {{use: NAME, ...}}")
             return None
-        came: Any = self.values.get(key, {})
+        came: Any = values.get(key, {})
+        here = (*at, key)
         given = _mapping(came)
         if given is None:
             said = f"wanted a mapping {{use: NAME, ...}}, got {show(came)}"
             near = f"; did you mean {key}: {{use: {came}}}?" if isinstance(came, str) else ""
-            self.fault((key,), said + near)
+            self.fault(here, said + near)
             return None
         use: Any = given.get("use", DEFAULTS.get(key))
         if not isinstance(use, str):
             which = (
                 "use is missing; say which" if "use" not in given else f"got {show(use)} for use"
             )
-            self.fault((key,), f"{which}: {key}: {{use: NAME, ...}}")
+            self.fault(here, f"{which}: {key}: {{use: NAME, ...}}")
             return None
         try:
             plugin = load(SECTIONS[key], use)
             model = config_class(plugin, BASES.get(key, Config))
         except PluginError as error:
-            self.fault((key, "use") if "use" in given else (key,), str(error))
+            self.fault((*here, "use") if "use" in given else here, str(error))
             return None
         beside = _FLEET if key == "environment" else frozenset[str]()
         own = {k: value for k, value in given.items() if k != "use" and k not in beside}
-        config = self.checked(model, own, (key,), {"use", *beside})
+        config = self.checked(model, own, here, {"use", *beside})
         return Section(use, plugin, config) if config is not None else None
 
     def checked(
@@ -299,17 +400,25 @@ class _Draft:
 
     def _set(self, path: KeyPath, value: Any, place: _Place) -> None:
         holder: Any = self.values
-        for depth, part in enumerate(path[:-1], 1):
-            if holder.get(part) is None:
-                holder[part] = {}
+        for depth in range(1, len(path)):
+            part: Any = path[depth - 1]
+            inner: Any = holder[part] if isinstance(part, int) else holder.get(part)
+            if inner is None:
+                inner = holder[part] = {}
                 self.places[path[:depth]] = place
-            elif not isinstance(holder[part], dict):
-                said = f"{'.'.join(map(str, path[:depth]))} is {show(holder[part])}, not a mapping"
+            if isinstance(inner, list):
+                items, where = cast("list[Any]", inner), str(path[depth])
+                if where.isdecimal() and int(where) < len(items) and len(path) > depth + 1:
+                    path = (*path[:depth], int(where), *path[depth + 1 :])
+                    holder = items
+                    continue
+            if not isinstance(inner, dict):
+                said = f"{'.'.join(map(str, path[:depth]))} is {show(inner)}, not a mapping"
                 if depth == 1 and part in SECTIONS:
                     said += " {use: NAME, ...}"
                 self.faults.append((place, _named(path, said)))
                 return
-            holder = holder[part]
+            holder = cast("dict[str, Any]", inner)
         holder[path[-1]] = value
         self.places = {p: old for p, old in self.places.items() if p[: len(path)] != path}
         self.places[path] = place
@@ -350,6 +459,28 @@ def config_class(plugin: type[Any], base: type[Config] = Config) -> type[Config]
     raise PluginError(
         f"{name} lacks a nested class Config that derives from core.config.{base.__name__}"
     )
+
+
+def _opened(file: Path, name: str, seen: tuple[Path, ...] = ()) -> _Draft:
+    """The file's values on top of those of the recipe that it ``extends``, if it does."""
+    draft = _Draft.parsed(_text(file), name)
+    if "extends" not in draft.values:
+        return draft
+    base: Any = draft.values.pop("extends")
+    if not isinstance(base, str):
+        draft.fault(("extends",), f"wanted a recipe's name or file, got {show(base)}")
+        return draft
+    if file.resolve() in seen:
+        draft.fault(("extends",), f"{base} extends this recipe again: a circle")
+        return draft
+    beside = file.parent / base
+    try:
+        found = beside if beside.is_file() else _find(Path(base))
+    except RecipeError as error:
+        draft.fault(("extends",), str(error))
+        return draft
+    draft.extend(_opened(found, found.name, (*seen, file.resolve())))
+    return draft
 
 
 def _find(path: Path) -> Path:

@@ -7,6 +7,7 @@ split follows from a hash of the puzzle itself, so that no two splits can share 
 
 import hashlib
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -228,16 +229,26 @@ class Puzzles(Sequence[CountdownTask]):
             if not 1 <= made.value <= config.target:
                 continue
             target = made.value
-            name = f"countdown {' '.join(map(str, numbers))} = {target}"
-            if split_of(name) == self._split:
-                signs = " ".join(config.operators)
-                given = " ".join(map(str, numbers))
-                instruction = f"Make {target} from {given} with {signs}, each number once."
-                return CountdownTask(name, instruction, config.attempts, numbers, target, made.text)
+            if split_of(name_of(numbers, target)) == self._split:
+                return puzzle(numbers, target, made.text, config)
         raise ValueError(
             f"countdown finds no puzzle for {self._split} with {config.numbers} numbers up to "
             f"{config.largest} and targets up to {config.target}; allow more or larger ones"
         )
+
+
+def name_of(numbers: Sequence[int], target: int) -> str:
+    return f"countdown {' '.join(map(str, numbers))} = {target}"
+
+
+def puzzle(
+    numbers: tuple[int, ...], target: int, witness: str, config: CountdownConfig
+) -> CountdownTask:
+    signs = " ".join(config.operators)
+    given = " ".join(map(str, numbers))
+    instruction = f"Make {target} from {given} with {signs}, each number once."
+    name = name_of(numbers, target)
+    return CountdownTask(name, instruction, config.attempts, numbers, target, witness)
 
 
 def split_of(name: str) -> str:
@@ -308,6 +319,25 @@ class Countdown:
             return str(evaluate(action, task.numbers, self._config.operators))
         except Illegal:
             return None
+
+    def named(self, id: str) -> CountdownTask:
+        """Raises: ValueError: it is no puzzle of these settings, or not for training."""
+        found = re.fullmatch(r"countdown((?: \d{1,6})+) = (\d{1,6})", id)
+        config = self._config
+        numbers = tuple(map(int, found[1].split())) if found else ()
+        target = int(found[2]) if found else 0
+        inside = all(1 <= number <= config.largest for number in numbers)
+        if len(numbers) != config.numbers or list(numbers) != sorted(numbers) or not inside:
+            raise ValueError(
+                f"{id!r} is no puzzle here; wanted 'countdown A B C = D' with {config.numbers} "
+                f"ascending numbers from 1 to {config.largest}"
+            )
+        witness = solutions(numbers, config.operators).get(target)
+        if witness is None or not 1 <= target <= config.target:
+            raise ValueError(f"{id!r} has no solution, or a target above {config.target}")
+        if split_of(id) != "train":
+            raise ValueError(f"{id!r} is held out for {split_of(id)}")
+        return puzzle(numbers, target, witness, config)
 
     def without_oracle(self) -> "Countdown":
         return Countdown(self._config, oracle=False)

@@ -45,7 +45,7 @@ def played(recipe: Path, overrides: Sequence[str], output: Path) -> dict[str, An
 
 def context_of(**parts: Any) -> Context:
     """Whatever is not given fails when it is used."""
-    names = ("judge", "policy", "attempt", "attempt_blind", "play_as", "open")
+    names = ("judge", "policy", "attempt", "attempt_blind", "play_as", "open", "named")
     default: dict[str, Any] = {
         "agent": Chat(ChatConfig()),
         "sampling": Sampling(),

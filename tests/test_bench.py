@@ -31,7 +31,7 @@ SPEND = ["iterations=9", "budget.environment_steps=150"]
 def test_every_method_meets_the_same_base_and_budget(recipes: list[str], tmp_path: Path) -> None:
     plans = planned(recipes, 2, SPEND)
     assert list(plans) == ["first", "second", "imitation"]
-    assert plans["imitation"][0].trainer.dump()["source"] == "self"
+    assert plans["imitation"][0].phases[0].trainer.dump()["source"] == "self"
     console = Console(file=io.StringIO())
     found = asyncio.run(bench(plans, tmp_path / "out", console))
     assert json.loads((tmp_path / "out" / "bench.json").read_text()) == found

@@ -114,7 +114,7 @@ def test_a_good_recipe(file: Path) -> None:
     assert recipe.fleet.parallel == 8
     assert recipe.environment.plugin is World
     assert recipe.environment.config == WorldConfig.model_validate({"size": 4})
-    assert recipe.trainer.config == SlowConfig.model_validate({"tau": 1e-5})
+    assert recipe.phases[0].trainer.config == SlowConfig.model_validate({"tau": 1e-5})
     assert recipe.evaluation.tasks == 400
     assert recipe.notes == ()
     assert recipe.environment.make(5, 6).more == (5, 6)
@@ -159,7 +159,7 @@ def test_overrides(file: Path) -> None:
             "seed=8",
         ],
     )
-    assert recipe.trainer.config == SlowConfig.model_validate({"tau": 2e-3})
+    assert recipe.phases[0].trainer.config == SlowConfig.model_validate({"tau": 2e-3})
     assert recipe.fleet.parallel == 2
     config = recipe.environment.config
     assert isinstance(config, WorldConfig)
@@ -170,7 +170,7 @@ def test_overrides(file: Path) -> None:
 def test_another_plug_in_leaves_out_the_keys_it_does_not_have(file: Path) -> None:
     use = f"trainer.use={__name__}:Quick"
     recipe = read(file, ["trainer.retries=3", use])  # The order does not matter.
-    assert recipe.trainer.config == QuickConfig.model_validate({"retries": 3})
+    assert recipe.phases[0].trainer.config == QuickConfig.model_validate({"retries": 3})
     name = f"{__name__}:Quick"
     left_out = f"left out trainer.tau (mine.yaml:11), which {name!r} does not have"
     assert recipe.notes == (f"-o {use}: {left_out}",)
@@ -185,7 +185,7 @@ def test_another_plug_in_does_not_excuse_a_misspelling(file: Path) -> None:
 
 def test_an_override_can_replace_a_section(file: Path) -> None:
     recipe = read(file, [f'trainer={{use: "{__name__}:Quick", retries: 2}}'])
-    assert recipe.trainer.config == QuickConfig.model_validate({"retries": 2})
+    assert recipe.phases[0].trainer.config == QuickConfig.model_validate({"retries": 2})
 
 
 # What stands in place of a line of GOOD, and what is said about it.
