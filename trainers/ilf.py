@@ -25,6 +25,8 @@ class ILFConfig(FeedbackConfig):
     unit: Literal["turn", "episode"] = "turn"
     """What is refined: an action, answered by the world; or one action of an episode, which the
     policy then plays on to its end."""
+    about: Literal["last", "any"] = "last"
+    """Which action of a failed attempt is refined: the last one, or one drawn at random."""
     pool: Literal["unsolved", "failed"] = "unsolved"
     """Whose failures: of tasks that no attempt solved, or of any."""
     refiner: str = ""
@@ -93,15 +95,18 @@ class ILF:
         return derive(self._context.seed, "ilf", self._round, *parts)
 
     def _pool(self, judged: Sequence[Judged]) -> list[Item]:
-        """One failed attempt per task, about whose last action something is to be said."""
+        """One failed attempt per task, and the action about which something is to be said."""
         items: list[Item] = []
+        config = self._config
         for group in by_task(judged):
-            failed = [one for one in group if score(one) < self._config.threshold]
+            failed = [one for one in group if score(one) < config.threshold]
             solved = len(failed) < len(group)
             failed = [one for one in failed if one.trajectory.steps]
-            if failed and not (solved and self._config.pool == "unsolved"):
-                one = random.Random(self._seed("pool", key(group[0])[0])).choice(failed)
-                items.append(Item(one, len(one.trajectory.steps) - 1))
+            if failed and not (solved and config.pool == "unsolved"):
+                rng = random.Random(self._seed("pool", key(group[0])[0]))
+                one = rng.choice(failed)
+                last = len(one.trajectory.steps) - 1
+                items.append(Item(one, rng.randint(0, last) if config.about == "any" else last))
         return items
 
     async def _refine(self, items: Sequence[Item]) -> list[Judged]:
