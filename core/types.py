@@ -247,9 +247,8 @@ class DistributionLoss(Loss, Protocol):
 class AdversarialLoss(Loss, Protocol):
     """A loss with parameters of its own, which climb it once before the weights descend it."""
 
-    @property
-    def adversary(self) -> Sequence[Any]:
-        """Those parameters, as they are after a first call of the loss."""
+    def meet(self, states: int, vocabulary: int) -> Sequence[Any]:
+        """Those parameters, made if they are not there yet for arrays of these widths."""
         ...
 
     def climb(self) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -27,11 +28,20 @@ from selfwright.agents.engines.transformers import TransformersConfig, Transform
 from selfwright.core.errors import LearnerError
 from selfwright.core.seeds import derive
 from selfwright.core.tokens import ChatTokens
-from selfwright.core.types import Batch, Completion, Example, Message, TokenArrays
+from selfwright.core.types import Batch, Completion, Example, Loss, Message, TokenArrays
 from selfwright.trainers import learner as module
+from selfwright.trainers.critic import Critic, CriticConfig
 from selfwright.trainers.learner import LearnerConfig, PlainLearner
-from selfwright.trainers.loss import NLL, Clip, CovarianceClip
-from selfwright.trainers.pack import micro_batches, pack
+from selfwright.trainers.loss import (
+    DPO,
+    NLL,
+    Clip,
+    ContestedGap,
+    CovarianceClip,
+    MomentGap,
+    SequenceClip,
+)
+from selfwright.trainers.pack import Row, Span, micro_batches, pack, units
 
 Folder = Callable[[str], Path]
 Gradients = dict[str, torch.Tensor]
@@ -129,29 +139,131 @@ def test_the_gradient_is_the_plain_one(model_folder: Folder, kind: str) -> None:
     assert close(seen[0], plain)
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        NLL(),
-        NLL("token-mean"),
-        Clip(dual=3.0, kl=0.1, aggregation="seq-mean-token-mean"),
-        CovarianceClip(aggregation="seq-mean-token-sum-norm", share=0.3, above=0.1),
-    ],
-    ids=["nll", "nll per token", "clip", "covariance"],
-)
-def test_micro_batches_do_not_matter(model_folder: Folder, loss: NLL | Clip) -> None:
+def contested(teacher: Path, own: bool) -> ContestedGap:
+    return ContestedGap(str(teacher), own, critic=Critic(CriticConfig(learning_rate=0.05), 0))
+
+
+LOSSES: dict[str, Callable[[Path], Loss]] = {
+    "nll": lambda _: NLL(),
+    "nll per token": lambda _: NLL("token-mean"),
+    "clip": lambda _: Clip(dual=3.0, kl=0.1, aggregation="seq-mean-token-mean"),
+    "covariance": lambda _: CovarianceClip(
+        aggregation="seq-mean-token-sum-norm", share=0.3, above=0.1
+    ),
+    "sequences": lambda _: SequenceClip(low=0.9, high=9.0),
+    "dpo": lambda _: DPO(0.1),
+    "exact moments": lambda teacher: MomentGap(str(teacher), own=True),
+    "moments": lambda teacher: contested(teacher, True),
+}
+"""By name, given a teacher."""
+
+
+@pytest.fixture(scope="session")
+def other(model_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of the same vocabulary as ``qwen3``, with other weights."""
+    folder = tmp_path_factory.mktemp("other")
+    shutil.copytree(model_folder("qwen3"), folder, dirs_exist_ok=True)
+    model = opened(folder)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_micro_batches_do_not_matter(model_folder: Folder, other: Path, name: str) -> None:
     folder = model_folder("qwen3")
     tokens = learner_of(folder)._tokens
-    batch = Batch(loss, tuple(talks(tokens, 12)))
-    rows = pack(batch.examples, tokens)
+    examples = [replace(one, group=k) for k, one in enumerate(talks(tokens, 12))]
+    if name == "dpo":
+        examples = [
+            replace(one, group=k // 2, advantage=1.0 - 2 * (k % 2))
+            for k, one in enumerate(examples)
+        ]
+    rows = pack(examples, tokens)
     found: dict[int, Gradients] = {}
     for budget in range(1200, 0, -10):
         count = len(micro_batches(rows, budget, 10**9))
         if count not in found and count in (1, 2, 4, len(rows)):
+            batch = Batch(LOSSES[name](other), tuple(examples))
             found[count] = gradient(learner_of(folder, token_budget=budget, **LOOSE), batch)
     assert sorted(found) == [1, 2, 4, len(rows)]
-    assert all(close(found[1], other) for other in found.values())
+    assert all(close(found[1], one) for one in found.values())
     assert any(bool((slope != 0).any()) for slope in found[1].values())
+
+
+def test_a_group_is_learned_in_one_step(model_folder: Folder) -> None:
+    folder = model_folder("qwen3")
+    given = talks(tokens_of(folder), 24, turns=1)
+    examples = tuple(replace(one, group=k % 12) for k, one in enumerate(given))
+    seen: list[list[int]] = []
+
+    @dataclass(frozen=True)
+    class Seeing(Clip):
+        def weigh(self, arrays: TokenArrays, seed: int) -> Any:
+            seen.append(sorted(set(arrays.groups.tolist())))
+            return torch.ones(len(arrays.logprobs))
+
+    learner_of(folder, batch_size=4).update(Batch(Seeing(), examples), 0.0)
+    assert len(seen) == 6
+    assert sorted(group for groups in seen for group in groups) == list(range(12))
+
+
+def test_rows_of_a_group_stay_together() -> None:
+    def row(*groups: int) -> Row:
+        return Row([], [Span(0, 1, 1.0, (), 0, group) for group in groups])
+
+    a, b, c, d, e = row(1), row(-1), row(2, 3), row(-1, 1), row(3, 1)
+    assert units([a, b, c, d]) == [[a, d], [b], [c]]
+    # The last one joins two groups that were apart.
+    assert [sorted(map(id, unit)) for unit in units([a, b, c, d, e])] == [
+        sorted(map(id, (a, c, d, e))),
+        [id(b)],
+    ]
+
+
+def test_moments_against_plain_ones(model_folder: Folder, other: Path) -> None:
+    """The closed form: the gradient of the total variation, one row at a time."""
+    folder = model_folder("qwen3")
+    learner = learner_of(folder, method="full", **LOOSE)
+    tokens = learner._tokens
+    examples = talks(tokens, 4, turns=1)
+    batch = tuple(replace(one, advantage=1.0, group=k) for k, one in enumerate(examples))
+    got = gradient(learner, Batch(MomentGap(str(other)), batch))
+    model, teacher = opened(folder), opened(other)
+    gaps: list[torch.Tensor] = []
+    for one in batch:
+        prompt, said = tokens.prompt(one.prompt), one.completion.token_ids
+        mine, theirs = (
+            m(torch.tensor([[*prompt, *said]])).logits[0, len(prompt) - 1 : -1].softmax(-1)
+            for m in (model, teacher)
+        )
+        gaps.append((mine - theirs.detach()).abs().sum(-1))
+    torch.cat(gaps).mean().backward()
+    assert close(got, {name: w.grad for name, w in model.named_parameters()})
+    # Nothing is left to learn from oneself.
+    still = gradient(learner_of(folder, **LOOSE), Batch(MomentGap(str(folder)), batch))
+    assert all(slope.abs().max() < 1e-5 for slope in still.values())
+
+
+def test_a_critic_climbs_before_the_weights_descend(model_folder: Folder, other: Path) -> None:
+    folder = model_folder("qwen3")
+    loss = contested(other, False)
+    learner = learner_of(folder, learning_rate=1e-9)
+    batch = Batch(loss, tuple(replace(one, advantage=1.0) for one in talks(tokens_of(folder), 6)))
+    seen = [learner.update(batch, 0.0)["train/loss"] for _ in range(30)]
+    exact = learner.update(replace(batch, loss=MomentGap(str(other))), 0.0)["train/loss"]
+    # It sees ever more of what tells the two apart, and never more than there is.
+    assert 0 < seen[0] < seen[9] < seen[29] < exact
+    assert seen[29] > 0.5 * exact
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(model_folder: Folder) -> None:
+    folder = model_folder("qwen3")
+    loss = MomentGap(str(model_folder("wide")))
+    with pytest.raises(LearnerError, match=r"another vocabulary .*distributions cannot be comp"):
+        learner_of(folder).update(Batch(loss, tuple(talks(tokens_of(folder), 2))), 0.0)
 
 
 def test_what_has_no_gradient_is_counted_but_not_computed(model_folder: Folder) -> None:
@@ -551,19 +663,27 @@ from pathlib import Path
 
 from selfwright.core.types import Batch, Completion, Example, Message
 from selfwright.trainers.learner import LearnerConfig, PlainLearner
-from selfwright.trainers.loss import Clip, CovarianceClip
+from selfwright.trainers.critic import Critic, CriticConfig
+from selfwright.trainers.loss import DPO, Clip, ContestedGap, CovarianceClip, SequenceClip
 
 
-def learn(model, out):
+def learn(model, teacher, out):
     # One process gets no row at all of the first update, and unlike numbers of the second.
     examples = tuple(
-        Example((Message("user", f"make {k} " * (k % 3 + 1)),), Completion(f"{k} + {k}"), k - 3.0)
+        Example(
+            (Message("user", f"make {k} " * (k % 3 + 1)),),
+            Completion(f"{k} + {k}"),
+            k - 3.0,
+            k // 2,
+        )
         for k in range(7)
     )
     config = LearnerConfig(device="cpu", rank=4, batch_size=3, learning_rate=1e-3, token_budget=40)
     learner = PlainLearner(config, model, 0)
     for share in (examples[:1], examples):
-        for loss in (Clip(kl=0.1), CovarianceClip(share=0.3, above=0.01)):
+        moments = ContestedGap(teacher, True, critic=Critic(CriticConfig(), 0))
+        clips = (Clip(kl=0.1), CovarianceClip(share=0.3, above=0.01), SequenceClip())
+        for loss in (*clips, DPO(), moments):
             print(learner.update(Batch(loss, share, epochs=2), 0.0)["train/loss"])
     learner.save(Path(out))
 
@@ -573,7 +693,7 @@ if __name__ == "__main__":
 """
 
 
-def test_two_processes_learn_as_one(model_folder: Folder, tmp_path: Path) -> None:
+def test_two_processes_learn_as_one(model_folder: Folder, other: Path, tmp_path: Path) -> None:
     script = tmp_path / "learn.py"
     script.write_text(textwrap.dedent(SCRIPT))
     folder = str(model_folder("qwen3"))
@@ -584,7 +704,7 @@ def test_two_processes_learn_as_one(model_folder: Folder, tmp_path: Path) -> Non
     shared |= {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(
-            [sys.executable, str(script), folder, str(tmp_path / "two")],
+            [sys.executable, str(script), folder, str(other), str(tmp_path / "two")],
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -596,7 +716,7 @@ def test_two_processes_learn_as_one(model_folder: Folder, tmp_path: Path) -> Non
     assert spec is not None and spec.loader is not None
     alone = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(alone)
-    alone.learn(folder, str(tmp_path / "one"))
+    alone.learn(folder, str(other), str(tmp_path / "one"))
     try:
         said = [process.communicate(timeout=120) for process in started]
     finally:

@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -13,7 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfwright.core.types import Aggregation, TokenArrays
-from selfwright.trainers.loss import NLL, Clip, CovarianceClip, kl
+from selfwright.trainers.loss import (
+    DPO,
+    NLL,
+    Clip,
+    CovarianceClip,
+    MomentGap,
+    SequenceClip,
+    following,
+    group_sums,
+    kl,
+)
 from selfwright.trainers.pack import Row, Span, token_weights
 
 LOG = math.log
@@ -227,3 +238,118 @@ def test_aggregation_by_hand(aggregation: Aggregation, loss: float) -> None:
         for x, w in zip(span, scale, strict=True)
     )
     assert total == pytest.approx(loss)
+
+
+def grouped(
+    new: Sequence[float], old: Sequence[float], advantages: Sequence[float], groups: Sequence[int]
+) -> TokenArrays:
+    return replace(arrays(new, old, advantages), groups=torch.tensor(groups))
+
+
+def weighed(loss: SequenceClip | DPO, tokens: TokenArrays) -> list[float]:
+    """The gradient that a learner takes: of the losses times what they were weighed by."""
+    autograd: Any = torch.autograd
+    still = replace(tokens, logprobs=tokens.logprobs.detach())
+    total = (loss(tokens) * loss.weigh(still, 0)).sum()
+    return autograd.grad(total, tokens.logprobs)[0].tolist()
+
+
+def test_a_sequence_has_one_ratio() -> None:
+    # Ratios: e^(0.05 + 0.05) = 1.105, inside; e^0.5, cut as it is rewarded; e^0.5, punished: not.
+    new, old = [-1.0, -2.0, -1.0, -1.0], [-1.05, -2.05, -1.5, -1.5]
+    made = grouped(new, old, [2.0, 2.0, 1.0, -1.0], [7, 7, 3, 4])
+    slope = math.exp(0.1)
+    expected = [-2 * slope, -2 * slope, 0.0, math.exp(0.5)]
+    assert weighed(SequenceClip(), made) == pytest.approx(expected, rel=1e-5)
+
+
+@given(st.lists(st.tuples(st.floats(-5, 0), st.floats(-5, 0)), min_size=2, max_size=12))
+def test_dpo_has_the_gradient_of_dpo(pairs: list[tuple[float, float]]) -> None:
+    autograd: Any = torch.autograd
+    new, old = zip(*pairs, strict=True)
+    count, beta = len(new), 0.3
+    # Two pairs, told apart by parity; within each the first half is chosen.
+    groups = [k % 2 for k in range(count)]
+    signs = [1.0 if k < count / 2 else -1.0 for k in range(count)]
+    made = grouped(new, old, signs, groups)
+    margins = [
+        sum(
+            signs[k] * (made.logprobs[k] - made.old_logprobs[k])
+            for k in range(count)
+            if groups[k] == g
+        )
+        for g in (0, 1)
+    ]
+    plain = sum(-torch.nn.functional.logsigmoid(beta * torch.as_tensor(m)) for m in margins)
+    (wanted,) = autograd.grad(plain, made.logprobs)
+    # A pair is two sequences: twice its share of a mean over sequences.
+    assert weighed(DPO(beta), made) == pytest.approx((2 * wanted).tolist(), abs=1e-5)
+
+
+def test_dpo_at_its_reference() -> None:
+    # sigmoid(0) = 1/2: every token is pulled by beta / 2, over the two sequences of its pair.
+    made = grouped([-1.0, -2.0, -3.0], [-1.0, -2.0, -3.0], [1.0, 1.0, -1.0], [0, 0, 0])
+    assert weighed(DPO(0.1), made) == pytest.approx([-0.1, -0.1, 0.1])
+
+
+def test_sums_over_groups_and_over_what_follows() -> None:
+    values = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
+    assert group_sums(values, torch.tensor([5, -1, 5, -1, 2])).tolist() == [5, 2, 5, 8, 16]
+    assert following(values, torch.tensor([0, 0, 0, 1, 1])).tolist() == [6, 4, 0, 16, 0]
+
+
+def distributions(
+    mine: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], said: Sequence[int]
+) -> tuple[TokenArrays, torch.Tensor]:
+    """Arrays of a policy and a teacher with those probabilities; and the policy's logits."""
+    logits = torch.tensor(mine).log().requires_grad_()
+    distribution = logits.log_softmax(-1)
+    chosen = distribution[torch.arange(len(said)), torch.tensor(said)]
+    made = TokenArrays(
+        chosen,
+        chosen.detach(),
+        torch.ones(len(said)),
+        groups=torch.zeros(len(said), dtype=torch.int64),
+        distribution=distribution,
+        teacher=torch.tensor(theirs).log(),
+        states=torch.ones(len(said), 2),
+    )
+    return made, logits
+
+
+def test_moment_gaps_by_hand() -> None:
+    made, _ = distributions([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1]], [[0.2, 0.3, 0.5]] * 2, [0, 1])
+    # |0.2 - 0.5| + 0 + |0.5 - 0.2|; 0.1 + 0.5 + 0.4.
+    assert MomentGap("t")(made).tolist() == pytest.approx([0.6, 1.0], abs=1e-6)
+    # On its own states the first token also answers for the second one's gap.
+    own = MomentGap("t", own=True)(made).tolist()
+    assert own == pytest.approx([0.6 + math.log(0.5) * 1.0, 1.0], abs=1e-6)
+    values = torch.tensor([[1.0, 0.0, -1.0], [0.0, 0.5, 0.0]])
+    seen = MomentGap("t", critic=lambda *_: values, weight=2.0)(made).tolist()
+    assert seen == pytest.approx([2 * (-0.3 - 0.3), 2 * 0.5 * (0.3 - 0.8)], abs=1e-6)
+
+
+probabilities = st.lists(st.floats(0.05, 1), min_size=3, max_size=3).map(
+    lambda given: [x / sum(given) for x in given]
+)
+
+
+@given(probabilities, probabilities, st.lists(st.floats(-1, 1), min_size=3, max_size=3))
+def test_no_bounded_critic_sees_more_than_the_exact_gap(
+    mine: list[float], theirs: list[float], values: list[float]
+) -> None:
+    autograd: Any = torch.autograd
+    made, _ = distributions([mine], [theirs], [0])
+    (most,) = MomentGap("t")(made).tolist()
+    (seen,) = MomentGap("t", critic=lambda *_: torch.tensor([values]))(made).tolist()
+    assert seen <= most + 1e-5
+    same, _ = distributions([theirs], [theirs], [0])
+    for own in (False, True):
+        for critic in (None, lambda *_: torch.tensor([values])):
+            alike = MomentGap("t", own, critic=critic)(same).tolist()
+            assert alike == pytest.approx([0.0], abs=1e-5)
+    # A critic that does not look at the action has nothing to teach.
+    made, logits = distributions([mine], [theirs], [0])
+    blind = MomentGap("t", critic=lambda *_: torch.full((1, 3), values[0]))(made).sum()
+    (slope,) = autograd.grad(blind, logits)
+    assert slope.abs().max() < 1e-6

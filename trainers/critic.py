@@ -26,23 +26,27 @@ class CriticConfig(Config):
 class Critic:
     """f(s, .) = tanh(W2 relu(W1 s)): what the policy's head reads in, a value per token out.
 
-    Made when it first sees how wide states and vocabulary are. At first it is 0 everywhere.
+    Made once it is known how wide states and vocabulary are. At first it is 0 everywhere.
     """
 
     def __init__(self, config: CriticConfig, seed: int) -> None:
         self._config = config
         self._seed = seed
-        self.weights: list[Tensor] = []
+        self._weights: list[Tensor] = []
         self._optimizer: torch.optim.AdamW | None = None
 
-    def __call__(self, states: Tensor, vocabulary: int) -> Tensor:
-        """(N, D) to (N, V), in [-1, 1]."""
-        if not self.weights:
+    def meet(self, states: int, vocabulary: int) -> list[Tensor]:
+        """Its weights, made now if they are not there yet."""
+        if not self._weights:
             random = torch.Generator().manual_seed(derive(self._seed, "critic"))
-            width, inputs = self._config.width, states.shape[1]
-            first = torch.randn(width, inputs, generator=random) / inputs**0.5
+            width = self._config.width
+            first = torch.randn(width, states, generator=random) / states**0.5
             self._take(first, torch.zeros(vocabulary, width))
-        first, second = (weight.to(states.device) for weight in self.weights)
+        return self._weights
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """(N, D) to (N, V), in [-1, 1]."""
+        first, second = (weight.to(states.device) for weight in self._weights)
         return torch.tanh(torch.relu(states @ first.T) @ second.T)
 
     def climb(self) -> None:
@@ -52,14 +56,14 @@ class Critic:
             self._optimizer.zero_grad(set_to_none=True)
 
     def _take(self, *weights: Tensor) -> None:
-        self.weights = [weight.requires_grad_() for weight in weights]
+        self._weights = [weight.requires_grad_() for weight in weights]
         self._optimizer = torch.optim.AdamW(
-            self.weights, lr=self._config.learning_rate, weight_decay=0
+            self._weights, lr=self._config.learning_rate, weight_decay=0
         )
 
     def save(self, file: Path) -> None:
         state: dict[str, Tensor] = {}
-        for k, weight in enumerate(self.weights):
+        for k, weight in enumerate(self._weights):
             state[f"weight.{k}"] = weight.detach().clone()
             assert self._optimizer is not None
             for name, value in self._optimizer.state.get(weight, {}).items():
@@ -72,7 +76,7 @@ class Critic:
             return
         self._take(state["weight.0"], state["weight.1"])
         assert self._optimizer is not None
-        for k, weight in enumerate(self.weights):
+        for k, weight in enumerate(self._weights):
             names = ("step", "exp_avg", "exp_avg_sq")
             kept = {name: state[key] for name in names if (key := f"optimizer.{name}.{k}") in state}
             if kept:

@@ -281,7 +281,9 @@ class PlainLearner:
         self, mine: Sequence[tuple[list[Row], list[list[list[float]]]]], loss: AdversarialLoss
     ) -> None:
         """One step of the loss's own parameters, up."""
-        for weight in loss.adversary:
+        sizes = self._model.config.get_text_config()
+        adversary = loss.meet(sizes.hidden_size, sizes.vocab_size)
+        for weight in adversary:
             weight.grad = None  # What the last descent has left there.
         self._model.eval()
         for rows, weights in mine:
@@ -290,7 +292,7 @@ class PlainLearner:
             (-(loss(arrays) * self._scale(weights)).sum()).backward()
         self._model.train()
         if self._accelerator.num_processes > 1:
-            for weight in loss.adversary:
+            for weight in adversary:
                 mine_only = torch.zeros_like(weight) if weight.grad is None else weight.grad
                 weight.grad = self._accelerator.reduce(mine_only, "sum")
         loss.climb()

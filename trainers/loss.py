@@ -156,7 +156,7 @@ class MomentGap:
     answers for the gaps that follow it in its example."""
     weight: float = 1.0
     critic: Any = None
-    """(N, D) states and a vocabulary's size to (N, V) values in [-1, 1]."""
+    """(N, D) states to (N, V) values in [-1, 1]."""
     aggregation: Aggregation = "token-mean"
     length: int = 1
     needs_reference: bool = False
@@ -166,7 +166,7 @@ class MomentGap:
         if self.critic is None:
             gap = apart.abs().sum(-1)
         else:
-            gap = (apart * self.critic(arrays.states, apart.shape[-1])).sum(-1)
+            gap = (apart * self.critic(arrays.states)).sum(-1)
         loss = gap
         if self.own:
             loss = gap + arrays.logprobs * following(gap.detach(), arrays.groups)
@@ -177,9 +177,8 @@ class MomentGap:
 class ContestedGap(MomentGap):
     """The same against a critic that learns."""
 
-    @property
-    def adversary(self) -> Sequence[Any]:
-        return self.critic.weights
+    def meet(self, states: int, vocabulary: int) -> Sequence[Any]:
+        return self.critic.meet(states, vocabulary)
 
     def climb(self) -> None:
         self.critic.climb()
