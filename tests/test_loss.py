@@ -4,7 +4,7 @@
 # pyright: reportUnknownMemberType=false
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -317,6 +317,11 @@ def distributions(
     return made, logits
 
 
+def saying(*values: Sequence[float]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A critic with those values, a row per state."""
+    return lambda states: torch.tensor(values)
+
+
 def test_moment_gaps_by_hand() -> None:
     made, _ = distributions([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1]], [[0.2, 0.3, 0.5]] * 2, [0, 1])
     # |0.2 - 0.5| + 0 + |0.5 - 0.2|; 0.1 + 0.5 + 0.4.
@@ -324,8 +329,8 @@ def test_moment_gaps_by_hand() -> None:
     # On its own states the first token also answers for the second one's gap.
     own = MomentGap("t", own=True)(made).tolist()
     assert own == pytest.approx([0.6 + math.log(0.5) * 1.0, 1.0], abs=1e-6)
-    values = torch.tensor([[1.0, 0.0, -1.0], [0.0, 0.5, 0.0]])
-    seen = MomentGap("t", critic=lambda *_: values, weight=2.0)(made).tolist()
+    values = [[1.0, 0.0, -1.0], [0.0, 0.5, 0.0]]
+    seen = MomentGap("t", critic=saying(*values), weight=2.0)(made).tolist()
     assert seen == pytest.approx([2 * (-0.3 - 0.3), 2 * 0.5 * (0.3 - 0.8)], abs=1e-6)
 
 
@@ -341,15 +346,15 @@ def test_no_bounded_critic_sees_more_than_the_exact_gap(
     autograd: Any = torch.autograd
     made, _ = distributions([mine], [theirs], [0])
     (most,) = MomentGap("t")(made).tolist()
-    (seen,) = MomentGap("t", critic=lambda *_: torch.tensor([values]))(made).tolist()
+    (seen,) = MomentGap("t", critic=saying(values))(made).tolist()
     assert seen <= most + 1e-5
     same, _ = distributions([theirs], [theirs], [0])
     for own in (False, True):
-        for critic in (None, lambda *_: torch.tensor([values])):
+        for critic in (None, saying(values)):
             alike = MomentGap("t", own, critic=critic)(same).tolist()
             assert alike == pytest.approx([0.0], abs=1e-5)
     # A critic that does not look at the action has nothing to teach.
     made, logits = distributions([mine], [theirs], [0])
-    blind = MomentGap("t", critic=lambda *_: torch.full((1, 3), values[0]))(made).sum()
+    blind = MomentGap("t", critic=saying([values[0]] * 3))(made).sum()
     (slope,) = autograd.grad(blind, logits)
     assert slope.abs().max() < 1e-6
