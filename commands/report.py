@@ -77,6 +77,16 @@ class WarmStart(_Part):
     wall_s: float
 
 
+class PhaseResult(_Part):
+    """One of several trainers' turn at the weights."""
+
+    trainer: str
+    iterations: int
+    final: Rates
+    comparison: Compared
+    """To how the phase before it ended."""
+
+
 class Result(_Part):
     """``result.json``, as far as the page shows it. Everything may be missing."""
 
@@ -86,6 +96,7 @@ class Result(_Part):
     final: Rates | None = None
     comparison: Compared | None = None
     introspection: dict[str, Introspection | None] | None = None
+    phases: list[PhaseResult] = []
     curve: list[CurvePoint] = []
     costs: list[IterationCosts] = []
     """Of each iteration by itself, not summed up."""

@@ -21,6 +21,13 @@ def run_words(result: Mapping[str, Any]) -> str:
     ]
     if result["stopped"]:
         lines.append(f"stopped {result['stopped']}")
+    for number, phase in enumerate(result["phases"], 1):
+        after = phase["comparison"]
+        lines.append(
+            f"phase {number}, {phase['trainer']}, {phase['iterations']} iterations: "
+            f"{rate_words(phase['final'])}, {100 * after['difference']:+.1f} points, "
+            f"p = {after['p_value']:.2g}, {after['verdict']}"
+        )
     tables: Mapping[str, Any] | None = result["introspection"]
     if tables:
         lines += table_words([("before", tables["base"]), ("after", tables["final"])])

@@ -448,3 +448,87 @@ def test_every_shipped_recipe_loads_and_is_short(name: str) -> None:
     assert text.startswith("# "), "opens with a comment that says what it does"
     assert len(text.splitlines()) < 40
     assert "\nseed: " in text
+
+
+PHASED = (
+    GOOD.replace(f"trainer:\n  use: {__name__}:Slow\n  tau: 1e-5\n", "")
+    + f"""\
+phases:
+  - trainer: {{use: "{__name__}:Slow", tau: 0.5}}
+    iterations: 2
+  - trainer: {{use: "{__name__}:Quick"}}
+    judge: {{use: reward}}
+    iterations: 3
+"""
+)
+
+
+@pytest.mark.usefixtures("file")
+def test_phases_follow_one_another() -> None:
+    Path("mine.yaml").write_text(PHASED)
+    recipe = read("mine.yaml", ["phases.1.iterations=4", "phases.0.trainer.tau=0.25"])
+    first, second = recipe.phases
+    assert (first.iterations, second.iterations, recipe.iterations) == (2, 4, 6)
+    assert first.trainer.config == SlowConfig.model_validate({"tau": 0.25})
+    assert first.judge is recipe.judge and second.judge.use == "reward"
+    dump = recipe.dump()
+    assert "trainer" not in dump and [p["iterations"] for p in dump["phases"]] == [2, 4]
+    Path("again.yaml").write_text(json.dumps(dump))
+    assert read("again.yaml").dump() == dump
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("tau: 0.5", "tua: 0.5", "mine.yaml:11: phases.0.trainer.tua: unknown key; did you mean"),
+        ("iterations: 3", "iterations: 0", "mine.yaml:15: phases.1.iterations: wanted at least 1"),
+        ("judge: {use: reward}", "judge: {use: rewrd}", "mine.yaml:14: phases.1.judge.use: no en"),
+        ("iterations: 2", "seed: 2", "mine.yaml:12: phases.0.seed: unknown key; "),
+        ("phases:\n", "iterations: 9\nphases:\n", "mine.yaml:10: iterations: stands in each of th"),
+        (':Quick"}\n    judge', ':Quix"}\n    judge', "mine.yaml:13: phases.1.trainer.use: "),
+        (f'trainer: {{use: "{__name__}:Quick"}}\n    ', "", "mine.yaml:13: phases.1: trainer is m"),
+        (PHASED[PHASED.index("phases:") :], "phases: 3", "mine.yaml:10: phases: wanted a list of"),
+        (PHASED[PHASED.index("phases:") :], "phases: []", "mine.yaml:10: phases: wanted a list"),
+        (PHASED[PHASED.index("phases:") :], "phases: [3]", "mine.yaml:10: phases.0: wanted {tra"),
+    ],
+)
+@pytest.mark.usefixtures("file")
+def test_what_is_wrong_in_a_phase_is_said_with_its_place(old: str, new: str, said: str) -> None:
+    assert old in PHASED
+    (line,) = faults(PHASED.replace(old, new, 1))
+    assert line.startswith(said)
+
+
+def test_a_recipe_extends_another(file: Path) -> None:
+    Path("more").mkdir()
+    # Beside it, or shipped, or from here; what it says itself goes first.
+    Path("more/own.yaml").write_text(
+        f"extends: ../mine.yaml\nseed: 4\nenvironment: {{size: 2}}\nlearner: {{retries: 7}}\n"
+        f'trainer: {{use: "{__name__}:Quick"}}\n'
+    )
+    recipe, base = read("more/own.yaml"), read(file)
+    assert (recipe.name, recipe.seed, recipe.fleet.parallel) == ("own", 4, 8)
+    assert recipe.environment.config == WorldConfig.model_validate({"size": 2})
+    assert recipe.learner.config == QuickConfig.model_validate({"retries": 7})
+    # Another plug-in's keys stay behind.
+    assert recipe.phases[0].trainer.config == QuickConfig()
+    assert recipe.policy == base.policy
+    Path("phased.yaml").write_text("extends: mine.yaml\n" + PHASED[PHASED.index("phases:") :])
+    assert len(read("phased.yaml").phases) == 2
+    Path("plain.yaml").write_text(f'extends: phased.yaml\ntrainer: {{use: "{__name__}:Slow"}}\n')
+    assert read("plain.yaml").phases[0].trainer.config == SlowConfig()
+    assert read("plain.yaml").iterations == 10
+
+
+@pytest.mark.usefixtures("file")
+def test_what_is_wrong_with_extending() -> None:
+    assert faults("extends: 3\n" + GOOD) == [
+        "mine.yaml:1: extends: wanted a recipe's name or file, got 3"
+    ]
+    (line,) = faults("extends: quikstart\n" + GOOD)
+    assert line.startswith("mine.yaml:1: extends: quikstart: no such file") and "quickstart" in line
+    (line,) = faults("extends: mine.yaml\n" + GOOD)
+    assert line == "mine.yaml:1: extends: mine.yaml extends this recipe again: a circle"
+    Path("base.yaml").write_text(GOOD.replace("tau", "tua"))
+    (line,) = faults("extends: base.yaml\nseed: 3\n")
+    assert line.startswith("base.yaml:11: trainer.tua: unknown key; did you mean 'tau'?")
