@@ -202,7 +202,9 @@ async def evaluate(
     path = files.write(folder, result)
     told: dict[str, Any] = read_json(path)
     told.pop("results")
-    return told | {"folder": str(folder)}
+    scores = [one.score for one in result.results if one.score is not None]
+    mean = sum(scores) / len(scores) if scores else None
+    return told | {"folder": str(folder), "mean_score": mean}
 
 
 def read_card(checkpoint: str) -> dict[str, Any] | None:

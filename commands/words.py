@@ -58,19 +58,19 @@ def evaluation_words(told: Mapping[str, Any]) -> str:
     if told["introspection"]:
         lines += table_words([("", told["introspection"])])
     if told["agreement"]:
-        lines.append(agreement_words(told["judge"], told["agreement"]))
+        lines.append(agreement_words(told["judge"], told["mean_score"], told["agreement"]))
     return "\n".join([*lines, f"in {told['folder']}"])
 
 
-def agreement_words(judge: str, told: Mapping[str, int]) -> str:
+def agreement_words(judge: str, score: float | None, told: Mapping[str, int]) -> str:
     one = Agreement(**told)
 
     def shown(value: float | None) -> str:
         return "undefined" if value is None else f"{value:.2f}"
 
     return (
-        f"judge {judge} against the world's reward, {one.n} decided: precision "
-        f"{shown(one.precision)}, recall {shown(one.recall)}, kappa {shown(one.kappa)}"
+        f"judge {judge}: mean score {shown(score)}; against the world's reward, {one.n} decided: "
+        f"precision {shown(one.precision)}, recall {shown(one.recall)}, kappa {shown(one.kappa)}"
     )
 
 

@@ -1,16 +1,35 @@
 """Opens language models from disk or hub, safetensors only. torch is imported when called."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from .errors import ModelError, PolicyError
+from .files import read_json
 from .tokens import ChatTokens
+
+ADAPTER = "adapter_config.json"
+
+
+def parts_of(model: str) -> tuple[str, Path | None]:
+    """The base of what is called ``model``, and the folder of the adapter on it, if there is one.
+
+    ``model``: a hub id, a model's folder, an adapter's, a run's checkpoint or the run itself.
+    """
+    for folder in (Path(model), Path(model) / "checkpoint"):
+        if (folder / ADAPTER).is_file():
+            inside = folder / "base"
+            named = read_json(folder / ADAPTER)["base_model_name_or_path"]
+            return str(inside) if inside.is_dir() else named, folder
+        if (folder / "config.json").is_file():
+            return str(folder), None
+    return model, None
 
 
 def open_model(
     model: str, device: str, dtype: str, trust_remote_code: bool
 ) -> tuple[Any, ChatTokens]:
-    """Weights and tokenizer of a folder or hub id, safetensors only.
+    """Weights and tokenizer of what ``parts_of`` knows, safetensors only; an adapter is merged.
 
     Raises:
         ModelError: it is not there, is damaged or incomplete, or is no causal language model with
@@ -27,6 +46,7 @@ def open_tokens(model: str, trust_remote_code: bool = False) -> ChatTokens:
     from transformers import AutoTokenizer
 
     tokenizers: Any = AutoTokenizer
+    model, _ = parts_of(model)
     try:
         tokenizer = tokenizers.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as cause:
@@ -56,9 +76,10 @@ def open_weights(model: str, device: str, dtype: str, trust_remote_code: bool) -
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise PolicyError(f"device {device} was asked for, but torch sees no GPU; use auto or cpu")
     models: Any = AutoModelForCausalLM
+    base, adapter = parts_of(model)
     try:
         weights, report = models.from_pretrained(
-            model,
+            base,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
@@ -74,7 +95,18 @@ def open_weights(model: str, device: str, dtype: str, trust_remote_code: bool) -
             f"the model {model!r} is incomplete: {len(missing)} tensors are not in its files, such "
             f"as {missing[0]}"
         )
-    return weights.to(device)
+    return (_merged(weights, adapter) if adapter else weights).to(device)
+
+
+def _merged(weights: Any, adapter: Path) -> Any:
+    from peft import PeftModel
+
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{adapter} holds no adapter_model.safetensors")
+    try:
+        return PeftModel.from_pretrained(weights, adapter).merge_and_unload()  # pyright: ignore
+    except Exception as cause:
+        raise _cannot_open(str(adapter), cause) from cause
 
 
 def _cannot_open(model: str, cause: Exception) -> ModelError:

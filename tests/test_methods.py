@@ -14,9 +14,9 @@ from rich.console import Console
 
 from selfwright.commands.evaluate import default_output, evaluate, settle
 from selfwright.commands.run import together
-from selfwright.commands.words import evaluation_words
+from selfwright.commands.words import evaluation_words, run_words
 from selfwright.core.config import JudgeConfig
-from selfwright.core.errors import JudgeError, LearnerError
+from selfwright.core.errors import JudgeError, LearnerError, RecipeError
 from selfwright.core.evaluation import FILE
 from selfwright.core.types import Trajectory, Verdict
 from selfwright.judges.reward import RewardJudge
@@ -113,19 +113,113 @@ def test_metrics_of_several_batches_are_those_of_one() -> None:
 
 def test_a_judge_that_pays_for_anything_ends_the_run(player: Path, tmp_path: Path) -> None:
     """What was learned before is kept, compared, and said to have been stopped."""
-    (tmp_path / "recipe.yaml").write_text(SINGLE.replace("MODEL", str(player)))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(SINGLE.replace("MODEL", str(player)))
     guarded = ["trainer.use=self_judge", f"judge.use={Path(__file__).stem}:Fading"]
-    with pytest.raises(LearnerError, match="nothing was learned: the judge pays 1 for"):
-        played(tmp_path / "recipe.yaml", guarded, tmp_path / "never")
+    never = played(recipe, guarded, tmp_path / "never")
+    assert "after iteration 1 of 3: the judge pays 1 for" in never["stopped"]
+    # What was played is kept and counted, though nothing was learned from it.
+    (only,) = never["costs"]
+    assert only["episodes"] == 48 and only["tokens_trained"] == 0
+    assert never["comparison"]["difference"] == 0
     # The base's test, then one iteration with its canaries, as many as there are tasks and baits.
     guarded.append(f"judge.honest={12 + 12 + len(CANARIES)}")
-    result = played(tmp_path / "recipe.yaml", guarded, tmp_path / "later")
-    assert "after iteration 1 of 3: the judge pays 1 for" in result["stopped"]
-    assert result["final"]["tasks"] == 12 and len(result["costs"]) == 1
-    assert "was stopped after iteration 1 of 3" in (tmp_path / "later/report.html").read_text()
+    result = played(recipe, guarded, tmp_path / "later")
+    assert "after iteration 2 of 3: the judge pays 1 for" in result["stopped"]
+    assert result["final"]["tasks"] == 12 and len(result["costs"]) == 2
+    assert "was stopped after iteration 2 of 3" in (tmp_path / "later/report.html").read_text()
+    # Killed before it had said so, it does not go on, though the judge is honest again.
+    for name in ("evaluations/final", "checkpoint"):
+        shutil.rmtree(tmp_path / "later" / name)
+    (tmp_path / "later" / "result.json").unlink()
+    assert played(recipe, guarded, tmp_path / "later")["stopped"] == result["stopped"]
     free = [*guarded[:2], "trainer.guards.on=false"]
     with pytest.raises(LearnerError, match="nothing is being learned: the trainer found no ex"):
-        played(tmp_path / "recipe.yaml", free, tmp_path / "free")
+        played(recipe, free, tmp_path / "free")
+
+
+PHASES = """
+phases:
+  - {trainer: {use: imitation, source: self, tasks_per_iteration: 12}, iterations: 1}
+  - trainer: {use: self_judge, tasks_per_iteration: 12, attempts_per_task: 4, guards: {on: false}}
+    judge: {use: majority}
+    iterations: 2
+  - trainer: {use: self_imitation, tasks_per_iteration: 12, attempts_per_task: 4, buffer_size: 4}
+    iterations: 2
+"""
+
+
+def test_phases_go_on_from_one_another(player: Path, tmp_path: Path) -> None:
+    """Each by its own trainer and judge, compared to the one before, and resumed in its midst."""
+    plain = SINGLE.replace("MODEL", str(player)).splitlines()
+    kept = [line for line in plain if not line.startswith(("trainer", "iterations"))]
+    (tmp_path / "recipe.yaml").write_text("\n".join(kept) + PHASES)
+    whole = played(tmp_path / "recipe.yaml", [], tmp_path / "whole")
+    told = whole["phases"]
+    assert [(one["trainer"], one["iterations"]) for one in told] == [
+        ("imitation", 1),
+        ("self_judge", 2),
+        ("self_imitation", 2),
+    ]
+    rates = [whole["base"]["success_rate"], *(one["final"]["success_rate"] for one in told)]
+    for one, before, after in zip(told, rates, rates[1:], strict=False):
+        assert one["comparison"]["difference"] == pytest.approx(after - before)
+    assert rates[-1] == whole["final"]["success_rate"]
+    learned = metrics(tmp_path / "whole")
+    assert [one["rollout/episodes"] for one in learned] == [12, 48, 48, 48, 48]
+    # The judge of the second phase is not that of the others.
+    scores = [one["judge/score"] == one["rollout/success"] for one in learned]
+    assert scores == [True, False, False, True, True]
+    page = (tmp_path / "whole" / "report.html").read_text()
+    assert "2. self_judge" in page and "compared to how the one before it ended" in page
+    assert "phase 3, self_imitation, 2 iterations: " in run_words(whole)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for name in ("iterations/0004", "iterations/0003", "evaluations/final", "checkpoint"):
+        shutil.rmtree(tmp_path / "cut" / name)
+    for name in ("result.json", "report.html"):
+        (tmp_path / "cut" / name).unlink()
+    again = played(tmp_path / "recipe.yaml", [], tmp_path / "cut")
+    assert metrics(tmp_path / "cut") == learned and again["phases"] == told
+
+
+def test_a_discriminator_judges_as_its_run_left_it(player: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(SINGLE.replace("MODEL", str(player)))
+    more = ["trainer.discriminator.pretrain=20", "trainer.discriminator.learning_rate=1e-3"]
+    played(recipe, ["trainer.use=adversarial", "iterations=1", *more], tmp_path / "ril")
+    asked = ["policy.max_tokens=8", "environment.numbers=2", f"judge.run={tmp_path / 'ril'}"]
+    means: dict[str, float] = {}
+    for who in ("expert", "random"):
+        told = asyncio.run(
+            evaluate(
+                who,
+                "countdown",
+                [key for key in asked if not key.startswith("policy")],
+                "test",
+                60,
+                0,
+                None,
+                tmp_path / who,
+                Console(file=io.StringIO()),
+                "discriminator",
+            )
+        )
+        assert told["undecided"] == 0
+        means[who] = told["mean_score"]
+    # It has never seen chance play, but it has seen the expert.
+    assert means["expert"] > means["random"]
+    with pytest.raises(RecipeError, match=r"no iteration of .* holds a discriminator"):
+        settle(
+            None,
+            "expert",
+            "countdown",
+            [f"judge.run={tmp_path}"],
+            "test",
+            4,
+            0,
+            None,
+            "discriminator",
+        )
 
 
 def test_evaluate_tells_how_far_a_judge_agrees_with_the_world(player: Path, tmp_path: Path) -> None:
@@ -158,7 +252,10 @@ def test_evaluate_tells_how_far_a_judge_agrees_with_the_world(player: Path, tmp_
     found = told["agreement"]
     assert sum(found.values()) == 40 - told["undecided"]
     assert found["true_positive"] + found["false_negative"] == told["successes"]
-    assert "judge model against the world's reward, 40 decided: precision" in evaluation_words(told)
+    score = (
+        f"judge model: mean score {told['mean_score']:.2f}; against the world's reward, 40 decided"
+    )
+    assert score in evaluation_words(told)
     with pytest.raises(JudgeError, match=r"no base to ask; .* judge\.model="):
         asyncio.run(
             evaluate(*asked, 4, 0, None, tmp_path / "g", Console(file=io.StringIO()), "model")

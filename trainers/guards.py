@@ -146,11 +146,12 @@ class Guard:
         self.alarm = self.alarm or f"{why}; the judge can no longer be trusted to pay reward"
 
     def state(self) -> dict[str, Any]:
-        return {"seen": self.seen, "judged": self.judged}
+        return {"seen": self.seen, "judged": self.judged, "alarm": self.alarm}
 
     def load(self, state: dict[str, Any]) -> None:
         self.seen = [(score, truth, count) for score, truth, count in state["seen"]]
         self.judged = [(right, tasks) for right, tasks in state["judged"]]
+        self.alarm = state["alarm"]
 
 
 def _said(task: Task, text: str, number: int) -> Trajectory:
