@@ -3,6 +3,7 @@
 import asyncio
 import random
 from contextlib import suppress
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -173,3 +174,33 @@ def test_answers_are_values_and_only_of_legal_attempts() -> None:
 def test_settings_that_leave_no_puzzle_say_so() -> None:
     with pytest.raises(ValueError, match="no puzzle for test with 2 numbers up to 2"):
         CountdownConfig(numbers=2, largest=2)
+
+
+def test_training_tasks_are_known_by_name() -> None:
+    world = Countdown(CountdownConfig())
+    for split in ("train", "validation", "test"):
+        for task in world.tasks(split)[:40]:
+            if split == "train":
+                known = world.named(task.id)
+                # Another way there may be told, but it is the same puzzle.
+                assert replace(known, witness="") == replace(task, witness="")
+                assert evaluate(known.witness, known.numbers, "+-*") == known.target
+            else:
+                with pytest.raises(ValueError, match=f"is held out for {split}"):
+                    world.named(task.id)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("countdown 1 2 = 3", "is no puzzle here; wanted 'countdown A B C = D' with 3 ascending"),
+        ("countdown 3 2 1 = 6", "is no puzzle here"),
+        ("countdown 1 2 30 = 6", "is no puzzle here; .* numbers from 1 to 20"),
+        ("countdown 1 2 x = 6", "is no puzzle here"),
+        ("countdown 1 1 1 = 99", "has no solution, or a target above 99"),
+        ("countdown 18 19 20 = 722", "has no solution, or a target above 99"),
+    ],
+)
+def test_what_is_no_puzzle_is_refused(name: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Countdown(CountdownConfig()).named(name)

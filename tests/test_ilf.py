@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from selfwright.core.asking import patient, yes_share
-from selfwright.core.errors import PolicyError
+from selfwright.core.errors import PolicyError, RecipeError
 from selfwright.core.protocols import HasEmbeddings
 from selfwright.core.store import write_trajectories
 from selfwright.core.types import (
@@ -29,6 +29,7 @@ from selfwright.core.types import (
     Sampling,
     Start,
     Stop,
+    Task,
     Trajectory,
     Verdict,
 )
@@ -118,6 +119,10 @@ def success(task: str, attempt: int = 0) -> Judged:
     return episode(1.0, ("o", "right"), task=task, attempt=attempt)
 
 
+class OwnTask(Task):
+    """A task as some world has it."""
+
+
 def made(
     world: World | None = None, policy: Refiner | None = None, **keys: Any
 ) -> tuple[ILF, Refiner, World]:
@@ -126,7 +131,14 @@ def made(
     async def opened(name: str) -> Refiner:
         raise AssertionError(name)
 
-    context = context_of(policy=policy, attempt=world.attempt, open=keys.pop("open", opened))
+    def named(id: str) -> Task:
+        if id not in "abc":
+            raise ValueError(f"there is no training task {id!r}")
+        return OwnTask(id, f"do {id}", 9)
+
+    context = context_of(
+        policy=policy, attempt=world.attempt, open=keys.pop("open", opened), named=named
+    )
     config = ILFConfig.model_validate({"refinements": 3} | keys)
     return ILF(config, context), policy, world
 
@@ -342,14 +354,28 @@ def test_people_may_say_what_was_wrong(stored: Path, tmp_path: Path) -> None:
     about = {"trajectory": 1, "step": 0, "feedback": "rather say b here"}
     file = lines(tmp_path / "said.jsonl", about, "")
     keys: dict[str, Any] = {"feedback": "file", "file": str(file), "trajectories": str(stored)}
-    trainer, refiner, _ = made(**keys)
+    trainer, refiner, world = made(**keys)
     assert (trainer.plan.tasks, trainer.plan.attempts) == (0, 0)
     (batch,) = fed(trainer, [])
     assert [text.split()[0] for text in texts(batch)] == ["b"]
     assert "rather say b here" in refiner.asked[0][-1].text
+    # A stored task is a plain one; what is played is the world's own.
+    assert {type(start.task) for start in world.starts} == {OwnTask}
     # Another round, another refinement of the same; never two of one round.
     (batch,) = fed(trainer, [])
     assert len(batch.examples) == 2
+
+
+def test_feedback_about_tasks_that_are_not_for_training_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trajectories.parquet"
+    write_trajectories(path, [failure("x"), failure("a"), failure("y")], tmp_path / "images")
+    file = lines(
+        tmp_path / "said.jsonl",
+        *({"trajectory": k, "step": 0, "feedback": "no"} for k in (0, 1, 2)),
+    )
+    keys: dict[str, Any] = {"feedback": "file", "file": str(file), "trajectories": str(path)}
+    with pytest.raises(RecipeError, match=r"training task 'x'; there is no training task 'y'$"):
+        made(**keys)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from selfwright.commands.words import evaluation_words, run_words
 from selfwright.core.config import JudgeConfig
 from selfwright.core.errors import JudgeError, LearnerError, RecipeError
 from selfwright.core.evaluation import FILE
+from selfwright.core.store import TRAJECTORIES, read_trajectories
 from selfwright.core.types import Trajectory, Verdict
 from selfwright.judges.reward import RewardJudge
 from selfwright.trainers.guards import CANARIES
@@ -80,6 +81,22 @@ def test_it_runs_and_goes_on_where_it_stopped(player: Path, tmp_path: Path, meth
         judged = json.loads((tmp_path / "whole" / "evaluations" / name / FILE).read_text())
         # But for majorities, of one attempt there is none.
         assert judged["undecided"] == (12 if method == "srt" else 0)
+
+
+def test_a_person_says_what_was_wrong_with_stored_attempts(player: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(SINGLE.replace("MODEL", str(player)))
+    played(recipe, ["iterations=1"], tmp_path / "first")
+    stored = tmp_path / "first" / "iterations" / "0000" / TRAJECTORIES
+    rows = [k for k, one in enumerate(read_trajectories(stored)) if one.verdict.score == 0]
+    told = [{"trajectory": k, "step": 0, "feedback": "That is not it."} for k in rows]
+    (tmp_path / "said.jsonl").write_text("\n".join(map(json.dumps, told)))
+    given = ["trainer.use=ilf", "trainer.feedback=file", "trainer.refinements=12"]
+    given += [f"trainer.file={tmp_path / 'said.jsonl'}", f"trainer.trajectories={stored}"]
+    result = played(recipe, given, tmp_path / "second")
+    assert result["tokens_trained"] > 0 and len(rows) > 5
+    # What the refiner said was sampled, too: more than what its episodes hold.
+    assert result["tokens_sampled"] > 3 * 12 * 5
 
 
 class FadingConfig(JudgeConfig):

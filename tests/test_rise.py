@@ -23,7 +23,8 @@ from selfwright.core.types import (
     Trajectory,
     Verdict,
 )
-from selfwright.trainers.rise import RISE, RISEConfig, degenerate, kept
+from selfwright.trainers.lessons import degenerate, kept
+from selfwright.trainers.rise import RISE, RISEConfig
 
 TASK = Task("t", "guess", 4)
 

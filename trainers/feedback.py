@@ -10,10 +10,12 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..core.asking import ask
+from ..core.errors import RecipeError
 from ..core.protocols import Context
+from ..core.seeds import derive
 from ..core.store import read_trajectories
 from ..core.types import Judged, Message, Observation, Step, Trajectory
-from .credit import TrainerConfig
+from .credit import TrainerConfig, by_task, score
 
 QUESTION = (
     "That attempt did not succeed. Say in one or two sentences what is wrong with it and what "
@@ -99,8 +101,11 @@ class FeedbackConfig(TrainerConfig):
     file: str = ""
     """With ``feedback: file``: JSON lines {"trajectory": row, "step": index, "feedback": words}."""
     trajectories: str = ""
-    """The attempts that ``file`` is about: a parquet file, as runs store them. A stored task is a
-    plain one, so this is for worlds that play plain tasks, and refused by others."""
+    """The attempts at training tasks that ``file`` is about: a parquet file, as runs store it."""
+    about: Literal["last", "any"] = "last"
+    """Which action of a failed attempt is refined: the last one, or one drawn at random."""
+    pool: Literal["unsolved", "failed"] = "unsolved"
+    """Whose failures: of tasks that no attempt solved, or of any."""
     shuffle: bool = False
     """Give every attempt another one's feedback: what is left then is not due to it."""
     threshold: float = Field(default=1.0, ge=0, le=1)
@@ -118,6 +123,42 @@ class FeedbackConfig(TrainerConfig):
         """What ``file`` says. Raises: ValueError: it does not fit ``trajectories``."""
         given = read_trajectories(Path(self.trajectories))
         return read_feedback(Path(self.file), given, self.threshold)
+
+
+def known(items: Sequence[Item], context: Context) -> list[Item]:
+    """The items, whose stored tasks are again the world's own.
+
+    Raises:
+        RecipeError: listing every task that is none of the world's training tasks.
+    """
+    found: list[Item] = []
+    faults: dict[str, None] = {}
+    for item in items:
+        try:
+            task = context.named(item.trajectory.task.id)
+        except ValueError as error:
+            faults[str(error)] = None
+        else:
+            trajectory = replace(item.trajectory, task=task)
+            found.append(replace(item, judged=replace(item.judged, trajectory=trajectory)))
+    if faults:
+        raise RecipeError("trainer.trajectories: " + "; ".join(faults))
+    return found
+
+
+def failures(judged: Sequence[Judged], config: FeedbackConfig, seed: int) -> list[Item]:
+    """One failed attempt per task, and the action about which something is to be said."""
+    items: list[Item] = []
+    for group in by_task(judged):
+        failed = [one for one in group if score(one) < config.threshold]
+        solved = len(failed) < len(group)
+        failed = [one for one in failed if one.trajectory.steps]
+        if failed and not (solved and config.pool == "unsolved"):
+            rng = random.Random(derive(seed, group[0].trajectory.task.id))
+            one = rng.choice(failed)
+            last = len(one.trajectory.steps) - 1
+            items.append(Item(one, rng.randint(0, last) if config.about == "any" else last))
+    return items
 
 
 async def with_feedback(

@@ -13,8 +13,8 @@ from ..core.protocols import Context, Plan
 from ..core.seeds import derive
 from ..core.store import TRAJECTORIES, read_trajectories, write_trajectories
 from ..core.types import Action, Batch, Completion, Example, Judged, Start, Step
-from .credit import by_task, example, key, score
-from .feedback import FeedbackConfig, Item, refining, shuffled, with_feedback
+from .credit import by_task, example, score
+from .feedback import FeedbackConfig, Item, failures, known, refining, shuffled, with_feedback
 from .selection import Select, candidates, shares
 
 
@@ -25,10 +25,6 @@ class ILFConfig(FeedbackConfig):
     unit: Literal["turn", "episode"] = "turn"
     """What is refined: an action, answered by the world; or one action of an episode, which the
     policy then plays on to its end."""
-    about: Literal["last", "any"] = "last"
-    """Which action of a failed attempt is refined: the last one, or one drawn at random."""
-    pool: Literal["unsolved", "failed"] = "unsolved"
-    """Whose failures: of tasks that no attempt solved, or of any."""
     refiner: str = ""
     """Empty: the policy; else a model folder or hub id, a teacher or one trained to refine."""
     layout: Literal["conversation", "blocks"] = "conversation"
@@ -59,7 +55,7 @@ class ILF:
     def __init__(self, config: ILFConfig, context: Context) -> None:
         self._config = config
         self._context = context
-        self._given = config.items() if config.file else []
+        self._given = known(config.items(), context) if config.file else []
         self._round = 0
         self._kept: list[Judged] = []
         """The refined action of each is the last one that was replayed."""
@@ -74,7 +70,7 @@ class ILF:
 
     async def batches(self, judged: Sequence[Judged]) -> list[Batch]:
         config, context = self._config, self._context
-        items = self._given or self._pool(judged)
+        items = self._given or failures(judged, config, self._seed("pool"))
         if config.feedback != "file":
             items = await with_feedback(items, config.feedback, context, self._seed("feedback"))
         if config.shuffle:
@@ -93,21 +89,6 @@ class ILF:
 
     def _seed(self, *parts: int | str) -> int:
         return derive(self._context.seed, "ilf", self._round, *parts)
-
-    def _pool(self, judged: Sequence[Judged]) -> list[Item]:
-        """One failed attempt per task, and the action about which something is to be said."""
-        items: list[Item] = []
-        config = self._config
-        for group in by_task(judged):
-            failed = [one for one in group if score(one) < config.threshold]
-            solved = len(failed) < len(group)
-            failed = [one for one in failed if one.trajectory.steps]
-            if failed and not (solved and config.pool == "unsolved"):
-                rng = random.Random(self._seed("pool", key(group[0])[0]))
-                one = rng.choice(failed)
-                last = len(one.trajectory.steps) - 1
-                items.append(Item(one, rng.randint(0, last) if config.about == "any" else last))
-        return items
 
     async def _refine(self, items: Sequence[Item]) -> list[Judged]:
         """The refinements to learn, as episodes; one per task, unless they are weighed."""

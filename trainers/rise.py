@@ -1,17 +1,16 @@
 """Recursive introspection: learn to mend one's last attempt (Qu et al. 2024, arXiv:2407.18219)."""
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from ..core.protocols import Context, Plan
 from ..core.seeds import derive
-from ..core.types import Batch, Example, Judged, Start, Step, Stop
-from .credit import TrainerConfig, by_task, example, key, score
+from ..core.types import Batch, Judged, Start, Stop
+from .credit import TrainerConfig, key, score
+from .lessons import Baseline, Filter, Lesson, kept, sound, state_baseline, texts
 
 
 class RISEConfig(TrainerConfig):
@@ -32,11 +31,11 @@ class RISEConfig(TrainerConfig):
     world's; else a model folder or hub id (distillation)."""
     keep: Literal["best", "all"] = "best"
     """Which candidates of a state are learned."""
-    filter: Literal["all", "better", "best", "success"] = "all"
+    filter: Filter = "all"
     """Which turns: all; better than the turn before; with no better turn before; solved. The
     first turn is always kept, except by ``success``."""
     tau: float = Field(default=0.4, gt=0)
-    baseline: Literal["none", "constant", "state_mean", "state_max"] = "none"
+    baseline: Baseline = "none"
     constant: float = 0.0
     """The baseline of that name."""
     normalize: bool = False
@@ -53,36 +52,17 @@ class RISEConfig(TrainerConfig):
         return self
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """What one state teaches: one of its candidates."""
-
-    judged: Judged
-    baseline: float
-    turn: int
-    """Of the conversation."""
-    conversation: list[Judged]
-    """Its turns so far, and later ones as it goes on: what was carried on from each."""
-
-    @property
-    def later(self) -> list[float]:
-        """Scores of the turns that followed; none if the conversation went on from another."""
-        if self.turn < len(self.conversation) and self.conversation[self.turn] is self.judged:
-            return [score(one) for one in self.conversation[self.turn + 1 :]]
-        return []
-
-
 class RISE:
     """Roll out turn by turn, keep the best of several candidates, imitate with exp(r / tau).
 
     Every state is one the policy reached itself: where a teacher mends, the conversation goes on
-    from the policy's own next attempt. A turn's reward r is the judge's score of the conversation
-    up to it. Nothing is learned after the first success, and only the last turn of each prefix is
-    a target. Degenerate text is discarded as if it had not been said.
+    from the policy's own next attempt. A turn's reward r is the judge's score up to it. Nothing is
+    learned after the first success; only the last turn of a prefix is a target; degenerate text is
+    as if it had not been said.
 
     Departures, each an option whose default is the paper's: ``keep: all``, ``history: sampled``,
-    ``unit: episode``, ``settle``, ``normalize``, the state baselines, ``gamma``. Of equally good
-    candidates the earliest is the best.
+    ``unit: episode``, ``settle``, ``normalize``, state baselines, ``gamma``. Of equals the earliest
+    is the best. The paper's "knowledge boost" is a phase of ``imitation`` before this one.
     """
 
     Config = RISEConfig
@@ -121,7 +101,9 @@ class RISE:
             if last or not starts:
                 break
             judged = await (teach or own)(starts)
-        examples = [example for lesson in lessons for example in self._examples(lesson)]
+        gamma = float(config.unit == "episode") if config.gamma is None else config.gamma
+        taught = [lesson.examples(context.agent, config.tau, gamma) for lesson in lessons]
+        examples = [example for some in taught for example in some]
         if not examples:
             return []
         if config.normalize:
@@ -149,7 +131,7 @@ class RISE:
     def _learn(self, group: Sequence[Judged], conversation: list[Judged]) -> list[Lesson]:
         """The lessons of one state: its candidates, or the best of them."""
         config = self._config
-        baseline = self._baseline([score(one) for one in group])
+        baseline = state_baseline([score(one) for one in group], config.baseline, config.constant)
         earlier = [score(one) for one in conversation]
         ranked = sorted(group, key=score, reverse=True)
         said: set[str] = set()
@@ -165,67 +147,3 @@ class RISE:
             said.add(action)
             lessons.append(Lesson(one, baseline, len(conversation), conversation))
         return lessons
-
-    def _examples(self, lesson: Lesson) -> list[Example]:
-        config, trajectory = self._config, lesson.judged.trajectory
-        whole = config.unit == "episode"
-        gamma = float(whole) if config.gamma is None else config.gamma
-        reward = sum(gamma**k * r for k, r in enumerate([score(lesson.judged), *lesson.later]))
-        last = len(trajectory.steps) - 1
-        return [
-            example(
-                self._context.agent,
-                trajectory,
-                turn,
-                # Held below what overflows; the learner says so if it is more than it can bear.
-                math.exp(
-                    min((reward * gamma ** (last - turn) - lesson.baseline) / config.tau, 700)
-                ),
-            )
-            for turn in range(trajectory.replayed, len(trajectory.steps))
-        ]
-
-    def _baseline(self, scores: Sequence[float]) -> float:
-        match self._config.baseline:
-            case "none":
-                return 0.0
-            case "constant":
-                return self._config.constant
-            case "state_mean":
-                return sum(scores) / len(scores)
-            case "state_max":
-                return max(scores)
-
-
-def sound(judged: Sequence[Judged]) -> list[list[Judged]]:
-    """Groups of attempts at one task, without the undecided and the degenerate."""
-    return by_task(
-        one
-        for one in judged
-        if not any(map(degenerate, texts(one.trajectory.steps[one.trajectory.replayed :])))
-    )
-
-
-def kept(
-    rule: Literal["all", "better", "best", "success"], reward: float, earlier: Sequence[float]
-) -> bool:
-    """Whether a turn with this reward is learned, after turns with those."""
-    match rule:
-        case "all":
-            return True
-        case "better":
-            return not earlier or reward > earlier[-1]
-        case "best":
-            return not earlier or reward >= max(earlier)
-        case "success":
-            return reward >= 1
-
-
-def degenerate(text: str) -> bool:
-    """A word repeated more than 150 times, or one longer than 300 characters."""
-    counts = Counter(text.split())
-    return any(count > 150 or len(word) > 300 for word, count in counts.items())
-
-
-def texts(steps: Iterable[Step]) -> list[str]:
-    return [step.action.text for step in steps]

@@ -14,6 +14,7 @@ from ..core.types import Batch, Judged, Metrics
 from .credit import by_task, score
 from .group import GRPO, GroupConfig
 from .guards import Guard, GuardConfig, set_apart
+from .practice import practised
 
 
 class SelfJudgeConfig(GroupConfig):
@@ -22,6 +23,9 @@ class SelfJudgeConfig(GroupConfig):
     mean is the share of votes for the winner."""
     easiest: float = Field(default=1.0, gt=0, le=1)
     """Learn only from that share of the groups, those with the highest mean scores."""
+    practice: int = Field(default=0, ge=0)
+    """So many tasks an iteration the policy is asked to write itself, like the world's own; those
+    that are training tasks of the world are played and learned beside them."""
     guards: GuardConfig = GuardConfig()
 
 
@@ -33,6 +37,8 @@ class SelfJudge(GRPO):
     ``baseline: rloo``, ``kl_in: reward``: SRT (Shafayat et al. 2025, arXiv:2505.21444), with its
     threshold (``vote_share``) and its easiest-share curriculum. ``pairwise`` with ``baseline:
     dr_grpo``: SPO (Swamy et al. 2024, arXiv:2401.04056).
+
+    With ``practice`` the policy also writes tasks for itself, as in RLSR.
 
     Departures: RLSR's reward is a yes or no; ``judge.cut: 0.5`` makes the model's probability one.
     Guards are on. A share of every iteration's tasks is judged, compared with the
@@ -48,6 +54,7 @@ class SelfJudge(GRPO):
         self._own = config
         self._guard = Guard(config.guards)
         self._step = 0
+        self._practised: Metrics = {}
 
     async def batches(self, judged: Sequence[Judged]) -> list[Batch]:
         config, groups = self._own, by_task(judged)
@@ -55,13 +62,19 @@ class SelfJudge(GRPO):
             seed = derive(self._context.seed, "labelled", self._step)
             labelled, groups = set_apart(groups, config.guards.labelled, seed)
             await self._guard.look(labelled, self._context.judge)
+        known = [group[0].trajectory.task for group in groups]
+        shape = (config.attempts_per_task, config.turns)
+        seed = derive(self._context.seed, "practice", self._step)
+        more, told = await practised(self._context, known, config.practice, *shape, seed)
+        self._practised = told
+        groups += by_task(more)
         self._step += 1
         groups = chosen(groups, config.vote_share, config.easiest)
         return self.learned(groups, await self.rewards(groups))
 
     @property
     def findings(self) -> Metrics:
-        return self._guard.findings
+        return self._guard.findings | self._practised
 
     @property
     def alarm(self) -> str:
