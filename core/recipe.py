@@ -142,7 +142,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 
     Args:
-        path: a file, or the name of a recipe that comes with the package (``quickstart``).
+        path: a file, or the name of a recipe that comes with the package (``countdown/ilf``).
         overrides: ``key.path=value`` each, the value in YAML; the later one wins.
 
     Raises:
@@ -210,8 +210,9 @@ def section(
 
 
 def shipped() -> dict[str, Path]:
-    """The recipes that come with the package, by name."""
-    return {file.stem: file for file in sorted(_SHIPPED.glob("*.yaml"))}
+    """The recipes that come with the package, by name: ``quickstart``, ``countdown/ilf``."""
+    files = [*sorted(_SHIPPED.glob("*.yaml")), *sorted(_SHIPPED.glob("*/*.yaml"))]
+    return {str(file.relative_to(_SHIPPED).with_suffix("")): file for file in files}
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -493,7 +494,7 @@ def _find(path: Path) -> Path:
         raise RecipeError(f"{path}: is a folder; a recipe is a YAML file")
     if path.exists():
         return path
-    near = nearest(path.stem, ours)
+    near = nearest(str(path.with_suffix("")), ours)
     raise RecipeError(f"{path}: no such file, nor a recipe that comes with selfwright; {near}")
 
 

@@ -38,9 +38,9 @@ def test_the_recipe_is_one(tmp_path: Path) -> None:
     for key in ("iterations", "seed"):
         assert given[key] == getattr(whole, key)
     for key in ("environment", "trainer", "learner"):
-        section = getattr(shown, key)
-        want, mine = whole.dump()[key], {k: v for k, v in given[key].items()}
-        assert section.use == getattr(whole, key).use
+        section, want = shown.dump()[key], whole.dump()[key]
+        mine = {k: v for k, v in given[key].items()}
+        assert section["use"] == want["use"]
         assert {k: float(v) if k == "learning_rate" else v for k, v in mine.items()} == {
             k: want[k] for k in mine
         }
@@ -51,4 +51,5 @@ def test_every_command_and_recipe_is_named() -> None:
         name = command.name or (command.callback.__name__ if command.callback else "")
         assert f"selfwright {name}" in README
     for name in shipped():
-        assert f"`{name}`" in README
+        folder, slash, _ = name.rpartition("/")
+        assert f"`{folder}{slash}`" in README if slash else f"`{name}`" in README
