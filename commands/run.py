@@ -330,8 +330,7 @@ def context(cast: Cast, opened: dict[str, Policy]) -> Context:
 
     async def open_policy(name: str) -> Policy:
         if name not in opened:
-            model = cast.base if name == BASE else name
-            opened[name] = cast.recipe.policy.make(model, cast.recipe.seed)
+            opened[name] = other_policy(cast, name)
         return opened[name]
 
     def count(said: Completion) -> None:
@@ -346,7 +345,10 @@ def context(cast: Cast, opened: dict[str, Policy]) -> Context:
     async def play_as(name: str) -> Attempt:
         player: Player = cast.expert
         if name != "expert":
-            player = player_of(config, cast.agent, await open_policy(name), config.temperature)
+            named = cast.recipe.policies.get(name)
+            its = named.config if named else config
+            assert isinstance(its, PolicyConfig)
+            player = player_of(its, cast.agent, await open_policy(name), its.temperature)
 
         async def teach(begin: Sequence[Start]) -> list[Judged]:
             return await attempt(cast, player, begin, f"{name} playing on")
@@ -367,6 +369,17 @@ def context(cast: Cast, opened: dict[str, Policy]) -> Context:
         cast.base,
         cast.recipe.seed,
     )
+
+
+def other_policy(cast: Cast, name: str) -> Policy:
+    """One of the recipe's ``policies``, the base, or a model as the policy's engine opens it."""
+    recipe = cast.recipe
+    section = recipe.policies.get(name, recipe.policy)
+    model = cast.base if name == BASE else name
+    if name in recipe.policies:
+        assert isinstance(section.config, PolicyConfig)
+        model = section.config.model
+    return section.make(model, recipe.seed)
 
 
 SCANNED = 100_000

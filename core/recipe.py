@@ -61,7 +61,9 @@ class Spell(Config):
     iterations: int = Field(default=10, ge=1)
 
 
-KEYS = (*SECTIONS, *Top.model_fields, "phases", "extends")
+OWN = ("policy", "base", "expert")
+"""Names of players that no recipe may give to another policy."""
+KEYS = (*SECTIONS, *Top.model_fields, "policies", "phases", "extends")
 """All that a recipe may say."""
 
 
@@ -97,6 +99,8 @@ class Recipe:
     seed: int
     phases: tuple[Phase, ...]
     """At least one; the weights in training go from each to the next."""
+    policies: Mapping[str, Section]
+    """Others, by the names that trainers and judges call them by: teachers, refiners, judges."""
     budget: Budget
     environment: Section
     agent: Section
@@ -133,6 +137,8 @@ class Recipe:
                 for phase in self.phases
             ]
         plain["environment"] |= self.fleet.model_dump(mode="json")
+        if self.policies:
+            plain["policies"] = {name: one.dump() for name, one in self.policies.items()}
         plain["budget"] = self.budget.model_dump(mode="json")
         plain["evaluation"] = self.evaluation.model_dump(mode="json")
         return plain
@@ -158,6 +164,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     fleet = draft.fleet()
     sections = {key: draft.section(key) for key in SHARED}
     phases = draft.phases(top, sections["judge"])
+    policies = draft.policies()
     draft.stop_if_faulty()
     found = {key: section for key, section in sections.items() if section}
     assert top and fleet and phases and len(found) == len(SHARED)
@@ -165,6 +172,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         name=file.stem,
         seed=top.seed,
         phases=phases,
+        policies=policies,
         budget=top.budget,
         evaluation=top.evaluation,
         fleet=fleet,
@@ -356,12 +364,32 @@ class _Draft:
         if key not in values and key not in DEFAULTS:
             self.fault(at, f"{key} is missing; give {key}: {{use: NAME, ...}}")
             return None
-        came: Any = values.get(key, {})
-        here = (*at, key)
+        return self.plugged(key, values.get(key, {}), (*at, key))
+
+    def policies(self) -> dict[str, Section]:
+        """The other policies, without those at fault."""
+        came: Any = self.values.get("policies", {})
         given = _mapping(came)
         if given is None:
+            said = f"wanted a mapping {{NAME: {{use: NAME, ...}}}}, got {show(came)}"
+            self.fault(("policies",), said)
+            return {}
+        found: dict[str, Section] = {}
+        for name, value in given.items():
+            if name in OWN:
+                said = f"{name} has a meaning already; call it something else"
+                self.fault(("policies", name), said)
+            elif one := self.plugged("policy", value, ("policies", name)):
+                found[name] = one
+        return found
+
+    def plugged(self, key: str, came: Any, here: KeyPath) -> Section | None:
+        """What stands at ``here`` as a section of the kind ``key``."""
+        given = _mapping(came)
+        name = here[-1]
+        if given is None:
             said = f"wanted a mapping {{use: NAME, ...}}, got {show(came)}"
-            near = f"; did you mean {key}: {{use: {came}}}?" if isinstance(came, str) else ""
+            near = f"; did you mean {name}: {{use: {came}}}?" if isinstance(came, str) else ""
             self.fault(here, said + near)
             return None
         use: Any = given.get("use", DEFAULTS.get(key))
@@ -369,7 +397,7 @@ class _Draft:
             which = (
                 "use is missing; say which" if "use" not in given else f"got {show(use)} for use"
             )
-            self.fault(here, f"{which}: {key}: {{use: NAME, ...}}")
+            self.fault(here, f"{which}: {name}: {{use: NAME, ...}}")
             return None
         try:
             plugin = load(SECTIONS[key], use)

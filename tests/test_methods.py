@@ -3,8 +3,11 @@
 import asyncio
 import io
 import json
+import re
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,12 @@ from rich.console import Console
 from selfwright.commands.evaluate import default_output, evaluate, settle
 from selfwright.commands.run import together
 from selfwright.commands.words import evaluation_words, run_words
-from selfwright.core.config import JudgeConfig
+from selfwright.core.config import JudgeConfig, PolicyConfig
 from selfwright.core.errors import JudgeError, LearnerError, RecipeError
 from selfwright.core.evaluation import FILE
 from selfwright.core.store import TRAJECTORIES, read_trajectories
-from selfwright.core.types import Trajectory, Verdict
+from selfwright.core.types import Completion, Message, Sampling, Trajectory, Verdict
+from selfwright.environments.countdown import solutions
 from selfwright.judges.reward import RewardJudge
 from selfwright.trainers.guards import CANARIES
 
@@ -97,6 +101,75 @@ def test_a_person_says_what_was_wrong_with_stored_attempts(player: Path, tmp_pat
     assert result["tokens_trained"] > 0 and len(rows) > 5
     # What the refiner said was sampled, too: more than what its episodes hold.
     assert result["tokens_sampled"] > 3 * 12 * 5
+
+
+class Outsider:
+    """A policy of somebody else's: it has an endpoint's manners, words without ids, and is right.
+
+    It also scores, by what it would say itself.
+    """
+
+    Config = PolicyConfig
+    checkpoint = "outsider"
+
+    def __init__(self, config: PolicyConfig, model: str, seed: int) -> None:
+        assert model == "somewhere"
+
+    def seat(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    async def complete(
+        self, prompt: Sequence[Message], sampling: Sampling, seed: int
+    ) -> Completion:
+        found = re.search(r"Make (\d+) from ([\d ]+) with", prompt[0].text)
+        assert found is not None
+        numbers = tuple(map(int, found[2].split()))
+        return Completion(solutions(numbers, "+-*")[int(found[1])])
+
+    async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
+        task, answer = re.findall(r"Make (\d+) from|<<<\n(.*)\n>>>", prompt[0].text)
+        right = task[0] == answer[1]
+        return replace(said, logprobs=(0.0 if right == (said.text == "yes") else -9.0,))
+
+    async def load(self, checkpoint: Path | None) -> None:
+        raise AssertionError("nobody trains it")
+
+    async def close(self) -> None:
+        pass
+
+
+OUTSIDE: dict[str, list[str]] = {
+    "rise": ["trainer.use=rise", "trainer.turns=2", "trainer.teacher=friend"],
+    "ril": ["trainer.use=adversarial", "trainer.teachers=[friend, expert]"],
+    "text_gail": ["trainer.use=text_gail", "trainer.teachers=[friend]"],
+    "ilf": ["trainer.use=ilf", "trainer.pool=failed", "trainer.refiner=friend"],
+    "rlsr": ["trainer.use=self_judge", "judge.use=model", "judge.model=friend", "judge.cut=0.5"],
+}
+
+
+@pytest.mark.parametrize("method", OUTSIDE)
+def test_an_outsider_teaches_and_judges_like_anybody(
+    player: Path, tmp_path: Path, method: str
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    policies = (
+        f"policies: {{friend: {{use: '{Path(__file__).stem}:Outsider', model: somewhere}}}}\n"
+    )
+    recipe.write_text(SINGLE.replace("MODEL", str(player)) + policies)
+    result = played(recipe, [*OUTSIDE[method], "iterations=1"], tmp_path / "run")
+    assert result["tokens_trained"] > 0 and result["stopped"] is None
+    episodes = read_trajectories(tmp_path / "run" / "iterations" / "0000" / TRAJECTORIES)
+    if method == "rlsr":
+        # It is asked about every answer, and is right about it.
+        assert all(one.verdict.judge == "model" for one in episodes)
+        assert all((one.verdict.score == 1) == one.trajectory.success for one in episodes)
+    elif method == "ilf":
+        # What it said is replayed as the refined action; it is what is learned.
+        mended = [one.trajectory for one in episodes if one.trajectory.replayed]
+        assert mended and all(one.success for one in mended)
+    else:
+        taught = [one.trajectory for one in episodes if one.trajectory.policy == "outsider"]
+        assert taught and all(one.success for one in taught)
 
 
 class FadingConfig(JudgeConfig):

@@ -532,3 +532,37 @@ def test_what_is_wrong_with_extending() -> None:
     Path("base.yaml").write_text(GOOD.replace("tau", "tua"))
     (line,) = faults("extends: base.yaml\nseed: 3\n")
     assert line.startswith("base.yaml:11: trainer.tua: unknown key; did you mean 'tau'?")
+
+
+OTHERS = f"""
+policies:
+  big: {{use: "{__name__}:Player", model: large}}
+"""
+
+
+@pytest.mark.usefixtures("file")
+def test_other_policies_have_names() -> None:
+    Path("mine.yaml").write_text(GOOD + OTHERS)
+    recipe = read("mine.yaml", ["policies.big.max_tokens=7"])
+    assert recipe.policies["big"].plugin is Player
+    assert recipe.policies["big"].config == ModelConfig(model="large", max_tokens=7)
+    dump = recipe.dump()
+    Path("again.yaml").write_text(json.dumps(dump))
+    assert read("again.yaml").dump() == dump
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("big:", "expert:", "mine.yaml:15: policies.expert: expert has a meaning already"),
+        (", model: large", "", "mine.yaml:15: policies.big.model: missing"),
+        ("model: large", "model: large, modle: x", "mine.yaml:15: policies.big.modle: unknown"),
+        (OTHERS, "\npolicies: big\n", "mine.yaml:14: policies: wanted a mapping {NAME: {use"),
+        (OTHERS, "\npolicies: {big: 3}\n", "mine.yaml:14: policies.big: wanted a mapping {use"),
+    ],
+)
+@pytest.mark.usefixtures("file")
+def test_what_is_wrong_with_other_policies(old: str, new: str, said: str) -> None:
+    assert old in OTHERS
+    first, *_ = faults(GOOD + OTHERS.replace(old, new, 1))
+    assert first.startswith(said)
