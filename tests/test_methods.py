@@ -15,11 +15,12 @@ import pytest
 from casting import SINGLE, played
 from rich.console import Console
 
+from selfwright.agents import scratch
 from selfwright.commands.evaluate import default_output, evaluate, settle
 from selfwright.commands.run import together
 from selfwright.commands.words import evaluation_words, run_words
 from selfwright.core.config import JudgeConfig, PolicyConfig
-from selfwright.core.errors import JudgeError, LearnerError, RecipeError
+from selfwright.core.errors import JudgeError, LearnerError, ModelError, RecipeError
 from selfwright.core.evaluation import FILE
 from selfwright.core.store import TRAJECTORIES, read_trajectories
 from selfwright.core.types import Completion, Message, Sampling, Trajectory, Verdict
@@ -226,6 +227,51 @@ def test_a_judge_that_pays_for_anything_ends_the_run(player: Path, tmp_path: Pat
     free = [*guarded[:2], "trainer.guards.on=false"]
     with pytest.raises(LearnerError, match="nothing is being learned: the trainer found no ex"):
         played(recipe, free, tmp_path / "free")
+
+
+class Broken(Fading):
+    """Never comes to a verdict once it has begun to judge what is learned from."""
+
+    async def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
+        raise ValueError("no verdict today")
+
+
+def test_a_judge_that_always_fails_ends_the_run(player: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(SINGLE.replace("MODEL", str(player)))
+    broken = [f"judge.use={Path(__file__).stem}:Broken"]
+    with pytest.raises(JudgeError, match=r"(?s)7 of 12 .*judge\.max_failures.*no verdict today"):
+        played(recipe, broken, tmp_path / "run")
+    # Even one that is allowed to fail ever so often is not learned from in silence.
+    broken.append("judge.max_failures=1.0")
+    with pytest.raises(LearnerError, match=r"nothing is being learned: .* \(mean score undefined"):
+        played(recipe, broken, tmp_path / "again")
+
+
+def test_a_teacher_of_another_vocabulary(player: Path, tmp_path: Path) -> None:
+    """Its words are learned; where distributions are compared it is refused before play."""
+    scratch.make("scratch:32x1", ["quite other words 1 2 3"] * 3, tmp_path / "other", seed=0)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(SINGLE.replace("MODEL", str(player)))
+    learns = ["trainer.use=adversarial", f"trainer.teachers=[{tmp_path / 'other'}]", "iterations=1"]
+    assert played(recipe, learns, tmp_path / "ril")["tokens_trained"] > 0
+    refused = ["trainer.use=moment_matching", f"trainer.teacher={tmp_path / 'other'}"]
+    with pytest.raises(ModelError, match="has another vocabulary than"):
+        played(recipe, refused, tmp_path / "moments")
+    assert not (tmp_path / "moments" / "evaluations").exists()
+
+
+def test_a_run_teaches_by_its_name(player: Path, tmp_path: Path) -> None:
+    """Another checkpoint in this process: the adapter that a run has learned, on its base."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(SINGLE.replace("MODEL", str(player)))
+    played(recipe, ["iterations=1", "learner.learning_rate=0.05"], tmp_path / "first")
+    name = tmp_path / "first"
+    learns = ["trainer.use=moment_matching", f"trainer.teacher={name}", "trainer.mode=exact"]
+    metrics_of = tmp_path / "second" / "iterations" / "0000" / "metrics.json"
+    played(recipe, [*learns, "iterations=1"], tmp_path / "second")
+    # It is not the base, which is nothing away from itself.
+    assert json.loads(metrics_of.read_text())["train/grad_norm"] > 1e-4
 
 
 PHASES = """
