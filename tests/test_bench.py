@@ -48,6 +48,12 @@ def test_every_method_meets_the_same_base_and_budget(recipes: list[str], tmp_pat
     own = found["methods"]["imitation"]["runs"][0]["baseline"]
     assert (own["difference"], own["verdict"]) == (0.0, "inconclusive")
     assert len(render(found).splitlines()) == 1 + 6 + 1 + 3
+    for name, others in found["pairs"].items():
+        for other, one in others.items():
+            gains = [found["methods"][n]["mean_difference"] for n in (name, other)]
+            assert one["difference"] == pytest.approx(gains[0] - gains[1])
+            assert found["pairs"][other][name]["p_value"] == pytest.approx(one["p_value"])
+    assert sorted(found["pairs"]["second"]) == ["first", "imitation"]
     # Asked again, nothing is run again.
     assert asyncio.run(bench(plans, tmp_path / "out", console)) == found
 
@@ -74,7 +80,7 @@ def test_names_are_escaped(recipes: list[str]) -> None:
         "better": 0,
         "better_than_baseline": 0,
     }
-    html = page({"baseline": "imitation", "methods": {"<script>x</script>": method}})
+    html = page({"baseline": "imitation", "methods": {"<script>x</script>": method}, "pairs": {}})
     assert "<script>" not in html and "&lt;script&gt;" in html
 
 
