@@ -339,9 +339,6 @@ def context(cast: Cast, opened: dict[str, Policy]) -> Context:
     async def open_patient(name: str) -> Policy:
         return patient(await open_policy(name), config.timeout_s, count)
 
-    def named(id: str) -> Task:
-        return named_task(cast.worlds, id)
-
     async def play_as(name: str) -> Attempt:
         player: Player = cast.expert
         if name != "expert":
@@ -364,7 +361,7 @@ def context(cast: Cast, opened: dict[str, Policy]) -> Context:
         play_blind,
         play_as,
         open_patient,
-        named,
+        namer(cast.worlds),
         sampling,
         cast.base,
         cast.recipe.seed,
@@ -386,15 +383,22 @@ SCANNED = 100_000
 """Training tasks that are looked through for a name, in worlds that cannot look it up."""
 
 
-def named_task(worlds: Worlds, id: str) -> Task:
-    """Raises: ValueError: there is no such training task."""
-    if isinstance(worlds.sample, HasNamedTasks):
-        return worlds.sample.named(id)
-    tasks = worlds.tasks("train")
-    for index in range(min(len(tasks), SCANNED)):
-        if tasks[index].id == id:
-            return tasks[index]
-    raise ValueError(f"there is no training task {id!r}")
+def namer(worlds: Worlds) -> Callable[[str], Task]:
+    """Finds training tasks by their ids; raises ValueError where there is none."""
+    found: dict[str, Task] = {}
+
+    def named(id: str) -> Task:
+        if isinstance(worlds.sample, HasNamedTasks):
+            return worlds.sample.named(id)
+        if not found:
+            tasks = worlds.tasks("train")
+            every = (tasks[index] for index in range(min(len(tasks), SCANNED)))
+            found.update({task.id: task for task in every})
+        if id not in found:
+            raise ValueError(f"there is no training task {id!r}")
+        return found[id]
+
+    return named
 
 
 def asked_by_judges(means: Context) -> Callable[[str], Awaitable[Policy]]:

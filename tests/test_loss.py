@@ -358,3 +358,11 @@ def test_no_bounded_critic_sees_more_than_the_exact_gap(
     blind = MomentGap("t", critic=saying([values[0]] * 3))(made).sum()
     (slope,) = autograd.grad(blind, logits)
     assert slope.abs().max() < 1e-6
+
+
+@given(st.lists(st.floats(-5, 0), min_size=1, max_size=9), st.floats(0.1, 3))
+def test_sequences_of_one_reward_are_cloned(logprobs: list[float], reward: float) -> None:
+    """At the policy that sampled them: the gradient of that multiple of their likelihood."""
+    groups = [k // 3 for k in range(len(logprobs))]
+    made = grouped(logprobs, logprobs, [reward] * len(logprobs), groups)
+    assert weighed(SequenceClip(), made) == pytest.approx([-reward] * len(logprobs), rel=1e-5)
