@@ -23,6 +23,7 @@ from ..core.protocols import (
     AsksPolicies,
     Attempt,
     Context,
+    HasFindings,
     HasGuards,
     HasMemory,
     HasNamedTasks,
@@ -281,10 +282,10 @@ async def iterate(
             given = await (await means.play_as(plan.player))(begin)
     batches = await trainer.batches(given)
     metrics = {"time/rollout_s": clock.lap()} | summary(cast.played, cast.asked)
-    if isinstance(trainer, HasGuards):
+    if isinstance(trainer, HasFindings):
         metrics |= trainer.findings
-        if trainer.alarm:
-            batches = []
+    if isinstance(trainer, HasGuards) and trainer.alarm:
+        batches = []
     loop = asyncio.get_running_loop()
     learned: list[Metrics] = []
     with cast.progress.stage(f"iteration {index + 1}: learning"):

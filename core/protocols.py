@@ -240,17 +240,22 @@ class Trainer(Protocol):
 
 
 @runtime_checkable
-class HasGuards(Protocol):
-    """A trainer that watches what it learns from."""
+class HasFindings(Protocol):
+    """A trainer that measures something."""
 
     @property
     def findings(self) -> Metrics:
         """Of the last ``batches``; they join the iteration's metrics."""
         ...
 
+
+@runtime_checkable
+class HasGuards(Protocol):
+    """A trainer that watches what it learns from."""
+
     @property
     def alarm(self) -> str:
-        """Why the run should end before this iteration is learned; empty if all is well."""
+        """Why the run should end, with nothing learned in this iteration; empty if all is well."""
         ...
 
 

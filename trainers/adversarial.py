@@ -4,9 +4,8 @@ import asyncio
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ..core.protocols import Agent, Context
 from ..core.scalar import Text
@@ -14,14 +13,11 @@ from ..core.types import Batch, Judged, Metrics
 from .credit import by_task
 from .discriminator import FILE, Discriminator, DiscriminatorConfig
 from .group import GRPO, DrGRPOConfig
-from .teachers import Teachers, missing
+from .teachers import Teachers, TeachersConfig
 
 
-class AdversarialConfig(DrGRPOConfig):
+class AdversarialConfig(DrGRPOConfig, TeachersConfig):
     kl: float = Field(default=0.01, ge=0)
-    teachers: list[str] = Field(default=["expert"], min_length=1)
-    """Whom to be like: ``expert``, the world's; model folders or hub ids; parquet files of
-    trajectories, as runs store them. Each gives its share of a group's responses."""
     teacher_attempts: int | None = Field(default=None, ge=0)
     """Teachers' responses per task, together; None: as many as the policy's."""
     similarity: float = Field(default=1.0, ge=0)
@@ -29,12 +25,6 @@ class AdversarialConfig(DrGRPOConfig):
     answer: float = Field(default=1.0, ge=0)
     """What the judge's score is worth."""
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
-
-    @model_validator(mode="after")
-    def _files(self) -> Self:
-        if gone := missing(self.teachers):
-            raise ValueError(f"there is no file {gone[0]!r} of a teacher's trajectories")
-        return self
 
 
 class Adversarial(GRPO):
@@ -95,10 +85,6 @@ class Adversarial(GRPO):
     @property
     def findings(self) -> Metrics:
         return self._found
-
-    @property
-    def alarm(self) -> str:
-        return ""
 
     def save(self, folder: Path, images: Path) -> None:
         if not self._fresh:

@@ -3,14 +3,31 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from ..core.asking import score_all
+from ..core.config import Config
 from ..core.protocols import Context
 from ..core.store import read_trajectories
 from ..core.types import Judged, Start
 from .credit import by_task
 
 PARQUET = ".parquet"
+
+
+class TeachersConfig(Config):
+    teachers: list[str] = Field(default=["expert"], min_length=1)
+    """Whom to be like: ``expert``, the world's; others by their names, models' folders, hub ids;
+    parquet files of trajectories, as runs store them. Each gives its share of the responses."""
+
+    @model_validator(mode="after")
+    def _files(self) -> Self:
+        for name in self.teachers:
+            if name.endswith(PARQUET) and not Path(name).is_file():
+                raise ValueError(f"there is no file {name!r} of a teacher's trajectories")
+        return self
 
 
 class Teachers:
@@ -84,8 +101,3 @@ class Teachers:
             if len(steps) == len(said):
                 scored.append(replace(one, trajectory=replace(one.trajectory, steps=tuple(steps))))
         return scored
-
-
-def missing(names: Sequence[str]) -> list[str]:
-    """The files among them that are not there."""
-    return [name for name in names if name.endswith(PARQUET) and not Path(name).is_file()]

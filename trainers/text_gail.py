@@ -5,9 +5,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ..core.files import read_json, write_json
 from ..core.protocols import Context, Plan
@@ -17,13 +16,11 @@ from .adversarial import paired, whole_text
 from .credit import TrainerConfig, by_task, reinforce
 from .discriminator import FILE, Discriminator, DiscriminatorConfig
 from .loss import SequenceClip
-from .teachers import Teachers, missing
+from .teachers import Teachers, TeachersConfig
 
 
-class TextGAILConfig(TrainerConfig):
+class TextGAILConfig(TrainerConfig, TeachersConfig):
     aggregation: Aggregation = "seq-mean-token-sum"
-    teachers: list[str] = Field(default=["expert"], min_length=1)
-    """Who demonstrates: as for ``adversarial``."""
     clip: float = Field(default=0.2, ge=0, lt=1)
     """A response's ratio to the policy that sampled it is cut at 1 - clip and 1 + clip."""
     demonstrations: float = Field(default=0.3, ge=0, le=1)
@@ -33,12 +30,6 @@ class TextGAILConfig(TrainerConfig):
     demonstration_reward: float = 2.0
     """Of every demonstration, beside rewards of mean 0 and variance 1."""
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
-
-    @model_validator(mode="after")
-    def _files(self) -> Self:
-        if gone := missing(self.teachers):
-            raise ValueError(f"there is no file {gone[0]!r} of a teacher's trajectories")
-        return self
 
 
 class TextGAIL:
@@ -113,10 +104,6 @@ class TextGAIL:
     @property
     def findings(self) -> Metrics:
         return self._found
-
-    @property
-    def alarm(self) -> str:
-        return ""
 
     def save(self, folder: Path, images: Path) -> None:
         write_json(folder / "text_gail.json", {"step": self._step, **vars(self._moments)})
