@@ -1,0 +1,241 @@
+"""A policy behind an OpenAI-compatible endpoint: a teacher, a judge, or whom to compare with."""
+
+import asyncio
+import base64
+import json
+import math
+import os
+import random
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Self, cast
+
+import httpx2
+from pydantic import Field, field_validator, model_validator
+
+from ...core.config import PolicyConfig
+from ...core.errors import PolicyError
+from ...core.types import Completion, Message, Sampling
+
+TOP = 20
+"""Alternatives that are asked for when one word is scored."""
+LONGEST_WAIT_S = 60.0
+"""Between two tries, whatever the endpoint asks for."""
+SHOWN = 300
+"""Characters of an endpoint's answer that an error shows."""
+PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+"""Status codes that may be gone at the next try."""
+
+
+class OpenAIConfig(PolicyConfig):
+    url: str
+    """Up to and with its version: ``http://127.0.0.1:8000/v1``."""
+    key: str = ""
+    """The environment variable that holds the key, which is never stored; empty: none is sent."""
+    parallel: int = Field(default=16, ge=1)
+    """Requests in flight at once."""
+    tries: int = Field(default=6, ge=1)
+    """Of one request, when the endpoint is busy, broken or not reached."""
+    calls: int | None = Field(default=None, ge=1)
+    """The most requests this policy may cost, tries that were answered included."""
+    tokens: int | None = Field(default=None, ge=1)
+    """The most tokens, read and written, as the endpoint counts them."""
+    body: dict[str, Any] = Field(default_factory=dict[str, Any])
+    """More fields for every request, such as ``reasoning_effort: low``."""
+
+    @field_validator("url")
+    @classmethod
+    def _web(cls, url: str) -> str:
+        parts = httpx2.URL(url)
+        if parts.scheme not in ("http", "https") or not parts.host:
+            raise ValueError(f"wanted an address such as http://127.0.0.1:8000/v1, got {url!r}")
+        if parts.userinfo:
+            raise ValueError("no password in the address; name an environment variable in key")
+        return url.rstrip("/")
+
+    @model_validator(mode="after")
+    def _key_there(self) -> Self:
+        if self.key and not os.environ.get(self.key):
+            raise ValueError(f"the environment has no {self.key}; export it, or give no key")
+        return self
+
+
+class OpenAIPolicy:
+    """Chat completions over HTTP. Its weights are somebody else's: it cannot be trained.
+
+    A busy or broken endpoint is tried again after a random wait that doubles, or as long as it asks
+    for. Completions come as words, without ids or log-probabilities.
+    """
+
+    Config = OpenAIConfig
+
+    def __init__(self, config: OpenAIConfig, model: str, seed: int) -> None:
+        self._config = config
+        self._model = model
+        self._key = os.environ.get(config.key, "") if config.key else ""
+        self._random = random.Random(seed)
+        self._room = asyncio.Semaphore(config.parallel)
+        self._calls = 0
+        self._tokens = 0
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        self._client = httpx2.AsyncClient(headers=headers, timeout=config.timeout_s)
+
+    @property
+    def checkpoint(self) -> str:
+        return self._model
+
+    def seat(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    async def complete(
+        self, prompt: Sequence[Message], sampling: Sampling, seed: int
+    ) -> Completion:
+        """Raises: PolicyError: refused, not reached, not understood, or the budget is spent."""
+        if sampling.choices:
+            raise PolicyError(
+                "an endpoint cannot be held to listed actions; leave policy.listed off"
+            )
+        asked: dict[str, Any] = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens,
+            "seed": seed % 2**31,
+        }
+        if sampling.stop:
+            asked["stop"] = list(sampling.stop)
+        choice = await self._ask(prompt, asked)
+        text = _text(choice)
+        for stop in sampling.stop:
+            text = text.partition(stop)[0]
+        return Completion(
+            text, finish="length" if choice.get("finish_reason") == "length" else "stop"
+        )
+
+    async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
+        """Only single words, such as yes or no: among the likeliest first tokens of an answer.
+
+        A word that is not among them gets what probability they leave.
+
+        Raises:
+            PolicyError: it is more than a word, or the endpoint tells no log-probabilities.
+        """
+        word = said.text.strip().casefold()
+        if not word or len(word.split()) != 1:
+            raise PolicyError(f"an endpoint scores single words only, got {said.text[:40]!r}")
+        asked = {"max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": TOP}
+        choice = await self._ask(prompt, asked)
+        try:
+            first = choice["logprobs"]["content"][0]["top_logprobs"]
+            told = [(str(one["token"]), float(one["logprob"])) for one in first]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise PolicyError(
+                f"{self._config.url} tells no log-probabilities of {self._model}, so it cannot "
+                "score; as a judge let it answer in words: answer: verdict"
+            ) from None
+        mine = [math.exp(logprob) for token, logprob in told if token.strip().casefold() == word]
+        rest = 1.0 - sum(math.exp(logprob) for _, logprob in told)
+        logprob = math.log(max(sum(mine) if mine else rest, 1e-9))
+        return Completion(said.text, logprobs=(min(0.0, logprob),))
+
+    async def load(self, checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            raise PolicyError(
+                f"{self._config.url} serves its own weights and cannot load {checkpoint}: use it "
+                "as teacher or judge, and another engine for the policy in training"
+            )
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def _ask(self, prompt: Sequence[Message], asked: dict[str, Any]) -> dict[str, Any]:
+        """The first choice of the answer."""
+        body = {"model": self._model, "messages": list(map(_message, prompt)), **asked}
+        body |= self._config.body
+        async with self._room:
+            answer = await self._tried(body)
+        try:
+            usage: Any = answer.get("usage") or {}
+            self._tokens += int(usage.get("total_tokens") or 0)
+            choice = answer["choices"][0]
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+            raise PolicyError(
+                f"{self._config.url} gave no choices: {self._shown(answer)}"
+            ) from None
+        return cast("dict[str, Any]", choice)
+
+    async def _tried(self, body: dict[str, Any]) -> Any:
+        config, said, wait = self._config, "", 0.0
+        for number in range(config.tries):
+            if number:
+                await asyncio.sleep(wait)
+            self._check_budget()
+            wait = self._random.uniform(0.5, 1.0) * min(2.0**number, LONGEST_WAIT_S)
+            try:
+                response = await self._client.post(f"{config.url}/chat/completions", json=body)
+            except httpx2.TransportError as error:
+                said = f"{type(error).__name__}: {error}"
+                continue
+            self._calls += 1
+            if response.is_success:
+                try:
+                    return response.json()
+                except ValueError:
+                    raise PolicyError(
+                        f"{config.url} answered with no JSON: {self._shown(response.text)}"
+                    ) from None
+            said = f"{response.status_code} {self._shown(response.text)}"
+            if response.status_code not in PASSING:
+                hint = (
+                    f" (is the key in {config.key} right?)" if response.status_code == 401 else ""
+                )
+                raise PolicyError(f"{config.url} refused the request: {said}{hint}")
+            wait = max(wait, asked_wait(response.headers.get("retry-after", "")))
+        raise PolicyError(f"{config.url} did not answer in {config.tries} tries; the last: {said}")
+
+    def _check_budget(self) -> None:
+        config = self._config
+        for name, spent, most in (
+            ("calls", self._calls, config.calls),
+            ("tokens", self._tokens, config.tokens),
+        ):
+            if most is not None and spent >= most:
+                raise PolicyError(
+                    f"the budget of {config.url} is spent: {spent:,} of {most:,} {name}; raise "
+                    f"{name} and go on from here"
+                )
+
+    def _shown(self, answer: Any) -> str:
+        """What came, short, without the key, should it be in there."""
+        text = answer if isinstance(answer, str) else json.dumps(answer)
+        if self._key:
+            text = text.replace(self._key, "***")
+        return text[:SHOWN]
+
+
+def _text(choice: dict[str, Any]) -> str:
+    message = choice.get("message")
+    content = cast("dict[str, Any]", message).get("content") if isinstance(message, dict) else None
+    return content if isinstance(content, str) else ""
+
+
+def _message(message: Message) -> dict[str, Any]:
+    if not message.images:
+        return {"role": message.role, "content": message.text}
+    parts: list[dict[str, Any]] = [
+        {
+            "type": "image_url",
+            "image_url": {"url": "data:image/png;base64," + base64.b64encode(image).decode()},
+        }
+        for image in message.images
+    ]
+    return {"role": message.role, "content": [*parts, {"type": "text", "text": message.text}]}
+
+
+def asked_wait(header: str) -> float:
+    """Seconds of a Retry-After; 0 for one that is a date or nonsense."""
+    try:
+        seconds = float(header)
+    except ValueError:
+        return 0.0
+    return min(max(seconds, 0.0), LONGEST_WAIT_S) if math.isfinite(seconds) else 0.0
