@@ -20,6 +20,9 @@ BASE = "base"
 
 def conclude(recipe: Recipe, base_model: str, stopped: str, kept: Run) -> dict[str, Any]:
     """The checkpoint's folder and ``result.json``."""
+    number = phase_of(recipe, kept.finished - 1)
+    if number:
+        base_model = str(kept.path(phase_base(number)).resolve())
     if not kept.has("checkpoint"):
         with kept.draft("checkpoint") as folder:
             last = kept.path(iteration_name(kept.finished - 1)) / "checkpoint"
@@ -27,12 +30,13 @@ def conclude(recipe: Recipe, base_model: str, stopped: str, kept: Run) -> dict[s
             inside = Path(base_model).is_dir()
             if inside:
                 # What is kept with the run is never rewritten; of somebody else's nobody knows.
-                put = hard_link if kept.has(BASE) else shutil.copy2
+                put = hard_link if number or kept.has(BASE) else shutil.copy2
                 shutil.copytree(base_model, folder / "base", copy_function=put)
             card: dict[str, Any] = recipe.dump()
             card |= {"base": "base" if inside else base_model, "base_inside": inside}
             write_card(folder, card)
-    base, final = (files.read(kept.path(f"evaluations/{name}")) for name in ("base", "final"))
+    exams = {path.name: files.read(path) for path in kept.path("evaluations").glob("[!.]*")}
+    base, final = exams["base"], exams["final"]
     rounds = [
         read_json(kept.path(iteration_name(k)) / "metrics.json") for k in range(kept.finished)
     ]
@@ -43,6 +47,7 @@ def conclude(recipe: Recipe, base_model: str, stopped: str, kept: Run) -> dict[s
     warm = read_json(kept.path(BASE) / STORY) if kept.has(BASE) else None
     training = sum(sum(seconds(metrics).values()) for metrics in rounds)
     validation = sum(seconds(metrics).get("validation", 0.0) for metrics in rounds)
+    examining = sum(exam.wall_s for exam in exams.values())
     result: dict[str, Any] = {
         "recipe": recipe.name,
         "seed": recipe.seed,
@@ -53,19 +58,19 @@ def conclude(recipe: Recipe, base_model: str, stopped: str, kept: Run) -> dict[s
         "phases": phases(recipe, kept),
         "introspection": None,
         "curve": [point(k, metrics) for k, metrics in enumerate(rounds) if points(metrics)],
-        "wall_s": (warm["wall_s"] if warm else 0.0) + training + base.wall_s + final.wall_s,
+        "wall_s": (warm["wall_s"] if warm else 0.0)
+        + training
+        + sum(exam.wall_s for exam in exams.values()),
         "environment_steps": total("rollout/environment_steps"),
         "tokens_sampled": total("rollout/tokens"),
         "tokens_trained": total("train/total_tokens"),
         "warm_start": warm,
         "evaluation": {
-            "wall_s": base.wall_s + final.wall_s + validation,
-            "environment_steps": base.environment_steps
-            + final.environment_steps
-            + total("validation/environment_steps"),
-            "tokens_sampled": base.tokens_sampled
-            + final.tokens_sampled
-            + total("validation/tokens"),
+            "wall_s": validation + examining,
+            "environment_steps": total("validation/environment_steps")
+            + sum(exam.environment_steps for exam in exams.values()),
+            "tokens_sampled": total("validation/tokens")
+            + sum(exam.tokens_sampled for exam in exams.values()),
         },
         "costs": [costs(k, metrics) for k, metrics in enumerate(rounds)],
     }
@@ -133,6 +138,17 @@ def point(index: int, metrics: Metrics) -> dict[str, Any]:
 def phase_name(number: int) -> str:
     """Of the evaluation after the phase with that number, from 0."""
     return f"phase_{number + 1}"
+
+
+def phase_base(number: int) -> str:
+    """The folder, in the run's, of the model that a phase after the first begins with."""
+    return f"bases/{phase_name(number)}"
+
+
+def phase_of(recipe: Recipe, index: int) -> int:
+    """The number of the phase that an iteration belongs to."""
+    ends = accumulate(phase.iterations for phase in recipe.phases)
+    return next(number for number, end in enumerate(ends) if index < end)
 
 
 def phases(recipe: Recipe, kept: Run) -> list[dict[str, Any]]:

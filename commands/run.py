@@ -3,47 +3,33 @@
 import asyncio
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from ..core import evaluation as files
-from ..core.asking import patient
-from ..core.config import JudgeConfig, PolicyConfig
+from ..core.config import PolicyConfig
 from ..core.draw import draw, starts
 from ..core.errors import LearnerError
 from ..core.files import read_json, write_json
-from ..core.judging import BROKEN, judged
-from ..core.protocols import (
-    Agent,
-    AsksPolicies,
-    Attempt,
-    Context,
-    HasFindings,
-    HasGuards,
-    HasMemory,
-    HasNamedTasks,
-    Judge,
-    Learner,
-    Policy,
-    Trainer,
-)
-from ..core.recipe import Phase, Recipe, differences
-from ..core.rollout import ExpertPlayer, Player, failures_by_name, rollouts
+from ..core.judging import BROKEN
+from ..core.models import save_merged
+from ..core.protocols import HasFindings, HasGuards, HasMemory, Judge, Trainer
+from ..core.recipe import Recipe, differences
+from ..core.rollout import failures_by_name, rollouts
 from ..core.run import Run, iteration_name
 from ..core.seeds import derive
 from ..core.store import TRAJECTORIES, write_trajectories
-from ..core.types import Completion, Judged, Metrics, Start, Stop, Task
+from ..core.types import Judged, Metrics, Stop
 from ..core.worlds import Worlds, open_worlds
 from .base import made_here, prepare
-from .evaluate import Exam, examine, player_of, sampling_of, tokens_sampled
+from .cast import Cast
+from .evaluate import examine, tokens_sampled
 from .progress import Progress
 from .report import report
-from .result import BASE, conclude, phase_name, points, seconds
+from .result import BASE, conclude, phase_base, phase_name, points, seconds
 
 PATIENCE = 3
 """Iterations in a row from which nothing could be learned, after which a run stops."""
@@ -51,58 +37,6 @@ PATIENCE = 3
 
 class Alarm(Exception):
     """A trainer found that what it learns from can no longer be trusted."""
-
-
-@dataclass
-class Cast:
-    """Everything a run works with, made once."""
-
-    recipe: Recipe
-    worlds: Worlds
-    base: str
-    agent: Agent
-    policy: Policy
-    judge: Judge
-    learner: Learner
-    progress: Progress
-    phase: Phase
-    """The one that the iteration in hand belongs to."""
-    blind: Worlds | None = None
-    """Worlds that never say whether an attempt was right; opened when first asked for."""
-    seed: int = 0
-    """Of the iteration in hand."""
-    played: list[Judged] = field(default_factory=list[Judged])
-    """Every episode of the iteration in hand."""
-    asked: int = 0
-    """Tokens that were sampled in it outside of episodes."""
-    stopped: str = ""
-    """Why the run ended before its last iteration."""
-
-    def player(self, temperature: float | None = None) -> Player:
-        """The policy in training; sampled as in training unless a temperature is given."""
-        config = self.recipe.policy.config
-        assert isinstance(config, PolicyConfig)
-        heat = config.temperature if temperature is None else temperature
-        return player_of(config, self.agent, self.policy, heat)
-
-    @property
-    def expert(self) -> Player:
-        return ExpertPlayer(timeout_s=self.recipe.fleet.step_timeout_s)
-
-    @property
-    def exam(self) -> Exam:
-        recipe, settings = self.recipe, self.recipe.evaluation
-        return Exam(
-            recipe.environment,
-            recipe.agent,
-            recipe.fleet,
-            settings.split,
-            settings.tasks,
-            recipe.seed,
-            settings.temperature,
-            settings.turns,
-            recipe.judge,
-        )
 
 
 async def run(recipe: Recipe, output: Path, console: Console) -> dict[str, Any]:
@@ -122,19 +56,12 @@ async def run(recipe: Recipe, output: Path, console: Console) -> dict[str, Any]:
             return read_json(kept.path("result.json"))
         async with await open_worlds(recipe.environment.use, settings, recipe.fleet) as worlds:
             base = await begun(recipe, worlds, kept, progress)
-            policy: Policy = recipe.policy.make(base, recipe.seed)
+            judge: Judge = recipe.judge.make(worlds.sample)
+            cast = Cast(recipe, worlds, recipe.agent.make(), judge, progress)
             try:
-                agent, judge = recipe.agent.make(), recipe.judge.make(worlds.sample)
-                learner = recipe.learner.make(base, recipe.seed)
-                first = recipe.phases[0]
-                cast = Cast(recipe, worlds, base, agent, policy, judge, learner, progress, first)
-                try:
-                    await improve(cast, kept)
-                finally:
-                    if cast.blind is not None:
-                        await cast.blind.close()
+                await improve(cast, kept, base)
             finally:
-                await policy.close()
+                await cast.close()
         result = conclude(recipe, base, cast.stopped, kept)
         progress.say(f"report: {report(output)}")
         return result
@@ -154,70 +81,51 @@ async def begun(recipe: Recipe, worlds: Worlds, kept: Run, progress: Progress) -
     return str(kept.path(BASE).resolve())
 
 
-async def improve(cast: Cast, kept: Run) -> None:
-    """Every iteration that is not committed yet, between evaluations on the same tasks."""
-    recipe, judge = cast.recipe, cast.judge
-    opened: dict[str, Policy] = {}
-    try:
-        means = context(cast, opened)
-        await introduced(judge, means)
-        # Before anything is played: what cannot be opened or is unfit is better known now.
-        judges = [await judge_of(cast, means, phase) for phase in recipe.phases]
-        trainers: list[Trainer] = [
-            phase.trainer.make(replace(means, judge=mine))
-            for phase, mine in zip(recipe.phases, judges, strict=True)
-        ]
-        await evaluated(cast, kept, "base")
-        if kept.finished:
-            last = kept.path(iteration_name(kept.finished - 1))
-            trainer = trainers[phase_of(recipe, kept.finished - 1)]
+async def improve(cast: Cast, kept: Run, base: str) -> None:
+    """Every iteration that is not committed yet, between evaluations on the same tasks.
+
+    A phase's base is what the phase before it has come to.
+    """
+    recipe, begin = cast.recipe, 0
+    for number, phase in enumerate(recipe.phases):
+        last = number + 1 == len(recipe.phases)
+        if kept.has(phase_base(number + 1)):
+            begin += phase.iterations  # The next one has begun.
+            continue
+        if kept.finished < begin:
+            break  # The budget was spent before this phase.
+        await cast.start(phase, str(kept.path(phase_base(number)).resolve()) if number else base)
+        trainer: Trainer = phase.trainer.make(cast.means)
+        if not number:
+            # Before anything is played: what cannot be opened or is unfit is better known now.
+            for other in recipe.phases[1:]:
+                other.trainer.make(cast.means)
+            await evaluated(cast, kept, "base")
+        if kept.finished > begin:
+            done = kept.path(iteration_name(kept.finished - 1))
             if isinstance(trainer, HasMemory):
-                trainer.restore(last / "trainer")
-            cast.learner.restore(last / "learner")
-            await cast.policy.load(last / "checkpoint")
+                trainer.restore(done / "trainer")
+            cast.learner.restore(done / "learner")
+            await cast.policy.load(done / "checkpoint")
             cast.progress.say(f"resuming after iteration {kept.finished} of {recipe.iterations}")
-        begin = 0
-        for number, phase in enumerate(recipe.phases):
-            cast.phase, cast.judge = phase, judges[number]
-            try:
-                await rounds(cast, means, trainers[number], kept, begin)
-            except Alarm as alarm:
-                cast.stopped = f"after iteration {kept.finished} of {recipe.iterations}: {alarm}"
-                cast.progress.say(f"stopped {cast.stopped}")
-                break
-            begin += phase.iterations
-            if begin < recipe.iterations and kept.finished == begin:
-                cast.judge = judge
-                await evaluated(cast, kept, phase_name(number))
-        cast.judge = judge
-        await evaluated(cast, kept, "final")
-    finally:
-        for other in opened.values():
-            await other.close()
+        try:
+            await rounds(cast, trainer, kept, begin)
+        except Alarm as alarm:
+            cast.stopped = f"after iteration {kept.finished} of {recipe.iterations}: {alarm}"
+            cast.progress.say(f"stopped {cast.stopped}")
+            break
+        begin += phase.iterations
+        if spent_share(kept, recipe) >= 1:
+            cast.progress.say(f"the budget is spent after iteration {kept.finished}")
+            break
+        if not last:
+            await evaluated(cast, kept, phase_name(number))
+            with kept.draft(phase_base(number + 1)) as folder:
+                save_merged(str(kept.path(iteration_name(begin - 1)) / "checkpoint"), folder)
+    await evaluated(cast, kept, "final")
 
 
-async def judge_of(cast: Cast, means: Context, phase: Phase) -> Judge:
-    if phase.judge is cast.recipe.judge:
-        return cast.judge
-    judge: Judge = phase.judge.make(cast.worlds.sample)
-    await introduced(judge, means)
-    return judge
-
-
-async def introduced(judge: Judge, means: Context) -> None:
-    """Told where to find the policies it asks, which are opened."""
-    if isinstance(judge, AsksPolicies):
-        judge.ask_through(asked_by_judges(means))
-        await judge.judge([])
-
-
-def phase_of(recipe: Recipe, index: int) -> int:
-    """The number of the phase that an iteration belongs to."""
-    ends = accumulate(phase.iterations for phase in recipe.phases)
-    return next(number for number, end in enumerate(ends) if index < end)
-
-
-async def rounds(cast: Cast, means: Context, trainer: Trainer, kept: Run, begin: int) -> None:
+async def rounds(cast: Cast, trainer: Trainer, kept: Run, begin: int) -> None:
     """The iterations of a phase that are left, each committed by itself; ``begin`` is its first.
 
     Raises:
@@ -229,11 +137,10 @@ async def rounds(cast: Cast, means: Context, trainer: Trainer, kept: Run, begin:
     for index in range(max(begin, kept.finished), begin + cast.phase.iterations):
         spent = spent_share(kept, recipe)
         if spent >= 1:
-            cast.progress.say(f"the budget is spent after iteration {index}")
             break
         done = max((index - begin) / cast.phase.iterations, spent)
         with kept.draft(iteration_name(index)) as folder:
-            metrics = await iterate(cast, means, trainer, index, done)
+            metrics = await iterate(cast, trainer, index, done)
             clock = Clock()
             cast.learner.export(folder / "checkpoint")
             cast.learner.save(folder / "learner")
@@ -263,9 +170,7 @@ def spent_share(kept: Run, recipe: Recipe) -> float:
     return recipe.budget.share(*costs)
 
 
-async def iterate(
-    cast: Cast, means: Context, trainer: Trainer, index: int, progress: float = 0.0
-) -> Metrics:
+async def iterate(cast: Cast, trainer: Trainer, index: int, progress: float = 0.0) -> Metrics:
     """Play, judge, learn once. The episodes are left in ``cast.played``."""
     recipe, plan = cast.recipe, trainer.plan
     cast.played, cast.asked = [], 0
@@ -277,9 +182,9 @@ async def iterate(
         begin = starts(tasks, plan.attempts, cast.seed, plan.turns)
         what = f"iteration {index + 1}: playing"
         if plan.player == "policy":
-            given = await attempt(cast, cast.player(), begin, what)
+            given = await cast.attempt(cast.player(), begin, what)
         else:
-            given = await (await means.play_as(plan.player))(begin)
+            given = await (await cast.means.play_as(plan.player))(begin)
     batches = await trainer.batches(given)
     metrics = {"time/rollout_s": clock.lap()} | summary(cast.played, cast.asked)
     if isinstance(trainer, HasFindings):
@@ -310,116 +215,6 @@ def together(learned: Sequence[Metrics]) -> Metrics:
         for key, value in one.items():
             total[key] = total.get(key, 0.0) + (value if key in COUNTED else share * value)
     return total | {"train/total_tokens": total["train/tokens"]}
-
-
-def context(cast: Cast, opened: dict[str, Policy]) -> Context:
-    """What the trainer may use; other policies are opened when first asked for."""
-    config = cast.recipe.policy.config
-    assert isinstance(config, PolicyConfig)
-
-    async def play(begin: Sequence[Start]) -> list[Judged]:
-        return await attempt(cast, cast.player(), begin, "playing on")
-
-    async def play_blind(begin: Sequence[Start]) -> list[Judged]:
-        if cast.blind is None:
-            world = cast.recipe.environment
-            settings = world.config.model_dump(mode="json")
-            cast.blind = await open_worlds(
-                world.use, settings, cast.recipe.fleet, without_oracle=True
-            )
-        return await attempt(cast, cast.player(), begin, "playing on", cast.blind)
-
-    async def open_policy(name: str) -> Policy:
-        if name not in opened:
-            opened[name] = other_policy(cast, name)
-        return opened[name]
-
-    def count(said: Completion) -> None:
-        cast.asked += len(said.token_ids)
-
-    async def open_patient(name: str) -> Policy:
-        return patient(await open_policy(name), config.timeout_s, count)
-
-    async def play_as(name: str) -> Attempt:
-        player: Player = cast.expert
-        if name != "expert":
-            named = cast.recipe.policies.get(name)
-            its = named.config if named else config
-            assert isinstance(its, PolicyConfig)
-            player = player_of(its, cast.agent, await open_policy(name), its.temperature)
-
-        async def teach(begin: Sequence[Start]) -> list[Judged]:
-            return await attempt(cast, player, begin, f"{name} playing on")
-
-        return teach
-
-    sampling = sampling_of(config, config.temperature)
-    return Context(
-        cast.agent,
-        cast.judge,
-        patient(cast.policy, config.timeout_s, count),
-        play,
-        play_blind,
-        play_as,
-        open_patient,
-        namer(cast.worlds),
-        sampling,
-        cast.base,
-        cast.recipe.seed,
-    )
-
-
-def other_policy(cast: Cast, name: str) -> Policy:
-    """One of the recipe's ``policies``, the base, or a model as the policy's engine opens it."""
-    recipe = cast.recipe
-    section = recipe.policies.get(name, recipe.policy)
-    model = cast.base if name == BASE else name
-    if name in recipe.policies:
-        assert isinstance(section.config, PolicyConfig)
-        model = section.config.model
-    return section.make(model, recipe.seed)
-
-
-SCANNED = 100_000
-"""Training tasks that are looked through for a name, in worlds that cannot look it up."""
-
-
-def namer(worlds: Worlds) -> Callable[[str], Task]:
-    """Finds training tasks by their ids; raises ValueError where there is none."""
-    found: dict[str, Task] = {}
-
-    def named(id: str) -> Task:
-        if isinstance(worlds.sample, HasNamedTasks):
-            return worlds.sample.named(id)
-        if not found:
-            tasks = worlds.tasks("train")
-            every = (tasks[index] for index in range(min(len(tasks), SCANNED)))
-            found.update({task.id: task for task in every})
-        if id not in found:
-            raise ValueError(f"there is no training task {id!r}")
-        return found[id]
-
-    return named
-
-
-def asked_by_judges(means: Context) -> Callable[[str], Awaitable[Policy]]:
-    async def open_for_judge(name: str) -> Policy:
-        return means.policy if name == "policy" else await means.open(name)
-
-    return open_for_judge
-
-
-async def attempt(
-    cast: Cast, player: Player, begin: Sequence[Start], what: str, worlds: Worlds | None = None
-) -> list[Judged]:
-    """Play and judge; the episodes join the iteration's."""
-    with cast.progress.stage(what, len(begin)) as tell:
-        played = await rollouts(player, worlds or cast.worlds, begin, cast.seed, tell)
-    config = cast.phase.judge.config
-    assert isinstance(config, JudgeConfig)
-    given = await judged(cast.judge, played, config)
-    cast.played += given
-    return given
 
 
 def summary(played: Sequence[Judged], asked: int = 0) -> Metrics:
@@ -475,7 +270,7 @@ async def evaluated(cast: Cast, kept: Run, name: str) -> None:
     if kept.has(f"evaluations/{name}"):
         return
     player = cast.player(cast.exam.temperature)
-    exam, judge = cast.exam, cast.judge
+    exam, judge = cast.exam, cast.examiner
     result, episodes = await examine(exam, player, judge, cast.worlds, cast.progress, name)
     with kept.draft(f"evaluations/{name}") as folder:
         files.write(folder, result)

@@ -56,11 +56,26 @@ def open_tokens(model: str, trust_remote_code: bool = False) -> ChatTokens:
 
 def same_vocabulary(model: str, other: str) -> None:
     """Raises: ModelError: the two cannot be compared token by token, or cannot be opened."""
-    if open_tokens(model).fingerprint != open_tokens(other).fingerprint:
+    sizes = vocabulary_size(model), vocabulary_size(other)
+    if open_tokens(model).fingerprint != open_tokens(other).fingerprint or sizes[0] != sizes[1]:
         raise ModelError(
-            f"the teacher {other!r} has another vocabulary than {model!r}: their distributions "
-            "cannot be compared; learn from its text instead (imitation, rise, adversarial)"
+            f"the teacher {other!r} has another vocabulary ({sizes[1]} tokens) than {model!r} "
+            f"({sizes[0]}): their distributions cannot be compared; learn from its text instead "
+            "(imitation, rise, adversarial)"
         )
+
+
+def vocabulary_size(model: str) -> int:
+    """How many logits it has. Raises: ModelError: it cannot be opened."""
+    from transformers import AutoConfig
+
+    base, _ = parts_of(model)
+    configs: Any = AutoConfig
+    try:
+        config = configs.from_pretrained(base)
+    except Exception as cause:
+        raise _cannot_open(model, cause) from cause
+    return int(config.get_text_config().vocab_size)
 
 
 def open_weights(model: str, device: str, dtype: str, trust_remote_code: bool) -> Any:
@@ -96,6 +111,13 @@ def open_weights(model: str, device: str, dtype: str, trust_remote_code: bool) -
             f"as {missing[0]}"
         )
     return (_merged(weights, adapter) if adapter else weights).to(device)
+
+
+def save_merged(model: str, folder: Path) -> None:
+    """Write what ``open_model`` opens as a model of its own, with its tokenizer."""
+    weights, tokens = open_model(model, "cpu", "auto", False)
+    weights.save_pretrained(folder)
+    tokens.tokenizer.save_pretrained(folder)
 
 
 def _merged(weights: Any, adapter: Path) -> Any:

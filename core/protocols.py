@@ -216,17 +216,20 @@ class Context:
     """The same, where the world never says whether an attempt was right and goes on after it.
     Raises WorldError for worlds without attempts (see ``HasAttempts``)."""
     play_as: Callable[[str], Awaitable[Attempt]]
-    """Somebody else, as a teacher: ``expert`` is the world's own, any other name a model folder or
-    hub id. ``await (await play_as(name))(starts)``."""
+    """Somebody else, as a teacher: ``expert`` is the world's own, other names as in ``open``.
+    ``await (await play_as(name))(starts)``."""
     open: Callable[[str], Awaitable[Policy]]
-    """Another policy to ask: ``base`` is the one the run began with, frozen; any other name a
-    model folder or hub id. Opened once, closed by the run."""
+    """A policy to ask, by name: ``policy`` is the one in training; ``base`` the one that the phase
+    began with, frozen; else one of the recipe's ``policies``, a model's folder, a run's, a hub id.
+    Opened once, closed by the run."""
+    model_of: Callable[[str], str]
+    """The folder or hub id of the model that such a name stands for."""
+    sampling_of: Callable[[str], Sampling]
+    """How the policy of such a name is sampled in training."""
     named: Callable[[str], Task]
     """The training task of an id. Raises ValueError: there is none."""
-    sampling: Sampling
-    """How the policy is sampled in training."""
     base: str
-    """The model the run began with: a folder or hub id, for trainers that copy it."""
+    """The model the phase began with: a folder or hub id, for trainers that copy it."""
     seed: int
     """The run's: what a trainer draws is derived from it, and from what it is drawn for."""
 

@@ -124,7 +124,7 @@ class Recipe:
         sections: dict[str, Section] = {key: getattr(self, key) for key in SHARED}
         plain: dict[str, Any] = {"seed": self.seed}
         plain |= {key: section.dump() for key, section in sections.items()}
-        if len(self.phases) == 1:
+        if len(self.phases) == 1 and self.phases[0].judge is self.judge:
             plain["iterations"] = self.iterations
             plain["trainer"] = self.phases[0].trainer.dump()
         else:

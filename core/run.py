@@ -2,6 +2,7 @@
 
     recipe.json              everything the run was started with
     base/                    the model it begins with, if that was made here
+    bases/phase_2/, ...      those of phases after the first: what the one before has come to
     iterations/0000/ ...     one folder per finished iteration
     evaluations/base/, final/
     images/                  every image once, by content (see ``core.store``)

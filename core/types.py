@@ -189,8 +189,10 @@ class TokenArrays:
     advantages: Any
     reference_logprobs: Any = None
     """Under the frozen base model; None unless the loss asks for it."""
+    examples: Any = None
+    """(N,) int64: the token's example, by its place in the batch; its tokens follow one another."""
     groups: Any = None
-    """(N,) int64: ``Example.group`` of the token's example."""
+    """(N,) int64: that example's ``group``."""
     distribution: Any = None
     """(N, V): log-probabilities of every token there, under the weights being trained; carries the
     gradient. This and what follows is None but for a ``DistributionLoss``."""
@@ -247,8 +249,8 @@ class DistributionLoss(Loss, Protocol):
 class AdversarialLoss(Loss, Protocol):
     """A loss with parameters of its own, which climb it once before the weights descend it."""
 
-    def meet(self, states: int, vocabulary: int) -> Sequence[Any]:
-        """Those parameters, made if they are not there yet for arrays of these widths."""
+    def meet(self, states: int, vocabulary: int, device: Any) -> Sequence[Any]:
+        """Those parameters, there, made if they are not yet for arrays of these widths."""
         ...
 
     def climb(self) -> None:

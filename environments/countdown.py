@@ -321,22 +321,30 @@ class Countdown:
             return None
 
     def named(self, id: str) -> CountdownTask:
-        """Raises: ValueError: it is no puzzle of these settings, or not for training."""
-        found = re.fullmatch(r"countdown((?: \d{1,6})+) = (\d{1,6})", id)
+        """Of at most four numbers, for it must be known to have a solution.
+
+        Raises:
+            ValueError: it is no puzzle of these settings, or not for training.
+        """
         config = self._config
+        if config.numbers > 4:
+            raise ValueError("puzzles of more than 4 numbers are not known by name")
+        found = re.fullmatch(r"countdown((?: [0-9]{1,6})+) = ([0-9]{1,6})", id)
         numbers = tuple(map(int, found[1].split())) if found else ()
         target = int(found[2]) if found else 0
         inside = all(1 <= number <= config.largest for number in numbers)
-        if len(numbers) != config.numbers or list(numbers) != sorted(numbers) or not inside:
+        sound = len(numbers) == config.numbers and list(numbers) == sorted(numbers) and inside
+        # As it is written here, and not otherwise: the split follows from the name.
+        if not sound or id != name_of(numbers, target):
             raise ValueError(
                 f"{id!r} is no puzzle here; wanted 'countdown A B C = D' with {config.numbers} "
                 f"ascending numbers from 1 to {config.largest}"
             )
+        if split_of(id) != "train":
+            raise ValueError(f"{id!r} is held out for {split_of(id)}")
         witness = solutions(numbers, config.operators).get(target)
         if witness is None or not 1 <= target <= config.target:
             raise ValueError(f"{id!r} has no solution, or a target above {config.target}")
-        if split_of(id) != "train":
-            raise ValueError(f"{id!r} is held out for {split_of(id)}")
         return puzzle(numbers, target, witness, config)
 
     def without_oracle(self) -> "Countdown":

@@ -55,12 +55,14 @@ class DiscriminatorJudge:
         model = str(base) if base.is_dir() else recipe["policy"]["model"]
         self._net = ScalarModel(ScalarConfig(token_budget=config.token_budget), model)
         self._net.restore(_files(run)[-1])
+        self._turn = asyncio.Lock()
 
     async def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
         sound = [t for t in trajectories if t.stop != Stop.FAILED and t.steps]
         loop = asyncio.get_running_loop()
         texts = list(map(self._text, sound))
-        found = await loop.run_in_executor(None, self._net.values, texts) if texts else []
+        async with self._turn:  # One thread at a time: they would share a cache.
+            found = await loop.run_in_executor(None, self._net.values, texts) if texts else []
         values = {id(t): z for t, z in zip(sound, found, strict=True)}
         return [
             Verdict(None, t.error or "nothing was done", "discriminator")

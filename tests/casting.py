@@ -45,10 +45,20 @@ def played(recipe: Path, overrides: Sequence[str], output: Path) -> dict[str, An
 
 def context_of(**parts: Any) -> Context:
     """Whatever is not given fails when it is used."""
-    names = ("judge", "policy", "attempt", "attempt_blind", "play_as", "open", "named")
+    names = ("judge", "policy", "attempt", "attempt_blind", "play_as", "named")
+
+    async def find(name: str) -> Any:
+        assert name == "policy", name
+        return parts["policy"]
+
+    def sampling_of(name: str) -> Sampling:
+        return Sampling()
+
     default: dict[str, Any] = {
         "agent": Chat(ChatConfig()),
-        "sampling": Sampling(),
+        "open": find,
+        "model_of": str,
+        "sampling_of": sampling_of,
         "base": "",
         "seed": 0,
         **dict.fromkeys(names),

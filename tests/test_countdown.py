@@ -197,6 +197,9 @@ def test_training_tasks_are_known_by_name() -> None:
         ("countdown 3 2 1 = 6", "is no puzzle here"),
         ("countdown 1 2 30 = 6", "is no puzzle here; .* numbers from 1 to 20"),
         ("countdown 1 2 x = 6", "is no puzzle here"),
+        ("countdown 01 2 3 = 6", "is no puzzle here"),
+        ("countdown \u0661 2 3 = 6", "is no puzzle here"),
+        ("countdown 1 2 3 = 6 ", "is no puzzle here"),
         ("countdown 1 1 1 = 99", "has no solution, or a target above 99"),
         ("countdown 18 19 20 = 722", "has no solution, or a target above 99"),
     ],
@@ -204,3 +207,8 @@ def test_training_tasks_are_known_by_name() -> None:
 def test_what_is_no_puzzle_is_refused(name: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Countdown(CountdownConfig()).named(name)
+
+
+def test_larger_puzzles_have_no_names() -> None:
+    with pytest.raises(ValueError, match="more than 4 numbers are not known by name"):
+        Countdown(CountdownConfig(numbers=5)).named("countdown 1 2 3 4 5 = 15")

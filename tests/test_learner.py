@@ -216,6 +216,8 @@ def test_rows_of_a_group_stay_together() -> None:
 
     a, b, c, d, e = row(1), row(-1), row(2, 3), row(-1, 1), row(3, 1)
     assert units([a, b, c, d]) == [[a, d], [b], [c]]
+    f, g, h = row(1), row(2, 3), row(1, 2, 3)
+    assert units([f, g, h]) == [[f, g, h]]
     # The last one joins two groups that were apart.
     assert [sorted(map(id, unit)) for unit in units([a, b, c, d, e])] == [
         sorted(map(id, (a, c, d, e))),

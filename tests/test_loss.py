@@ -22,8 +22,8 @@ from selfwright.trainers.loss import (
     MomentGap,
     SequenceClip,
     following,
-    group_sums,
     kl,
+    sums,
 )
 from selfwright.trainers.pack import Row, Span, token_weights
 
@@ -241,9 +241,15 @@ def test_aggregation_by_hand(aggregation: Aggregation, loss: float) -> None:
 
 
 def grouped(
-    new: Sequence[float], old: Sequence[float], advantages: Sequence[float], groups: Sequence[int]
+    new: Sequence[float],
+    old: Sequence[float],
+    advantages: Sequence[float],
+    examples: Sequence[int],
+    groups: Sequence[int] = (),
 ) -> TokenArrays:
-    return replace(arrays(new, old, advantages), groups=torch.tensor(groups))
+    given = arrays(new, old, advantages)
+    keys = torch.tensor(examples), torch.tensor(groups or examples)
+    return replace(given, examples=keys[0], groups=keys[1])
 
 
 def weighed(loss: SequenceClip | DPO, tokens: TokenArrays) -> list[float]:
@@ -261,6 +267,9 @@ def test_a_sequence_has_one_ratio() -> None:
     slope = math.exp(0.1)
     expected = [-2 * slope, -2 * slope, 0.0, math.exp(0.5)]
     assert weighed(SequenceClip(), made) == pytest.approx(expected, rel=1e-5)
+    # However unlike: 5 nats of two tokens weigh 10, not e^5.
+    far = grouped([-1.0, -1.0], [-3.0, -4.0], [-1.0, -1.0], [0, 0])
+    assert weighed(SequenceClip(), far) == pytest.approx([10.0, 10.0])
 
 
 @given(st.lists(st.tuples(st.floats(-5, 0), st.floats(-5, 0)), min_size=2, max_size=12))
@@ -271,7 +280,8 @@ def test_dpo_has_the_gradient_of_dpo(pairs: list[tuple[float, float]]) -> None:
     # Two pairs, told apart by parity; within each the first half is chosen.
     groups = [k % 2 for k in range(count)]
     signs = [1.0 if k < count / 2 else -1.0 for k in range(count)]
-    made = grouped(new, old, signs, groups)
+    # An example for every token: pairs of several turns, as many sequences.
+    made = grouped(new, old, signs, list(range(count)), groups)
     margins = [
         sum(
             signs[k] * (made.logprobs[k] - made.old_logprobs[k])
@@ -282,19 +292,20 @@ def test_dpo_has_the_gradient_of_dpo(pairs: list[tuple[float, float]]) -> None:
     ]
     plain = sum(-torch.nn.functional.logsigmoid(beta * torch.as_tensor(m)) for m in margins)
     (wanted,) = autograd.grad(plain, made.logprobs)
-    # A pair is two sequences: twice its share of a mean over sequences.
-    assert weighed(DPO(beta), made) == pytest.approx((2 * wanted).tolist(), abs=1e-5)
+    # The learner's mean is over sequences, that of DPO over pairs.
+    scale = count / len(set(groups))
+    assert weighed(DPO(beta), made) == pytest.approx((scale * wanted).tolist(), abs=1e-5)
 
 
 def test_dpo_at_its_reference() -> None:
     # sigmoid(0) = 1/2: every token is pulled by beta / 2, over the two sequences of its pair.
-    made = grouped([-1.0, -2.0, -3.0], [-1.0, -2.0, -3.0], [1.0, 1.0, -1.0], [0, 0, 0])
+    made = grouped([-1.0, -2.0, -3.0], [-1.0, -2.0, -3.0], [1.0, 1.0, -1.0], [0, 0, 1], [4, 4, 4])
     assert weighed(DPO(0.1), made) == pytest.approx([-0.1, -0.1, 0.1])
 
 
 def test_sums_over_groups_and_over_what_follows() -> None:
     values = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
-    assert group_sums(values, torch.tensor([5, -1, 5, -1, 2])).tolist() == [5, 2, 5, 8, 16]
+    assert sums(values, torch.tensor([5, 0, 5, 0, 2])).tolist() == [5, 10, 5, 10, 16]
     assert following(values, torch.tensor([0, 0, 0, 1, 1])).tolist() == [6, 4, 0, 16, 0]
 
 
@@ -309,7 +320,7 @@ def distributions(
         chosen,
         chosen.detach(),
         torch.ones(len(said)),
-        groups=torch.zeros(len(said), dtype=torch.int64),
+        examples=torch.zeros(len(said), dtype=torch.int64),
         distribution=distribution,
         teacher=torch.tensor(theirs).log(),
         states=torch.ones(len(said), 2),

@@ -256,7 +256,7 @@ def test_a_teacher_of_another_vocabulary(player: Path, tmp_path: Path) -> None:
     learns = ["trainer.use=adversarial", f"trainer.teachers=[{tmp_path / 'other'}]", "iterations=1"]
     assert played(recipe, learns, tmp_path / "ril")["tokens_trained"] > 0
     refused = ["trainer.use=moment_matching", f"trainer.teacher={tmp_path / 'other'}"]
-    with pytest.raises(ModelError, match="has another vocabulary than"):
+    with pytest.raises(ModelError, match="has another vocabulary"):
         played(recipe, refused, tmp_path / "moments")
     assert not (tmp_path / "moments" / "evaluations").exists()
 

@@ -3,6 +3,7 @@
 # torch is partly untyped.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,18 +36,21 @@ class Critic:
         self._weights: list[Tensor] = []
         self._optimizer: torch.optim.AdamW | None = None
 
-    def meet(self, states: int, vocabulary: int) -> list[Tensor]:
-        """Its weights, made now if they are not there yet."""
+    def meet(self, states: int, vocabulary: int, device: torch.device | str) -> list[Tensor]:
+        """Its weights, there; made now if they are not yet."""
         if not self._weights:
             random = torch.Generator().manual_seed(derive(self._seed, "critic"))
             width = self._config.width
             first = torch.randn(width, states, generator=random) / states**0.5
             self._take(first, torch.zeros(vocabulary, width))
+        if self._weights[0].device != torch.device(device):
+            moved = [weight.detach().to(device) for weight in self._weights]
+            self._take(*moved, kept=self._slots())
         return self._weights
 
     def __call__(self, states: Tensor) -> Tensor:
         """(N, D) to (N, V), in [-1, 1]."""
-        first, second = (weight.to(states.device) for weight in self._weights)
+        first, second = self._weights
         return torch.tanh(torch.relu(states @ first.T) @ second.T)
 
     def climb(self) -> None:
@@ -55,29 +59,37 @@ class Critic:
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
 
-    def _take(self, *weights: Tensor) -> None:
+    def _take(self, *weights: Tensor, kept: Sequence[dict[str, Tensor]] = ({}, {})) -> None:
+        """These weights from now on, and what an optimiser remembers of each."""
         self._weights = [weight.requires_grad_() for weight in weights]
         self._optimizer = torch.optim.AdamW(
             self._weights, lr=self._config.learning_rate, weight_decay=0
         )
+        for weight, slots in zip(self._weights, kept, strict=True):
+            if slots:
+                self._optimizer.state[weight] = {
+                    name: value if name == "step" else value.to(weight.device)
+                    for name, value in slots.items()
+                }
+
+    def _slots(self) -> list[dict[str, Tensor]]:
+        if self._optimizer is None:
+            return []
+        return [dict(self._optimizer.state.get(weight, {})) for weight in self._weights]
 
     def save(self, file: Path) -> None:
-        state: dict[str, Tensor] = {}
-        for k, weight in enumerate(self._weights):
-            state[f"weight.{k}"] = weight.detach().clone()
-            assert self._optimizer is not None
-            for name, value in self._optimizer.state.get(weight, {}).items():
-                state[f"optimizer.{name}.{k}"] = torch.as_tensor(value).clone()
+        state = {f"weight.{k}": w.detach().cpu().clone() for k, w in enumerate(self._weights)}
+        for k, slots in enumerate(self._slots()):
+            state |= {f"optimizer.{name}.{k}": v.cpu().clone() for name, v in slots.items()}
         save_file(state, file)
 
     def restore(self, file: Path) -> None:
         state = load_file(file)
         if "weight.0" not in state:
             return
-        self._take(state["weight.0"], state["weight.1"])
-        assert self._optimizer is not None
-        for k, weight in enumerate(self._weights):
-            names = ("step", "exp_avg", "exp_avg_sq")
-            kept = {name: state[key] for name in names if (key := f"optimizer.{name}.{k}") in state}
-            if kept:
-                self._optimizer.state[weight] = kept
+        names = ("step", "exp_avg", "exp_avg_sq")
+        kept = [
+            {name: state[key] for name in names if (key := f"optimizer.{name}.{k}") in state}
+            for k in range(2)
+        ]
+        self._take(state["weight.0"], state["weight.1"], kept=kept)

@@ -170,7 +170,7 @@ async def with_feedback(
     """The items with their feedback; those about which nothing was said are left out."""
     if source == "policy":
         prompts = [_asked(item, context) for item in items]
-        said = await ask(context.policy, prompts, context.sampling, seed)
+        said = await ask(context.policy, prompts, context.sampling_of("policy"), seed)
         words = ["" if one is None else one.text.strip() for one in said]
     else:
         words = [_told(item, source) for item in items]

@@ -93,10 +93,11 @@ class ILF:
     async def _refine(self, items: Sequence[Item]) -> list[Judged]:
         """The refinements to learn, as episodes; one per task, unless they are weighed."""
         config, context = self._config, self._context
-        policy = await context.open(config.refiner) if config.refiner else context.policy
+        name = config.refiner or "policy"
+        policy = await context.open(name)
         many = config.refinements
         prompts = [refining(item, config.layout, context) for item in items for _ in range(many)]
-        said = await ask(policy, prompts, context.sampling, self._seed("refine"))
+        said = await ask(policy, prompts, context.sampling_of(name), self._seed("refine"))
         starts: list[Start] = []
         for k, item in enumerate(items):
             made = [one for one in said[k * many : (k + 1) * many] if one is not None]

@@ -271,9 +271,9 @@ class PlainLearner:
         self._model.train()
         if self._accelerator.num_processes > 1:
             found = self._accelerator.reduce(found, "sum")
-        old, advantages, groups = self._given(rows, found[0])
-        reference = found[1] if loss.needs_reference else None
-        arrays = TokenArrays(found[0], old, advantages, reference, groups)
+        arrays = self._given(rows, found[0])
+        if loss.needs_reference:
+            arrays = replace(arrays, reference_logprobs=found[1])
         said = iter(loss.weigh(arrays, derive(self._seed, "weigh", self._updates)).tolist())
         return [[[w * next(said) for w in span] for span in row] for row in weights]
 
@@ -282,7 +282,7 @@ class PlainLearner:
     ) -> None:
         """One step of the loss's own parameters, up."""
         sizes = self._model.config.get_text_config()
-        adversary = loss.meet(sizes.hidden_size, sizes.vocab_size)
+        adversary = loss.meet(sizes.hidden_size, sizes.vocab_size, self._device)
         for weight in adversary:
             weight.grad = None  # What the last descent has left there.
         self._model.eval()
@@ -297,16 +297,19 @@ class PlainLearner:
                 weight.grad = self._accelerator.reduce(mine_only, "sum")
         loss.climb()
 
-    def _given(self, rows: Sequence[Row], logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(N,) each: log-probabilities as sampled, or ``logprobs`` where unknown; advantages;
-        groups."""
+    def _given(self, rows: Sequence[Row], logprobs: Tensor) -> TokenArrays:
+        """What is known of the rows' tokens, beside ``logprobs``."""
         device = self._device
         known = [s.old_logprobs or [torch.nan] * (s.end - s.begin) for r in rows for s in r.spans]
         old = torch.tensor([x for span in known for x in span], device=device)
         spans = [s for r in rows for s in r.spans for _ in range(s.begin, s.end)]
         advantages = torch.tensor([s.advantage for s in spans], device=device, dtype=torch.float32)
-        groups = torch.tensor([s.group for s in spans], device=device)
-        return old.where(~old.isnan(), logprobs.detach()), advantages, groups
+        examples, groups = (
+            torch.tensor(those, device=device)
+            for those in ([s.example for s in spans], [s.group for s in spans])
+        )
+        old = old.where(~old.isnan(), logprobs.detach())
+        return TokenArrays(logprobs, old, advantages, None, examples, groups)
 
     def _add_up(self, sums: Tensor) -> Tensor:
         """Gradients and sums over all processes. By hand: some may hold no row at all."""
@@ -343,8 +346,7 @@ class PlainLearner:
         logits, states = self._logits(self._model, self._head, self._last, ids, where)
         # Of all ways to say this, the one that holds the fewest copies of the logits.
         logprobs = -functional.cross_entropy(logits, ids[where], reduction="none")
-        old, advantages, groups = self._given(rows, logprobs)
-        arrays = TokenArrays(logprobs, old, advantages, groups=groups)
+        arrays = self._given(rows, logprobs)
         if loss.needs_reference:
             with torch.no_grad(), self._model.disable_adapter():
                 other, _ = self._logits(self._model, self._head, self._last, ids, where)

@@ -1,5 +1,6 @@
 """Losses: frozen settings that are also functions from (N,) token arrays to (N,) token losses."""
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,20 +96,22 @@ class CovarianceClip(Clip):
 class SequenceClip:
     """PPO's clip of whole sequences: one ratio for all of an example's tokens, their product.
 
-    As TextGAIL has it (Wu et al. 2021, arXiv:2004.13796). A sequence is an ``Example.group``; its
-    loss is -min(ratio A, clip(ratio) A), and that is what the sum of its tokens' gradients is of.
+    As TextGAIL has it (Wu et al. 2021, arXiv:2004.13796). A sequence is an example; its loss is
+    -min(ratio A, clip(ratio) A), and that is what the sum of its tokens' gradients is of.
     """
 
     low: float = 0.2
     high: float = 0.2
+    most: float = 10.0
+    """The ratio weighs no more than this: of long texts it explodes."""
     aggregation: Aggregation = "seq-mean-token-sum"
     length: int = 1
     needs_reference: bool = False
 
     def weigh(self, arrays: TokenArrays, seed: int) -> Any:
         """The sequence's ratio, 0 where it is clipped: d ratio = ratio * d log pi."""
-        gaps = group_sums(arrays.logprobs - arrays.old_logprobs, arrays.groups)
-        ratio = gaps.clip(max=80).exp()
+        gaps = sums(arrays.logprobs - arrays.old_logprobs, arrays.examples)
+        ratio = gaps.clip(max=math.log(self.most)).exp()
         cut = (arrays.advantages > 0) & (ratio > 1 + self.high)
         cut |= (arrays.advantages < 0) & (ratio < 1 - self.low)
         return ratio.where(~cut, ratio.new_zeros(()))
@@ -133,9 +136,10 @@ class DPO:
 
     def weigh(self, arrays: TokenArrays, seed: int) -> Any:
         gaps = arrays.advantages * (arrays.logprobs - arrays.old_logprobs)
-        margins = group_sums(gaps, arrays.groups)
-        # A pair is two sequences, and the mean is over sequences.
-        return 2 * self.beta * (-self.beta * margins).sigmoid()
+        pairs, examples = (len(those.unique()) for those in (arrays.groups, arrays.examples))
+        # The mean is over sequences, two or more of them to a pair.
+        share = examples / pairs
+        return share * self.beta * (-self.beta * sums(gaps, arrays.groups)).sigmoid()
 
     def __call__(self, arrays: TokenArrays) -> Any:
         return -arrays.advantages * arrays.logprobs
@@ -169,7 +173,7 @@ class MomentGap:
             gap = (apart * self.critic(arrays.states)).sum(-1)
         loss = gap
         if self.own:
-            loss = gap + arrays.logprobs * following(gap.detach(), arrays.groups)
+            loss = gap + arrays.logprobs * following(gap.detach(), arrays.examples)
         return self.weight * arrays.advantages * loss
 
 
@@ -177,26 +181,25 @@ class MomentGap:
 class ContestedGap(MomentGap):
     """The same against a critic that learns."""
 
-    def meet(self, states: int, vocabulary: int) -> Sequence[Any]:
-        return self.critic.meet(states, vocabulary)
+    def meet(self, states: int, vocabulary: int, device: Any) -> Sequence[Any]:
+        return self.critic.meet(states, vocabulary, device)
 
     def climb(self) -> None:
         self.critic.climb()
 
 
-def group_sums(values: Any, groups: Any) -> Any:
-    """(N,): each token's sum over all of its group's; a token of no group (-1) is alone."""
-    places = groups.where(groups >= 0, groups.new_tensor(range(len(groups))) + groups.max() + 1)
-    _, where = places.unique(return_inverse=True)
+def sums(values: Any, keys: Any) -> Any:
+    """(N,): each token's sum over all tokens with its key."""
+    _, where = keys.unique(return_inverse=True)
     return values.new_zeros(int(where.max()) + 1).index_add(0, where, values)[where]
 
 
-def following(values: Any, groups: Any) -> Any:
-    """(N,): each token's sum over those after it in its example, which is a run of one group."""
-    sums = values.cumsum(0)
-    _, counts = groups.unique_consecutive(return_counts=True)
+def following(values: Any, examples: Any) -> Any:
+    """(N,): each token's sum over those after it in its example."""
+    total = values.cumsum(0)
+    _, counts = examples.unique_consecutive(return_counts=True)
     ends = counts.cumsum(0) - 1
-    return sums[ends].repeat_interleave(counts) - sums
+    return total[ends].repeat_interleave(counts) - total
 
 
 def kl(logprobs: Any, reference: Any, estimator: KL) -> Any:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ..core.models import same_vocabulary
 from ..core.protocols import Context, Plan
-from ..core.types import Batch, Judged, Start, Stop
+from ..core.types import Aggregation, Batch, Judged, Start, Stop
 from .credit import TrainerConfig, imitate, key
 from .critic import Critic, CriticConfig
 from .loss import ContestedGap, MomentGap
@@ -17,7 +17,8 @@ from .loss import ContestedGap, MomentGap
 
 class MomentMatchingConfig(TrainerConfig):
     teacher: str
-    """A model folder or hub id, of the policy's own vocabulary."""
+    """Whose distributions are learned, by name, folder or hub id; of the policy's vocabulary."""
+    aggregation: Aggregation = "token-mean"
     mode: Literal["critics", "exact"] = "critics"
     """Critics that learn, or the best bounded critic in closed form: total variation."""
     beta: float = Field(default=1.0, ge=0)
@@ -43,7 +44,8 @@ class MomentMatching:
 
     def __init__(self, config: MomentMatchingConfig, context: Context) -> None:
         """Raises: ModelError: the teacher cannot be opened, or has another vocabulary."""
-        same_vocabulary(context.base, config.teacher)
+        self._teacher = context.model_of(config.teacher)
+        same_vocabulary(context.base, self._teacher)
         self._config = config
         self._context = context
         self._critics = {own: Critic(config.critic, context.seed + own) for own in (False, True)}
@@ -68,17 +70,17 @@ class MomentMatching:
 
     def _batch(self, judged: Sequence[Judged], own: bool, weight: float) -> list[Batch]:
         config = self._config
-        every = [
+        examples = tuple(
             example
             for one in sorted(judged, key=key)
             if one.trajectory.stop != Stop.FAILED
             for example in imitate(self._context.agent, one.trajectory)
-        ]
-        examples = tuple(replace(one, group=k) for k, one in enumerate(every))
+        )
+        form = (config.aggregation, config.length)
         if config.mode == "exact":
-            loss: MomentGap = MomentGap(config.teacher, own, weight)
+            loss: MomentGap = MomentGap(self._teacher, own, weight, None, *form)
         else:
-            loss = ContestedGap(config.teacher, own, weight, self._critics[own])
+            loss = ContestedGap(self._teacher, own, weight, self._critics[own], *form)
         return [Batch(loss, examples, config.epochs)] if examples else []
 
     def save(self, folder: Path, images: Path) -> None:

@@ -93,15 +93,16 @@ def units(rows: Sequence[Row]) -> list[list[Row]]:
     known: dict[int, list[Row]] = {}
     for row in rows:
         groups = {span.group for span in row.spans if span.group >= 0}
-        joined = [known[group] for group in groups if group in known]
+        joined = list(
+            {id(known[group]): known[group] for group in groups if group in known}.values()
+        )
         unit = joined[0] if joined else []
         if not joined:
             made.append(unit)
         for other in joined[1:]:
-            if other is not unit:
-                unit += other
-                made = [one for one in made if one is not other]
-                known |= {group: unit for group, one in known.items() if one is other}
+            unit += other
+            made = [one for one in made if one is not other]
+            known |= {group: unit for group, one in known.items() if one is other}
         unit.append(row)
         known |= dict.fromkeys(groups, unit)
     return made

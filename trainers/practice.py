@@ -35,18 +35,17 @@ async def practised(
     for k in range(wanted):
         shown = random.Random(derive(seed, "shown", k)).sample(list(known), min(SHOWN, len(known)))
         prompts.append((Message("user", "\n".join([REQUEST, *(task.id for task in shown)])),))
-    said = await ask(context.policy, prompts, context.sampling, derive(seed, "write"))
+    said = await ask(context.policy, prompts, context.sampling_of("policy"), derive(seed, "write"))
     taken = {task.id for task in known}
     valid: list[Task] = []
     for one in said:
-        name = "" if one is None else one.text.strip()
-        if name in taken:
-            continue
         try:
-            valid.append(context.named(name))
+            task = context.named("" if one is None else one.text.strip())
         except ValueError:
             continue
-        taken.add(name)
+        if task.id not in taken:
+            valid.append(task)
+            taken.add(task.id)
     starts = [
         Start(task, derive(seed, task.id), attempt, turns=turns)
         for task in valid

@@ -3,7 +3,6 @@
 import asyncio
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from pydantic import Field
@@ -63,6 +62,7 @@ class TextGAIL:
     async def batches(self, judged: Sequence[Judged]) -> list[Batch]:
         config, settings = self._config, self._config.discriminator
         groups = by_task(judged)
+        self._found = {}
         taught = await self._teachers.respond(groups, None)
         pairs = [
             pair
@@ -84,19 +84,25 @@ class TextGAIL:
         self._found = await loop.run_in_executor(None, learn, texts, settings.epochs)
         self._found["discriminator/share"] = math.fsum(shares) / len(shares)
         rewards = self._moments.normalised(shares)
-        examples = [
-            example
-            for (mine, _), reward in zip(pairs, rewards, strict=True)
-            for example in self._examples(mine, reward)
-        ]
         share = mixed(self._step, config.demonstrations, config.decay)
-        wanted = round(len(pairs) * share / (1 - share)) if share < 1 else len(pairs)
-        for _, demonstration in pairs[:wanted]:
-            examples += self._examples(demonstration, config.demonstration_reward)
+        mine = [
+            example
+            for (one, _), reward in zip(pairs, rewards, strict=True)
+            for example in self._examples(one, reward)
+        ]
+        shown = [
+            example
+            for _, one in pairs
+            for example in self._examples(one, config.demonstration_reward)
+        ]
+        count = round(len(mine) * share / (1 - share)) if share < 1 else len(shown)
+        examples = mine if share < 1 else []
+        examples += [shown[k % len(shown)] for k in range(count)]
         self._step += 1
-        loss = SequenceClip(config.clip, config.clip, config.aggregation, config.length)
-        numbered = (replace(one, group=k) for k, one in enumerate(examples))
-        return [Batch(loss, tuple(numbered), config.epochs)]
+        loss = SequenceClip(
+            config.clip, config.clip, aggregation=config.aggregation, length=config.length
+        )
+        return [Batch(loss, tuple(examples), config.epochs)]
 
     def _examples(self, one: Judged, reward: float) -> list[Example]:
         return reinforce(self._context.agent, one.trajectory, [reward] * len(own_turns(one)))

@@ -1,0 +1,224 @@
+"""Everything a run works with: who plays, who judges, who learns, and what a trainer may use."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ..core.asking import patient
+from ..core.config import JudgeConfig, PolicyConfig
+from ..core.judging import judged
+from ..core.protocols import (
+    Agent,
+    AsksPolicies,
+    Attempt,
+    Context,
+    HasNamedTasks,
+    Judge,
+    Learner,
+    Policy,
+)
+from ..core.recipe import Phase, Recipe, Section
+from ..core.rollout import ExpertPlayer, Player, rollouts
+from ..core.types import Completion, Judged, Sampling, Start, Task
+from ..core.worlds import Worlds, open_worlds
+from .evaluate import Exam, player_of, sampling_of
+from .progress import Progress
+
+BASE = "base"
+"""What the model that a phase began with is called."""
+POLICY = "policy"
+"""What the policy in training is called."""
+
+
+@dataclass
+class Cast:
+    """What a run works with: some of it throughout, some made anew by every phase (``start``)."""
+
+    recipe: Recipe
+    worlds: Worlds
+    agent: Agent
+    examiner: Judge
+    """Who scores evaluations."""
+    progress: Progress
+    phase: Phase = field(init=False)
+    base: str = field(init=False)
+    """The model that the phase began with."""
+    policy: Policy = field(init=False)
+    learner: Learner = field(init=False)
+    judge: Judge = field(init=False)
+    """Who scores what is learned from."""
+    means: Context = field(init=False)
+    opened: dict[str, Policy] = field(default_factory=dict[str, Policy])
+    """All policies of the phase, by name."""
+    blind: Worlds | None = None
+    """Worlds that never say whether an attempt was right; opened when first asked for."""
+    seed: int = 0
+    """Of the iteration in hand."""
+    played: list[Judged] = field(default_factory=list[Judged])
+    """Every episode of the iteration in hand."""
+    asked: int = 0
+    """Tokens that were sampled in it outside of episodes."""
+    stopped: str = ""
+    """Why the run ended before its last iteration."""
+
+    def player(self, temperature: float | None = None) -> Player:
+        """The policy in training; sampled as in training unless a temperature is given."""
+        config = self.recipe.policy.config
+        assert isinstance(config, PolicyConfig)
+        heat = config.temperature if temperature is None else temperature
+        return player_of(config, self.agent, self.policy, heat)
+
+    @property
+    def expert(self) -> Player:
+        return ExpertPlayer(timeout_s=self.recipe.fleet.step_timeout_s)
+
+    @property
+    def exam(self) -> Exam:
+        recipe, settings = self.recipe, self.recipe.evaluation
+        return Exam(
+            recipe.environment,
+            recipe.agent,
+            recipe.fleet,
+            settings.split,
+            settings.tasks,
+            recipe.seed,
+            settings.temperature,
+            settings.turns,
+            recipe.judge,
+        )
+
+    async def start(self, phase: Phase, base: str) -> None:
+        """Begin ``phase`` with that base model.
+
+        Raises:
+            ModelError: it, or one that a judge asks, cannot be opened.
+        """
+        await self.leave()
+        recipe = self.recipe
+        self.phase, self.base = phase, base
+        self.policy = self.opened[POLICY] = recipe.policy.make(base, recipe.seed)
+        self.learner = recipe.learner.make(base, recipe.seed)
+        self.judge = self.examiner
+        if phase.judge is not recipe.judge:
+            self.judge = phase.judge.make(self.worlds.sample)
+        self.means = self._means()
+        for judge in (self.examiner, self.judge):
+            if isinstance(judge, AsksPolicies):
+                judge.ask_through(self.means.open)
+                # What cannot be opened is better known before anything is played.
+                await judge.judge([])
+
+    async def leave(self) -> None:
+        """Close the phase's policies."""
+        while self.opened:
+            await self.opened.popitem()[1].close()
+
+    async def close(self) -> None:
+        await self.leave()
+        if self.blind is not None:
+            await self.blind.close()
+
+    def section(self, name: str) -> Section:
+        """How the policy of that name is opened and sampled."""
+        return self.recipe.policies.get(name, self.recipe.policy)
+
+    def config(self, name: str) -> PolicyConfig:
+        config = self.section(name).config
+        assert isinstance(config, PolicyConfig)
+        return config
+
+    def model_of(self, name: str) -> str:
+        if name in (POLICY, BASE):
+            return self.base
+        return self.config(name).model if name in self.recipe.policies else name
+
+    def find(self, name: str) -> Policy:
+        """A policy by its name, opened when first asked for."""
+        if name not in self.opened:
+            section = self.section(name)
+            self.opened[name] = section.make(self.model_of(name), self.recipe.seed)
+        return self.opened[name]
+
+    async def attempt(
+        self, player: Player, begin: Sequence[Start], what: str, worlds: Worlds | None = None
+    ) -> list[Judged]:
+        """Play and judge; the episodes join the iteration's."""
+        with self.progress.stage(what, len(begin)) as tell:
+            played = await rollouts(player, worlds or self.worlds, begin, self.seed, tell)
+        config = self.phase.judge.config
+        assert isinstance(config, JudgeConfig)
+        given = await judged(self.judge, played, config)
+        self.played += given
+        return given
+
+    def _means(self) -> Context:
+        """What the phase's trainer may use."""
+
+        async def play(begin: Sequence[Start]) -> list[Judged]:
+            return await self.attempt(self.player(), begin, "playing on")
+
+        async def play_blind(begin: Sequence[Start]) -> list[Judged]:
+            if self.blind is None:
+                world = self.recipe.environment
+                settings = world.config.model_dump(mode="json")
+                self.blind = await open_worlds(
+                    world.use, settings, self.recipe.fleet, without_oracle=True
+                )
+            return await self.attempt(self.player(), begin, "playing on", self.blind)
+
+        def count(said: Completion) -> None:
+            self.asked += len(said.token_ids)
+
+        async def find(name: str) -> Policy:
+            return patient(self.find(name), self.config(name).timeout_s, count)
+
+        async def play_as(name: str) -> Attempt:
+            player: Player = self.expert
+            if name != "expert":
+                config = self.config(name)
+                player = player_of(config, self.agent, self.find(name), config.temperature)
+
+            async def teach(begin: Sequence[Start]) -> list[Judged]:
+                return await self.attempt(player, begin, f"{name} playing on")
+
+            return teach
+
+        def sampling(name: str) -> Sampling:
+            config = self.config(name)
+            return sampling_of(config, config.temperature)
+
+        return Context(
+            agent=self.agent,
+            judge=self.judge,
+            policy=patient(self.policy, self.config(POLICY).timeout_s, count),
+            attempt=play,
+            attempt_blind=play_blind,
+            play_as=play_as,
+            open=find,
+            model_of=self.model_of,
+            sampling_of=sampling,
+            named=namer(self.worlds),
+            base=self.base,
+            seed=self.recipe.seed,
+        )
+
+
+SCANNED = 100_000
+"""Training tasks that are looked through for a name, in worlds that cannot look it up."""
+
+
+def namer(worlds: Worlds) -> Callable[[str], Task]:
+    """Finds training tasks by their ids; raises ValueError where there is none."""
+    found: dict[str, Task] = {}
+
+    def named(id: str) -> Task:
+        if isinstance(worlds.sample, HasNamedTasks):
+            return worlds.sample.named(id)
+        if not found:
+            tasks = worlds.tasks("train")
+            every = (tasks[index] for index in range(min(len(tasks), SCANNED)))
+            found.update({task.id: task for task in every})
+        if id not in found:
+            raise ValueError(f"there is no training task {id!r}")
+        return found[id]
+
+    return named
