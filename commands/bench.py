@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from jinja2 import Environment, StrictUndefined
 from rich.console import Console
 
 from ..core import evaluation as files
+from ..core.config import Budget
 from ..core.errors import RecipeError
 from ..core.files import atomic_write_bytes, write_json
-from ..core.recipe import Recipe, differences, read
+from ..core.recipe import Phase, Recipe, differences, read, section
 from ..core.statistics import compare_outcomes
 from .run import run
 
@@ -41,7 +43,8 @@ def planned(
     for recipe in recipes:
         add(Path(recipe).stem, recipe)
     if not any(is_baseline(several[0]) for several in plans.values()):
-        add(BASELINE, recipes[0], [f"trainer.use={BASELINE}", "trainer.source=self"])
+        model = next(iter(plans.values()))
+        plans[BASELINE] = [cloning(recipe) for recipe in model]
     (first, reference), *others = ((name, several[0]) for name, several in plans.items())
     faults: list[str] = []
     for name, other in others:
@@ -57,6 +60,17 @@ def planned(
             "budget.environment_steps=N, -o budget.tokens=N or both, with iterations enough for it"
         )
     return plans
+
+
+def cloning(recipe: Recipe) -> Recipe:
+    """The policy's own successes cloned, with as many attempts and epochs as that recipe's."""
+    theirs = recipe.phases[0].trainer.dump()
+    keys = ("tasks_per_iteration", "attempts_per_task", "epochs")
+    kept = [f"trainer.{key}={theirs[key]}" for key in keys if key in theirs]
+    trainer, _ = section("trainer", BASELINE, ["trainer.source=self", *kept])
+    judge, _ = section("judge", "reward")
+    phase = Phase(trainer, judge, recipe.iterations)
+    return replace(recipe, name=BASELINE, phases=(phase,), judge=judge)
 
 
 def is_baseline(recipe: Recipe) -> bool:
@@ -82,7 +96,12 @@ async def bench(
     found: dict[str, Any] = {"baseline": baseline, "seeds": len(seeds), "methods": {}}
     for name, several in results.items():
         rows = [
-            row(result, output / f"{name}-{seed}", output / f"{baseline}-{seed}")
+            row(
+                result,
+                output / f"{name}-{seed}",
+                output / f"{baseline}-{seed}",
+                plans[name][seed].budget,
+            )
             for seed, result in enumerate(several)
         ]
         gains = [one["difference"] for one in rows]
@@ -104,7 +123,7 @@ async def bench(
     return found
 
 
-def row(result: Mapping[str, Any], folder: Path, baseline: Path) -> dict[str, Any]:
+def row(result: Mapping[str, Any], folder: Path, baseline: Path, budget: Budget) -> dict[str, Any]:
     """One run: against its base, and against imitation with the same seed, on the same tasks."""
     mine, theirs = (files.read(f / "evaluations" / "final").outcomes for f in (folder, baseline))
     other = compare_outcomes(theirs, mine)
@@ -122,6 +141,7 @@ def row(result: Mapping[str, Any], folder: Path, baseline: Path) -> dict[str, An
             "verdict": other.verdict,
         },
         "stopped": result["stopped"],
+        "spent": budget.share(result["environment_steps"], result["tokens_sampled"]),
         "iterations": len(result["costs"]),
         **{
             key: result[key]
@@ -179,7 +199,7 @@ def summary(item: tuple[str, Mapping[str, Any]]) -> str:
 
 def cells(name: str, one: Mapping[str, Any]) -> tuple[str, ...]:
     return (
-        f"{name} (stopped)" if one["stopped"] else name,
+        name + (" (stopped)" if one["stopped"] else " (spent less)" if one["spent"] < 1 else ""),
         str(one["seed"]),
         f"{one['base']:.1%}",
         f"{one['final']:.1%}",
@@ -211,8 +231,8 @@ body { background: #15171a; color: #e6e6e6; } th, td { border-color: #3a3d42; }
 </style></head><body>
 <h1>Methods compared</h1>
 <p>Every run began with the same base as the others of its seed, spent the same budget (its last
-iteration may go beyond it) and was tested on the same {{ tasks }} held-out tasks. Verdicts are
-exact McNemar tests at 5 %, not corrected for their number.</p>
+iteration may go beyond it; "spent less" had too few iterations) and was tested on the same
+{{ tasks }} held-out tasks. Verdicts are exact McNemar tests at 5 %, not corrected for number.</p>
 <ul>{% for line in summaries %}<li>{{ line }}</li>{% endfor %}</ul>
 <div class="scroll" tabindex="0" role="region" aria-label="All runs"><table>
 <thead><tr>{% for title in head %}<th scope="col">{{ title }}</th>{% endfor %}</tr></thead>

@@ -314,9 +314,17 @@ def opener(
     assert isinstance(engine.config, PolicyConfig)
     timeout_s = engine.config.timeout_s
 
+    others: Mapping[str, Any] = (card or {}).get("policies", {})
+
     async def open(name: str) -> Policy:
         if name == "policy" and isinstance(player, PolicyPlayer):
             return patient(player.policy, timeout_s)
+        if name in others:
+            named, _ = section("policy", others[name]["use"], (), _rest(others[name]))
+            assert isinstance(named.config, PolicyConfig)
+            if name not in opened:
+                opened[name] = named.make(named.config.model, seed)
+            return patient(opened[name], named.config.timeout_s)
         if name in ("policy", "base") and card is None:
             raise JudgeError(
                 f"{player.name} has no {name} to ask; say which model judges: -o judge.model=..."

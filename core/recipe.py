@@ -98,7 +98,7 @@ class Recipe:
     """The file's, without folder and suffix."""
     seed: int
     phases: tuple[Phase, ...]
-    """At least one; the weights in training go from each to the next."""
+    """At least one; what each has made is the base of the next."""
     policies: Mapping[str, Section]
     """Others, by the names that trainers and judges call them by: teachers, refiners, judges."""
     budget: Budget
@@ -288,12 +288,34 @@ class _Draft:
                 self.faults.append((place, said))
             elif document.faults:
                 self.faults.append((place, f"{name}: {document.faults[0][2]}; try quotes"))
+            elif path == ("extends",):
+                said = "extends: is for files; name that recipe in place of this one"
+                self.faults.append((place, said))
             else:
                 parsed.append((path, document.value, place))
         for path, value, place in sorted(parsed, key=lambda one: _rank(one[0])):
-            if path[1:] == ("use",) and path[0] in SECTIONS and isinstance(value, str):
-                self._switch(str(path[0]), value, place)
+            if path[-1] == "use" and isinstance(value, str) and (at := self._plugged_at(path[:-1])):
+                self._switch(at, value, place)
             self._set(path, value, place)
+
+    def _plugged_at(self, path: KeyPath) -> KeyPath:
+        """The path of the section that ``path`` names, with a list's places as numbers; or none."""
+        at: KeyPath = path
+        if len(path) == 3 and path[0] == "phases" and str(path[1]).isdecimal():
+            at = ("phases", int(path[1]), path[2])
+        kind = at[-1] if len(at) in (1, 3) else ""
+        held = kind in SECTIONS or (len(at) == 2 and at[0] == "policies")
+        return at if held and self._found(at) is not None else ()
+
+    def _found(self, path: KeyPath) -> dict[str, Any] | None:
+        """The mapping at ``path``; an empty one for a section that is not there."""
+        holder: Any = self.values
+        for part in path:
+            try:
+                holder = holder[part]
+            except (KeyError, IndexError, TypeError):
+                return {} if len(path) == 1 else None
+        return _mapping(holder)
 
     def extend(self, base: "_Draft") -> None:
         """Add what only ``base`` says. A plug-in's keys go with its name."""
@@ -308,7 +330,7 @@ class _Draft:
                 merged[key] = {**theirs, **own}
         if "phases" in self.values:
             merged = {k: v for k, v in merged.items() if k in self.values or k not in ALONE}
-        elif set(ALONE) & set(self.values):
+        elif "trainer" in self.values:
             merged.pop("phases", None)
         self.values = merged
         self.places = {**base.places, **self.places}
@@ -381,6 +403,10 @@ class _Draft:
                 self.fault(("policies", name), said)
             elif one := self.plugged("policy", value, ("policies", name)):
                 found[name] = one
+                assert isinstance(one.config, PolicyConfig)
+                if one.config.warm_start or one.config.model.startswith("scratch:"):
+                    said = "only the policy in training is made here; give a model that is there"
+                    self.fault(("policies", name), said)
         return found
 
     def plugged(self, key: str, came: Any, here: KeyPath) -> Section | None:
@@ -452,9 +478,10 @@ class _Draft:
         self.places = {p: old for p, old in self.places.items() if p[: len(path)] != path}
         self.places[path] = place
 
-    def _switch(self, key: str, use: str, place: _Place) -> None:
+    def _switch(self, at: KeyPath, use: str, place: _Place) -> None:
         """Leave out what only the plug-in used before knows: an override of ``use`` says so."""
-        given = _mapping(self.values.get(key)) or {}
+        key = "policy" if at[0] == "policies" else str(at[-1])
+        given = self._found(at) or {}
         before = given.get("use", DEFAULTS.get(key))
         try:
             known = {"use", *config_class(load(SECTIONS[key], use)).model_fields}
@@ -469,10 +496,9 @@ class _Draft:
             old = extra
         for name in sorted(extra & old):
             del given[name]
-            where = self._place((key, name))[1]
-            self.notes.append(
-                f"{place[1]}: left out {key}.{name} ({where}), which {use!r} does not have"
-            )
+            where = self._place((*at, name))[1]
+            left = ".".join(map(str, (*at, name)))
+            self.notes.append(f"{place[1]}: left out {left} ({where}), which {use!r} does not have")
 
 
 def config_class(plugin: type[Any], base: type[Config] = Config) -> type[Config]:

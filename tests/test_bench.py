@@ -58,6 +58,17 @@ def test_every_method_meets_the_same_base_and_budget(recipes: list[str], tmp_pat
     assert asyncio.run(bench(plans, tmp_path / "out", console)) == found
 
 
+def test_the_baseline_is_the_same_whoever_comes_first(recipes: list[str], tmp_path: Path) -> None:
+    (tmp_path / "voted.yaml").write_text("extends: first.yaml\njudge: {use: majority}\n")
+    chained = "extends: first.yaml\nphases:\n  - {trainer: {use: rloo}, iterations: 2}\n"
+    (tmp_path / "chained.yaml").write_text(chained)
+    for name, attempts in (("voted", 4), ("chained", 8)):
+        added = planned([str(tmp_path / f"{name}.yaml"), *recipes], 1, SPEND[1:])["imitation"][0]
+        assert (added.phases[0].judge.use, added.judge.use) == ("reward", "reward")
+        assert added.phases[0].trainer.dump()["source"] == "self"
+        assert added.phases[0].trainer.dump()["attempts_per_task"] == attempts
+
+
 def test_names_are_escaped(recipes: list[str]) -> None:
     one = {
         "seed": 0,
@@ -69,6 +80,7 @@ def test_names_are_escaped(recipes: list[str]) -> None:
         "verdict": "inconclusive",
         "baseline": {"difference": 0.0, "verdict": "inconclusive"},
         "stopped": None,
+        "spent": 1.0,
         "environment_steps": 1,
         "tokens_sampled": 1,
         "wall_s": 1.0,

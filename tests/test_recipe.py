@@ -467,6 +467,9 @@ phases:
 def test_phases_follow_one_another() -> None:
     Path("mine.yaml").write_text(PHASED)
     recipe = read("mine.yaml", ["phases.1.iterations=4", "phases.0.trainer.tau=0.25"])
+    use = f"phases.0.trainer.use={__name__}:Quick"
+    (note,) = read("mine.yaml", [use]).notes
+    assert "left out phases.0.trainer.tau (mine.yaml:11), which" in note
     first, second = recipe.phases
     assert (first.iterations, second.iterations, recipe.iterations) == (2, 4, 6)
     assert first.trainer.config == SlowConfig.model_validate({"tau": 0.25})
@@ -517,11 +520,32 @@ def test_a_recipe_extends_another(file: Path) -> None:
     assert len(read("phased.yaml").phases) == 2
     Path("plain.yaml").write_text(f'extends: phased.yaml\ntrainer: {{use: "{__name__}:Slow"}}\n')
     assert read("plain.yaml").phases[0].trainer.config == SlowConfig()
+    # How long is said by each phase; who says it once must say by which trainer.
+    Path("longer.yaml").write_text("extends: phased.yaml\niterations: 3\n")
+    with pytest.raises(RecipeError, match="iterations: stands in each of the phases"):
+        read("longer.yaml")
     assert read("plain.yaml").iterations == 10
 
 
 @pytest.mark.usefixtures("file")
+def test_one_phase_keeps_its_judge() -> None:
+    text = (
+        PHASED[: PHASED.index("phases:")]
+        + """\
+phases:
+  - trainer: {use: grpo}
+    judge: {use: majority}
+"""
+    )
+    Path("mine.yaml").write_text(text)
+    dump = read("mine.yaml").dump()
+    assert dump["phases"][0]["judge"]["use"] == "majority" and dump["judge"]["use"] != "majority"
+
+
+@pytest.mark.usefixtures("file")
 def test_what_is_wrong_with_extending() -> None:
+    (line,) = faults(GOOD, "extends=quickstart")
+    assert line.endswith("extends: is for files; name that recipe in place of this one")
     assert faults("extends: 3\n" + GOOD) == [
         "mine.yaml:1: extends: wanted a recipe's name or file, got 3"
     ]
@@ -556,6 +580,7 @@ def test_other_policies_have_names() -> None:
     [
         ("big:", "expert:", "mine.yaml:15: policies.expert: expert has a meaning already"),
         (", model: large", "", "mine.yaml:15: policies.big.model: missing"),
+        ("model: large", "model: 'scratch:8x1'", "mine.yaml:15: policies.big: only the policy in"),
         ("model: large", "model: large, modle: x", "mine.yaml:15: policies.big.modle: unknown"),
         (OTHERS, "\npolicies: big\n", "mine.yaml:14: policies: wanted a mapping {NAME: {use"),
         (OTHERS, "\npolicies: {big: 3}\n", "mine.yaml:14: policies.big: wanted a mapping {use"),

@@ -125,8 +125,7 @@ def test_priorities_by_hand() -> None:
 
 
 def test_the_oldest_episodes_go_first() -> None:
-    kept = [episode(1.0, *[("o", "x")] * size, attempt=size) for size in (3, 1, 2)]
-    assert [one.trajectory.attempt for one in recent(kept, 3)] == [1, 2]
-    assert [one.trajectory.attempt for one in recent(kept, 1)] == [2]
-    assert recent(kept, 6) == kept
+    assert [recent([3, 1, 2], most) for most in (1, 3, 5, 6, 9)] == [1, 2, 2, 3, 3]
+    assert recent([], 4) == 0
+    kept = [episode(1.0, ("o", "x"), ("o", "x"), ("o", "x"))]
     assert returns(kept[0], 0.5) == [0.25, 0.5, 1.0]

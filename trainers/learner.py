@@ -48,7 +48,7 @@ class LearnerConfig(Config):
     targets: list[str] | Literal["all-linear"] = "all-linear"
     learning_rate: float = Field(default=1e-4, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Over the whole run."""
+    """Over the whole run, or phase."""
     warmup: int = Field(default=0, ge=0)
     """Updates over which the rate rises from 0."""
     batch_size: int = Field(default=64, ge=1)

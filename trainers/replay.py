@@ -98,11 +98,12 @@ def returns(one: Judged, gamma: float) -> list[float]:
     return [gamma ** (last - turn) * score(one) for turn, _ in own_turns(one)]
 
 
-def recent(kept: Sequence[Judged], size: int) -> list[Judged]:
-    """The newest episodes with at most ``size`` actions together, the newest one at least."""
-    sums = list(accumulate(len(own_turns(one)) for one in reversed(kept)))
-    count = max(1, sum(total <= size for total in sums))
-    return list(kept[-count:])
+def recent(sizes: Sequence[int], most: int) -> int:
+    """How many of the newest episodes, of so many actions each, make at most ``most`` together.
+
+    At least one, if there is any.
+    """
+    return max(min(1, len(sizes)), sum(total <= most for total in accumulate(reversed(sizes))))
 
 
 def prioritised(

@@ -47,10 +47,10 @@ class SIL:
 
     An iteration's actions are reinforced by R - V(state). Episodes with a score above 0 are
     remembered action by action; those with R > V are drawn by priority and imitated with the
-    advantage (R - V)_+, at most 1, and V is drawn up to R there, never down.
+    advantage (R - V)_+, at most 1, and V is drawn up to R there.
 
-    Departures: the entropy bonus and the bound on -log pi are left out; V is a network of its own,
-    learned before the advantages are taken in the first iteration and after them in later ones.
+    Departures: the entropy bonus, the bound on -log pi and the normaliser of at least 64 are left
+    out; V is a network of its own, learned before the first advantages are taken, later after them.
     """
 
     Config = SILConfig
@@ -60,6 +60,8 @@ class SIL:
         self._context = context
         self._value = Value(config.value, context.base, context.seed)
         self._kept: list[Judged] = []
+        self._gaps: list[list[float]] = []
+        """Of their actions: R - V, as it was last."""
         self._step = 0
 
     @property
@@ -72,71 +74,77 @@ class SIL:
         if not any(own_turns(one) for one in played):
             return []
         loop = asyncio.get_running_loop()
-        batches = await loop.run_in_executor(None, self._learned, played)
-        won = [one for one in played if score(one) > 0]
-        self._kept = recent([*self._kept, *won], config.buffer_size)
+        batches, gaps = await loop.run_in_executor(None, self._learned, played)
+        won = [k for k, one in enumerate(played) if score(one) > 0]
+        self._kept += [played[k] for k in won]
+        self._gaps += [gaps[k] for k in won]
+        count = recent([len(mine) for mine in self._gaps], config.buffer_size)
+        self._kept, self._gaps = self._kept[-count:], self._gaps[-count:]
         for k in range(config.replays if self._kept else 0):
             batches += await loop.run_in_executor(None, self._again, k)
         self._step += 1
         return batches
 
-    def _learned(self, played: Sequence[Judged]) -> list[Batch]:
-        """Of new episodes: every action, by how much better it went than expected."""
+    def _learned(self, played: Sequence[Judged]) -> tuple[list[Batch], list[list[float]]]:
+        """Of new episodes: every action, by how much better it went than expected; and R - V."""
         config, agent = self._config, self._context.agent
-        actions = [
-            (made, worth)
-            for one in played
-            for made, worth in zip(
-                reinforce(agent, one.trajectory, [0.0] * len(own_turns(one))),
-                returns(one, config.gamma),
-                strict=True,
-            )
+        worths = [returns(one, config.gamma) for one in played]
+        made = [
+            example
+            for one, mine in zip(played, worths, strict=True)
+            for example in reinforce(agent, one.trajectory, [0.0] * len(mine))
         ]
-        prompts, worths = [made.prompt for made, _ in actions], [worth for _, worth in actions]
-        learn = (prompts, worths, [1.0] * len(worths), "both")
+        prompts, flat = [one.prompt for one in made], [worth for mine in worths for worth in mine]
         if not self._value.net.updates:
-            self._value.learn(*learn)
+            self._value.learn(prompts, flat, [1.0] * len(flat), "both")
         values = self._value.values(prompts)
         if self._step:
-            self._value.learn(*learn)
-        examples = tuple(
-            replace(made, advantage=worth - value)
-            for (made, worth), value in zip(actions, values, strict=True)
-        )
+            self._value.learn(prompts, flat, [1.0] * len(flat), "both")
+        above = [worth - value for worth, value in zip(flat, values, strict=True)]
+        examples = tuple(replace(a, advantage=b) for a, b in zip(made, above, strict=True))
         loss = Clip(aggregation=config.aggregation, length=config.length)
-        return [Batch(loss, examples, config.epochs)]
+        left = iter(above)
+        gaps = [[next(left) for _ in mine] for mine in worths]
+        return [Batch(loss, examples, config.epochs)], gaps
 
     def _again(self, number: int) -> list[Batch]:
-        """Of remembered ones: some that went better than one would expect today."""
+        """Of remembered ones: some that went better than one would expect today.
+
+        They are drawn by what was expected when they were last looked at.
+        """
         config, agent = self._config, self._context.agent
-        steps = [
-            (one, turn, worth)
-            for one in self._kept
-            for (turn, _), worth in zip(own_turns(one), returns(one, config.gamma), strict=True)
-        ]
-        made = [example(agent, one.trajectory, turn, 1.0) for one, turn, _ in steps]
-        values = self._value.values([one.prompt for one in made])
-        gaps = [max(0.0, worth - v) for (_, _, worth), v in zip(steps, values, strict=True)]
+        places = [(k, turn) for k, mine in enumerate(self._gaps) for turn in range(len(mine))]
+        old = [max(0.0, self._gaps[k][turn]) for k, turn in places]
         seed = derive(self._context.seed, "sil", self._step, number)
-        size = min(config.replay_size, len(steps))
-        drawn = prioritised(gaps, size, config.priority, config.correction, seed)
-        prompts = [made[k].prompt for k, _ in drawn]
-        worths, counts = [steps[k][2] for k, _ in drawn], [w for _, w in drawn]
+        size = min(config.replay_size, len(places))
+        drawn = prioritised(old, size, config.priority, config.correction, seed)
+        looked = sorted({place for place, _ in drawn})
+        made: dict[int, Example] = {}
+        worth: dict[int, float] = {}
+        for place in looked:
+            one, turn = self._kept[places[place][0]], places[place][1]
+            at = one.trajectory.replayed + turn
+            made[place] = example(agent, one.trajectory, at, 1.0)
+            worth[place] = returns(one, config.gamma)[turn]
+        values = self._value.values([made[place].prompt for place in looked])
+        gaps = {place: worth[place] - v for place, v in zip(looked, values, strict=True)}
+        for place, gap in gaps.items():
+            self._gaps[places[place][0]][places[place][1]] = gap
         if config.value_weight:
-            scaled = [config.value_weight * w for w in counts]
-            self._value.learn(prompts, worths, scaled, "above")
-        examples: list[Example] = [
-            replace(made[k], advantage=w * min(1.0, gaps[k])) for k, w in drawn if gaps[k] > 0
-        ]
-        loss = NLL(config.aggregation, config.length)
-        return [Batch(loss, tuple(examples))] if examples else []
+            scaled = [config.value_weight * w for _, w in drawn]
+            prompts = [made[place].prompt for place, _ in drawn]
+            self._value.learn(prompts, [worth[place] for place, _ in drawn], scaled, "above")
+        better = [(made[p], w * min(1.0, gaps[p])) for p, w in drawn if gaps[p] > 0]
+        examples = tuple(replace(one, advantage=advantage) for one, advantage in better)
+        return [Batch(NLL(config.aggregation, config.length), examples)] if examples else []
 
     def save(self, folder: Path, images: Path) -> None:
-        write_json(folder / "sil.json", {"step": self._step})
+        write_json(folder / "sil.json", {"step": self._step, "gaps": self._gaps})
         write_trajectories(folder / TRAJECTORIES, self._kept, images)
         self._value.net.save(folder / FILE)
 
     def restore(self, folder: Path) -> None:
-        self._step = read_json(folder / "sil.json")["step"]
+        state = read_json(folder / "sil.json")
+        self._step, self._gaps = state["step"], state["gaps"]
         self._kept = read_trajectories(folder / TRAJECTORIES)
         self._value.net.restore(folder / FILE)

@@ -54,6 +54,7 @@ class Value:
             for begin in range(0, len(order), size):
                 chunk = sorted(order[begin : begin + size], key=lambda k: len(rows[k]))
                 self.net.clear()
+                moves = False
                 for part in self.net.parts(chunk, rows):
                     wanted = torch.tensor([returns[k] for k in part])
                     count = torch.tensor([weights[k] for k in part])
@@ -62,7 +63,9 @@ class Value:
                     loss = 0.5 * count.to(values.device) * value_gap(gap, side).square()
                     (loss.sum() / len(chunk)).backward()
                     total += float(loss.detach().sum())
-                self.net.step()
+                    moves = moves or bool(loss.detach().any())
+                if moves:  # Momentum alone is no reason to.
+                    self.net.step()
         return total / (self._config.epochs * max(1, len(rows)))
 
 
