@@ -376,7 +376,7 @@ class PlainLearner:
                 raise LearnerError(
                     f"the teacher {name!r} has another vocabulary ({sizes[1]} tokens) than the "
                     f"model in training ({sizes[0]}): their distributions cannot be compared; "
-                    "learn from its text instead (imitation, rise, adversarial)"
+                    "learn from its text instead"
                 )
             self._teachers[name] = weights.eval()
         return self._teachers[name]
