@@ -174,13 +174,12 @@ def test_an_interrupt_while_waiting_is_one_line() -> None:
     code = (
         "import asyncio, sys\nfrom selfwright.core import plugins\n"
         "from selfwright.commands.cli import call\n"
-        "def names(kind):\n print('ready', flush=True)\n asyncio.run(asyncio.sleep(60))\n"
-        "plugins.names = names\nsys.exit(call(['list', 'agents']))"
+        "async def wait():\n print('ready', flush=True)\n await asyncio.sleep(60)\n"
+        "plugins.names = lambda kind: asyncio.run(wait())\nsys.exit(call(['list', 'agents']))"
     )
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True) as one:
         assert one.stdout and one.stdout.readline() == "ready\n"
-        time.sleep(0.2)  # The handler is set a moment after.
         os.kill(one.pid, signal.SIGINT)
-        _, err = one.communicate(timeout=10)
+        _, err = one.communicate(timeout=30)
     assert (one.returncode, err) == (130, "selfwright: interrupted\n")
