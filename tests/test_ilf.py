@@ -129,7 +129,8 @@ def made(
     world, policy = world or World(), policy or Refiner()
 
     async def opened(name: str) -> Refiner:
-        raise AssertionError(name)
+        assert name == "policy", name
+        return policy
 
     def named(id: str) -> Task:
         if id not in "abc":
