@@ -52,10 +52,9 @@ def main() -> int:
     for name in arguments.methods:
         rows = [cell(name, size, arguments.output / f"{name}-{size}") for size in SIZES]
         found[name] = {"rows": rows} | fitted(rows)
-        Console(width=110).print(table({name: found[name]}))
-    Console(width=110).print(table(found))
-    RESULTS.parent.mkdir(exist_ok=True)
-    write_json(RESULTS, {"cores": os.cpu_count(), "methods": found})
+        Console(width=110).print(table(found))
+        RESULTS.parent.mkdir(exist_ok=True)
+        write_json(RESULTS, {"cores": os.cpu_count(), "methods": found})
     return 0 if all(one["linear"] for one in found.values()) else 1
 
 
