@@ -126,20 +126,14 @@ async def bench(
 def row(result: Mapping[str, Any], folder: Path, baseline: Path, budget: Budget) -> dict[str, Any]:
     """One run: against its base, and against imitation with the same seed, on the same tasks."""
     mine, theirs = (files.read(f / "evaluations" / "final").outcomes for f in (folder, baseline))
-    other = compare_outcomes(theirs, mine)
-    compared: Mapping[str, Any] = result["comparison"]
+    own: Mapping[str, Any] = result["comparison"]
     return {
         "seed": result["seed"],
         "tasks": result["final"]["tasks"],
         "base": result["base"]["success_rate"],
         "final": result["final"]["success_rate"],
-        **{key: compared[key] for key in ("difference", "interval", "p_value", "verdict")},
-        "baseline": {
-            "difference": other.difference,
-            "interval": list(other.interval),
-            "p_value": other.p_value,
-            "verdict": other.verdict,
-        },
+        **{key: own[key] for key in ("difference", "interval", "p_value", "verdict")},
+        "baseline": compared(theirs, mine),
         "stopped": result["stopped"],
         "spent": budget.share(result["environment_steps"], result["tokens_sampled"]),
         "iterations": len(result["costs"]),
@@ -165,14 +159,19 @@ def pairs(folders: Mapping[str, Sequence[Path]]) -> dict[str, dict[str, Any]]:
         others = {other: theirs for other, theirs in pooled.items() if other != name}
         found[name] = {}
         for other, theirs in others.items():
-            one = compare_outcomes(theirs, mine)
-            found[name][other] = {
-                "difference": one.difference,
-                "interval": list(one.interval),
-                "p_value": one.p_value,
-                "verdict": one.verdict,
-            }
+            found[name][other] = compared(theirs, mine)
     return found
+
+
+def compared(a: Mapping[str, bool], b: Mapping[str, bool]) -> dict[str, Any]:
+    """Whether ``b`` does better than ``a``, from outcomes by task."""
+    one = compare_outcomes(a, b)
+    return {
+        "difference": one.difference,
+        "interval": list(one.interval),
+        "p_value": one.p_value,
+        "verdict": one.verdict,
+    }
 
 
 def render(found: Mapping[str, Any]) -> str:

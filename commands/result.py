@@ -58,9 +58,7 @@ def conclude(recipe: Recipe, base_model: str, stopped: str, kept: Run) -> dict[s
         "phases": phases(recipe, kept),
         "introspection": None,
         "curve": [point(k, metrics) for k, metrics in enumerate(rounds) if points(metrics)],
-        "wall_s": (warm["wall_s"] if warm else 0.0)
-        + training
-        + sum(exam.wall_s for exam in exams.values()),
+        "wall_s": (warm["wall_s"] if warm else 0.0) + training + examining,
         "environment_steps": total("rollout/environment_steps"),
         "tokens_sampled": total("rollout/tokens"),
         "tokens_trained": total("train/total_tokens"),

@@ -17,6 +17,8 @@ from .errors import ModelError
 from .models import open_model
 from .types import Completion, Message
 
+DISCRIMINATOR = "discriminator.safetensors"
+"""What a trainer with a discriminator keeps of it in an iteration's folder, for judges to find."""
 Text: TypeAlias = tuple[Sequence[Message], Completion]
 """A prompt and what was answered; an answer that was not sampled and is empty adds nothing."""
 

@@ -14,11 +14,8 @@ from ..core.files import read_json
 from ..core.plugins import load
 from ..core.protocols import Agent
 from ..core.run import iterations
-from ..core.scalar import ScalarConfig, ScalarModel, Text
+from ..core.scalar import DISCRIMINATOR, ScalarConfig, ScalarModel, Text
 from ..core.types import Stop, Trajectory, Verdict
-
-FILE = "discriminator.safetensors"
-"""What adversarial trainers write into an iteration's ``trainer`` folder."""
 
 
 class DiscriminatorJudgeConfig(JudgeConfig):
@@ -85,5 +82,5 @@ class DiscriminatorJudge:
 
 def _files(run: Path) -> list[Path]:
     """The discriminators of a run's iterations, in order."""
-    made = [folder / "trainer" / FILE for folder in iterations(run)]
+    made = [folder / "trainer" / DISCRIMINATOR for folder in iterations(run)]
     return [file for file in made if file.is_file()]

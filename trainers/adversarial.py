@@ -8,10 +8,10 @@ from pathlib import Path
 from pydantic import Field
 
 from ..core.protocols import Agent, Context
-from ..core.scalar import Text
+from ..core.scalar import DISCRIMINATOR, Text
 from ..core.types import Batch, Judged, Metrics
 from .credit import by_task
-from .discriminator import FILE, Discriminator, DiscriminatorConfig
+from .discriminator import Discriminator, DiscriminatorConfig
 from .group import GRPO, DrGRPOConfig
 from .teachers import Teachers, TeachersConfig
 
@@ -91,7 +91,7 @@ class Adversarial(GRPO):
             self._discriminator.save(folder)
 
     def restore(self, folder: Path) -> None:
-        self._fresh = not (folder / FILE).is_file()
+        self._fresh = not (folder / DISCRIMINATOR).is_file()
         if not self._fresh:
             self._discriminator.restore(folder)
 

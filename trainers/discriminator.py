@@ -13,12 +13,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from ..core.scalar import ScalarConfig, ScalarModel, Text
+from ..core.scalar import DISCRIMINATOR, ScalarConfig, ScalarModel, Text
 from ..core.seeds import derive
 from ..core.types import Metrics
 
 Objective: TypeAlias = Literal["binary", "contrastive"]
-FILE = "discriminator.safetensors"
 
 
 class DiscriminatorConfig(ScalarConfig):
@@ -92,11 +91,11 @@ class Discriminator:
         return total, right / (2 * len(pairs))
 
     def save(self, folder: Path) -> None:
-        self.net.save(folder / FILE)
+        self.net.save(folder / DISCRIMINATOR)
 
     def restore(self, folder: Path) -> None:
         """Raises: ModelError: the folder's file is damaged or of another model."""
-        self.net.restore(folder / FILE)
+        self.net.restore(folder / DISCRIMINATOR)
 
 
 def objective(student: Tensor, teacher: Tensor, kind: Objective) -> Tensor:

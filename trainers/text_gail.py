@@ -13,7 +13,7 @@ from ..core.types import Aggregation, Batch, Example, Judged, Metrics
 from .advantage import own_turns
 from .adversarial import paired, whole_text
 from .credit import TrainerConfig, by_task, reinforce
-from .discriminator import FILE, Discriminator, DiscriminatorConfig
+from .discriminator import Discriminator, DiscriminatorConfig
 from .loss import SequenceClip
 from .teachers import Teachers, TeachersConfig
 
@@ -119,7 +119,7 @@ class TextGAIL:
         state = read_json(folder / "text_gail.json")
         self._step = state.pop("step")
         self._moments = Moments(**state)
-        self._discriminator.net.restore(folder / FILE)
+        self._discriminator.restore(folder)
 
 
 class Moments:
