@@ -20,7 +20,7 @@ from ..core.config import PolicyConfig, WarmStart
 from ..core.draw import draw, starts
 from ..core.errors import LearnerError, RecipeError, WorldError
 from ..core.files import DRAFT, read_json, write_json
-from ..core.protocols import Agent, HasExpert
+from ..core.protocols import Agent, HasExpert, Policy
 from ..core.recipe import Recipe
 from ..core.rollout import ExpertPlayer, PolicyPlayer, rollouts, turn_seed
 from ..core.seeds import derive
@@ -213,7 +213,7 @@ async def _clone(
     settings: dict[str, Any] = {"method": "full", "learning_rate": warm.learning_rate}
     settings |= {"batch_size": warm.batch_size, "warmup": 20}
     learner = PlainLearner(LearnerConfig.model_validate(settings), model, recipe.seed)
-    policy = recipe.policy.make(model, recipe.seed)
+    policy = looked_at_by(config, model, recipe.seed)
     agent: Agent = recipe.agent.make()
     tasks = draw(worlds.tasks("validation"), VALIDATION, derive(recipe.seed, "skill"))
     player = PolicyPlayer(
@@ -255,6 +255,16 @@ async def _clone(
     skill = None if warm.skill is None else share
     reached = {"skill": skill, "wanted": warm.skill}
     return {"updates": done, "tokens_trained": int(tokens)} | reached
+
+
+def looked_at_by(config: PolicyConfig, model: str, seed: int) -> Policy:
+    """Who plays for a warm start: in this process, as its weights change all the time."""
+    from ..agents.engines.transformers import TransformersConfig, TransformersPolicy
+
+    if not isinstance(config, TransformersConfig):
+        known = {key: getattr(config, key) for key in PolicyConfig.model_fields}
+        config = TransformersConfig.model_validate(known)
+    return TransformersPolicy(config, model, seed)
 
 
 def _cycle(examples: Sequence[Example], begin: int, count: int) -> tuple[Example, ...]:

@@ -11,6 +11,8 @@ How plug-ins are made, by the name of their entry-point group:
 
 ``config`` is an instance of the class's nested ``Config``, which derives from
 ``core.config.Config``; a policy's from ``PolicyConfig``, a judge's from ``JudgeConfig`` there.
+A policy's class may have a static ``unfit(config, learner)``, which says why it could not load what
+a learner with such settings makes; empty if it can.
 """
 
 from collections.abc import Awaitable, Callable, Sequence

@@ -165,6 +165,8 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     sections = {key: draft.section(key) for key in SHARED}
     phases = draft.phases(top, sections["judge"])
     policies = draft.policies()
+    if sections["policy"] and sections["learner"]:
+        draft.fit(sections["policy"], sections["learner"])
     draft.stop_if_faulty()
     found = {key: section for key, section in sections.items() if section}
     assert top and fleet and phases and len(found) == len(SHARED)
@@ -270,6 +272,12 @@ class _Draft:
     def fault(self, path: KeyPath, said: str) -> None:
         if path not in self.spoiled:
             self.faults.append((self._place(path), _named(path, said)))
+
+    def fit(self, policy: Section, learner: Section) -> None:
+        """What the learner makes, the policy has to be able to load."""
+        unfit = getattr(policy.plugin, "unfit", None)
+        if unfit and (said := unfit(policy.config, learner.dump())):
+            self.fault(("learner",), f"policy.use is {policy.use}: {said}")
 
     def stop_if_faulty(self) -> None:
         if self.faults:

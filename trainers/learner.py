@@ -20,6 +20,7 @@ from safetensors.torch import (
 from torch import Tensor
 from torch.nn import functional
 
+from ..core.canary import Canary, canary_ids
 from ..core.config import Config
 from ..core.errors import LearnerError
 from ..core.models import open_model
@@ -430,6 +431,19 @@ class PlainLearner:
             self._model.save_pretrained(folder, **lora)
             if not lora:
                 self._tokens.tokenizer.save_pretrained(folder)
+            self._canary().write(folder)
+
+    def _canary(self) -> Canary:
+        """What these weights, served by anybody, have to answer."""
+        ids = canary_ids(self._tokens.tokenizer)
+        row = torch.tensor([ids], device=self._device)
+        at = torch.arange(1, len(ids), device=self._device)
+        self._model.eval()
+        with torch.no_grad():
+            logits, _ = self._logits(self._model, self._head, None, row, (at * 0, at))
+        self._model.train()
+        found = -functional.cross_entropy(logits, row[0, 1:], reduction="none")
+        return Canary(ids, tuple(float(one) for one in found))
 
     def save(self, folder: Path) -> None:
         """Weights in training, optimiser state and the count that random numbers follow from."""

@@ -1,0 +1,462 @@
+"""A policy served by vLLM: servers of our own, or running ones, with adapters swapped in live."""
+
+import asyncio
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import uuid
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ...core.canary import Canary, canary_ids, distance
+from ...core.config import PolicyConfig
+from ...core.errors import DiskError, PolicyError
+from ...core.files import DRAFT, hard_link
+from ...core.models import open_tokens, parts_of, save_merged
+from ...core.types import Completion, Message, Sampling
+from .vllm_server import MODEL, Gone, Replica, launched
+
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM can be told to make room for."""
+MISSED = 3
+"""A request whose server went away is asked so many times in all."""
+
+
+class VLLMConfig(PolicyConfig):
+    url: list[str] = Field(default_factory=list[str])
+    """Running servers, such as ``http://127.0.0.1:8000``, of one and the same model; without any,
+    servers are started here and end with the run."""
+    python: str = ""
+    """The interpreter that has vLLM; empty: ``$SELFWRIGHT_VLLM_PYTHON``, or else this one."""
+    replicas: int = Field(default=1, ge=1)
+    """Servers to start."""
+    devices: list[str] = Field(default_factory=list[str])
+    """``CUDA_VISIBLE_DEVICES`` of each replica; empty: as it is."""
+    batch_size: int = Field(default=256, ge=1)
+    """Completions sampled together, per replica; others wait their turn."""
+    memory_gb: float = Field(default=2.0, gt=0)
+    """For keys and values, per replica."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """``auto``: as the model was saved."""
+    context: int | None = Field(default=None, ge=1)
+    """The most tokens of a prompt and its answer; None: as many as the model can."""
+    max_rank: int = Field(default=16, ge=1, le=RANKS[-1])
+    """The highest rank of adapters; more costs speed and memory."""
+    arguments: dict[str, Any] = Field(default_factory=dict[str, Any])
+    """More of vLLM's own: ``{tensor-parallel-size: 2}``."""
+    adapters: str = ""
+    """A folder that running servers can read too, for adapters; empty: a temporary one."""
+    start_timeout_s: float = Field(default=300.0, gt=0)
+    stall_timeout_s: float = Field(default=60.0, gt=0)
+    """A server that makes no token for so long, while it is asked for some, is hung."""
+    restarts: int = Field(default=3, ge=0)
+    """So many times, per replica, a server that died or hung is started again."""
+    canary_tolerance: float = Field(default=0.05, gt=0)
+    """How far, in nats and on average, a server's log-probabilities may be from the learner's."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.url and (self.replicas > 1 or self.devices or self.arguments):
+            raise ValueError(
+                "url: those servers run already; replicas, devices and arguments are "
+                "for servers started here"
+            )
+        if self.devices and len(self.devices) != self.replicas:
+            raise ValueError(
+                f"devices: wanted one for each of {self.replicas} replicas, got {len(self.devices)}"
+            )
+        if self.python and shutil.which(self.python) is None:
+            raise ValueError(
+                f"python: {self.python} is no program; wanted the interpreter of an "
+                "environment with vLLM, such as .venv-vllm/bin/python"
+            )
+        return self
+
+
+class VLLMPolicy:
+    """Completions over HTTP from vLLM, exact to the token.
+
+    Prompts go out as token ids, sampled ids and log-probabilities come back, so that nothing is
+    ever tokenised twice. Each adapter gets a name of its own: an old one cannot answer for it, and
+    neither can what was cached under it. After each load the servers must agree with what the
+    learner wrote into the checkpoint (``core.canary``). A server that dies or hangs is started
+    again, and what it owed is asked again with the same seeds.
+    """
+
+    Config = VLLMConfig
+
+    @staticmethod
+    def unfit(config: VLLMConfig, learner: Mapping[str, Any]) -> str:
+        """Why vLLM could not serve what such a learner makes; empty if it can."""
+        if learner.get("method") == "full":
+            return "vLLM swaps adapters, not whole models; wanted learner.method: lora"
+        if (rank := learner.get("rank", 0)) > config.max_rank:
+            return f"adapters of rank {rank} need policy.max_rank: {room_for(rank)}"
+        outer = {"lm_head", "embed_tokens"} & set(learner.get("targets") or ())
+        if outer:
+            return f"vLLM serves no adapter on {', '.join(sorted(outer))}; leave it out"
+        return ""
+
+    def __init__(self, config: VLLMConfig, model: str, seed: int) -> None:
+        """Raises: ModelError: no such model, or no chat template. PolicyError: cannot start."""
+        self._config = config
+        self.tokens = open_tokens(model)
+        self.checkpoint = "base"
+        self._ids = canary_ids(self.tokens.tokenizer)
+        self._mark = uuid.uuid4().hex[:8]
+        self._temporary = tempfile.TemporaryDirectory(prefix="selfwright-vllm-")
+        self._adapters = Path(config.adapters or self._temporary.name)
+        self._serving = ""
+        """The adapter that answers now; empty: the base."""
+        self._digest = ""
+        self._canary: Canary | None = None
+        self._count = 0
+        self._busy: Counter[str] = Counter()
+        self._answered = asyncio.Condition()
+        self._loading = asyncio.Lock()
+        self._opening: asyncio.Task[None] | None = None
+        self._closed = False
+        self._replicas = self._started(model)
+
+    def _started(self, model: str) -> list[Replica]:
+        config = self._config
+        limits = (config.start_timeout_s, config.stall_timeout_s)
+        if config.url:
+            return [Replica(url, *limits) for url in config.url]
+        if parts_of(model)[1] is not None:
+            whole = Path(self._temporary.name) / "model"
+            save_merged(model, whole)
+            model = str(whole)
+        python = config.python or os.environ.get("SELFWRIGHT_VLLM_PYTHON") or sys.executable
+        arguments = {
+            "dtype": saved_dtype(model) if config.dtype == "auto" else config.dtype,
+            "max-num-seqs": config.batch_size,
+            "kv-cache-memory-bytes": int(config.memory_gb * 2**30),
+            "max-lora-rank": room_for(config.max_rank),
+            "max-loras": 2,
+            "max-cpu-loras": 4,
+            **({"max-model-len": config.context} if config.context else {}),
+            **config.arguments,
+        }
+        logs = Path(self._temporary.name)
+        return [
+            launched(
+                python,
+                model,
+                arguments,
+                config.devices[k] if config.devices else None,
+                logs / f"server-{k}.log",
+                limits,
+                config.restarts,
+            )
+            for k in range(config.replicas)
+        ]
+
+    def seat(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    async def complete(
+        self, prompt: Sequence[Message], sampling: Sampling, seed: int
+    ) -> Completion:
+        """Raises: PolicyError: no room in the context, or no server answers."""
+        if sampling.max_tokens < 1 or "" in sampling.stop:
+            raise PolicyError(f"wanted max_tokens of at least 1 and no empty stop, got {sampling}")
+        if any(message.images for message in prompt):
+            return await self._seen(prompt, sampling, seed)
+        tokens = self.tokens
+        ids = tokens.prompt(prompt)
+        most = sampling.max_tokens
+        if sampling.choices:
+            # A choice is never cut, neither by length nor by a stop text inside it.
+            most = max(len(tokens.completion(text)) for text in sampling.choices) + 1
+        await self._fit(len(ids), most)
+        asked = {"prompt": list(ids), "logprobs": 0, **self._sampling(sampling, seed, most)}
+        choice = (await self._ask("/v1/completions", asked, home(prompt)))["choices"][0]
+        said = self._completion(choice, choice["logprobs"]["token_logprobs"], sampling)
+        # Held to choices, it tells the log-probabilities that are left after all else is ruled out.
+        return await self.score(prompt, said) if sampling.choices else said
+
+    async def _seen(self, prompt: Sequence[Message], sampling: Sampling, seed: int) -> Completion:
+        """The same of a prompt with images, which the server itself makes into tokens."""
+        from .openai import as_openai
+
+        asked = {
+            "messages": [as_openai(message) for message in prompt],
+            "logprobs": True,
+            **self._sampling(sampling, seed, sampling.max_tokens),
+        }
+        answer = await self._ask("/v1/chat/completions", asked, home(prompt))
+        choice = answer["choices"][0]
+        logprobs = [one["logprob"] for one in choice["logprobs"]["content"]]
+        return self._completion(choice, logprobs, sampling)
+
+    def _sampling(self, sampling: Sampling, seed: int, most: int) -> dict[str, Any]:
+        tokens = self.tokens
+        asked: dict[str, Any] = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": most,
+            "seed": seed % 2**31,
+            "stop_token_ids": sorted({tokens.end, tokens.eos}),
+            "return_token_ids": True,
+        }
+        if sampling.choices:
+            asked["structured_outputs"] = {"choice": list(sampling.choices)}
+        elif sampling.stop:
+            asked["stop"] = list(sampling.stop)
+        return asked
+
+    def _completion(
+        self, choice: Mapping[str, Any], logprobs: Sequence[float], sampling: Sampling
+    ) -> Completion:
+        ids = tuple(choice["token_ids"])
+        if len(ids) != len(logprobs):
+            raise PolicyError(
+                f"the server sampled {len(ids)} tokens and gave {len(logprobs)} log-probabilities"
+            )
+        text = self.tokens.text(ids)
+        if not sampling.choices:
+            for stop in sampling.stop:
+                text = text.split(stop)[0]
+        finish = "stop" if choice["finish_reason"] == "stop" else "length"
+        return Completion(text, ids, tuple(logprobs), finish, self.tokens.fingerprint)
+
+    async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
+        before, ids = self.tokens.prompt(prompt), self.tokens.answer(said)
+        await self._fit(len(before), len(ids))
+        asked = scoring((*before, *ids))
+        choice = (await self._ask("/v1/completions", asked, home(prompt)))["choices"][0]
+        logprobs = scores(choice, (*before, *ids))[-len(ids) :]
+        return Completion(said.text, ids, logprobs, said.finish, self.tokens.fingerprint)
+
+    async def _fit(self, prompt: int, more: int) -> None:
+        await self._ready()
+        context = self._replicas[0].context
+        if prompt + more > context:
+            raise PolicyError(
+                f"a prompt of {prompt} tokens and {more} to sample exceed the server's context of "
+                f"{context}; shorten the agent's window or max_tokens, or raise policy.context"
+            )
+
+    async def _ready(self) -> None:
+        """Every server has come up, and speaks our tokens."""
+        if self._closed:
+            raise PolicyError("this policy was closed")
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._open())
+        await asyncio.shield(self._opening)
+
+    async def _open(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for replica in self._replicas:
+                group.create_task(self._begin(replica))
+
+    async def _begin(self, replica: Replica) -> None:
+        await replica.up()
+        replica.base = await self._spoken(replica, "")
+
+    async def _ask(self, path: str, asked: Mapping[str, Any], key: int) -> Any:
+        """By the adapter that answers now; what begins alike goes to one replica and its cache."""
+        await self._ready()
+        replica = self._replicas[key % len(self._replicas)]
+        adapter = self._serving
+        self._busy[adapter] += 1
+        try:
+            for left in reversed(range(MISSED)):
+                known = replica.generation
+                try:
+                    return await replica.post(path, {"model": adapter or MODEL, **asked})
+                except Gone as gone:
+                    if not left:
+                        raise PolicyError(str(gone)) from gone
+                    await self._revive(replica, known, gone)
+        finally:
+            self._busy[adapter] -= 1
+            async with self._answered:
+                self._answered.notify_all()
+        raise AssertionError("unreachable")
+
+    async def _revive(self, replica: Replica, known: int, gone: Gone) -> None:
+        """Have ``replica`` answer again, as before, unless somebody else has seen to that."""
+        async with replica.mending:
+            if replica.generation != known:
+                return
+            await replica.again(gone)
+            await self._begin(replica)
+            if self._serving:
+                await self._give(replica, self._serving)
+            replica.generation += 1
+
+    async def load(self, checkpoint: Path | None) -> None:
+        """Raises: PolicyError: it is no adapter, or the servers do not answer as it must."""
+        await self._ready()
+        async with self._loading:
+            if checkpoint is None:
+                await self._switch("", None)
+                self._digest, self.checkpoint = "", "base"
+                return
+            digest = self._checked(checkpoint)
+            if digest != self._digest:
+                self._count += 1
+                name = f"{self._mark}-{self._count:06d}"
+                self._publish(checkpoint, name)
+                await self._switch(name, Canary.of(checkpoint))
+                self._digest = digest
+            self.checkpoint = str(checkpoint)
+
+    def _checked(self, folder: Path) -> str:
+        """What tells adapters apart. Raises: PolicyError: it is none that vLLM can serve."""
+        if not all((folder / name).is_file() for name in ADAPTER):
+            raise PolicyError(
+                f"{folder} holds no adapter ({' and '.join(ADAPTER)}), and vLLM swaps nothing else;"
+                " to serve a whole model, name it as policy.model"
+            )
+        return hashlib.sha256(
+            b"".join((folder / name).read_bytes() for name in ADAPTER)
+        ).hexdigest()
+
+    def _publish(self, folder: Path, name: str) -> None:
+        """Under a name that was never used before, and only as a whole."""
+        draft = self._adapters / f"{DRAFT}{name}"
+        try:
+            draft.mkdir(parents=True)
+            for file in ADAPTER:
+                hard_link(str(folder / file), str(draft / file))
+            draft.rename(self._adapters / name)
+        except OSError as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise DiskError(
+                f"cannot publish an adapter in {self._adapters}: {error.strerror or error}"
+            ) from error
+
+    async def _switch(self, name: str, canary: Canary | None) -> None:
+        """Have every replica answer with the adapter of that name, and drop the old one."""
+        old, learned = self._serving, self._canary
+        self._canary = canary
+        try:
+            if name:
+                async with asyncio.TaskGroup() as group:
+                    for replica in self._replicas:
+                        group.create_task(self._give(replica, name, learned))
+        except* PolicyError as several:
+            self._canary = learned
+            await self._drop(name)
+            raise several.exceptions[0] from None
+        self._serving = name
+        if old and old != name:
+            await self._drop(old)
+
+    async def _give(self, replica: Replica, name: str, learned: Canary | None = None) -> None:
+        """Load the adapter there, and see that it is what answers.
+
+        ``learned``: the canary of the adapter before.
+
+        Raises:
+            PolicyError: it could not be loaded, or the answers are another model's.
+        """
+        await replica.load(name, self._adapters / name)
+        spoken = await self._spoken(replica, name)
+        before, replica.spoken = replica.spoken, spoken
+        canary, tolerance = self._canary, self._config.canary_tolerance
+        if canary is None:
+            if spoken == replica.base and changes(self._adapters / name / ADAPTER[1]):
+                raise PolicyError(
+                    f"{replica.url} answers as the base model does, though the adapter {name} "
+                    "changes it: its weights' names are not those vLLM looks for"
+                )
+            return
+        gap = distance(spoken, canary.logprobs)
+        if gap > tolerance:
+            likely = (
+                "exactly as its base model does: the adapter's weights have names that vLLM does "
+                "not know"
+                if spoken == replica.base
+                else "as its last adapter does: the new one is not in use"
+                if spoken == before
+                else "otherwise than it should"
+            )
+            raise PolicyError(
+                f"the canary failed: {replica.url} answers {likely}; its log-probabilities are "
+                f"{gap:.3g} nats from the learner's on average, more than "
+                f"canary_tolerance={tolerance:g} allows"
+            )
+        if learned and spoken == before and learned.logprobs != canary.logprobs:
+            raise PolicyError(
+                f"the canary failed: {replica.url} still answers with its last adapter, though the "
+                "learner has changed"
+            )
+
+    async def _spoken(self, replica: Replica, name: str) -> tuple[float, ...]:
+        """What the canary's tokens are worth there; also a proof that it knows our tokens."""
+        choice = (
+            await replica.post("/v1/completions", {"model": name or MODEL, **scoring(self._ids)})
+        )["choices"][0]
+        return scores(choice, self._ids)
+
+    async def _drop(self, name: str) -> None:
+        """Unload once nobody is being answered by it; its files go too."""
+        with suppress(TimeoutError):  # Those that hang are asked again, of the new one.
+            async with asyncio.timeout(self._config.stall_timeout_s), self._answered:
+                await self._answered.wait_for(lambda: not self._busy[name])
+        for replica in self._replicas:
+            with suppress(PolicyError):  # A server that lost it has nothing to unload.
+                await replica.unload(name)
+        shutil.rmtree(self._adapters / name, ignore_errors=True)
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._opening is not None:
+            self._opening.cancel()
+        for replica in self._replicas:
+            if self._config.url and self._serving:
+                with suppress(PolicyError):
+                    await replica.unload(self._serving)
+            await replica.close()
+        self._temporary.cleanup()
+
+
+def home(prompt: Sequence[Message]) -> int:
+    """The same number for all that begins alike, up to what the user says first."""
+    said = next((k for k, message in enumerate(prompt) if message.role == "user"), 0)
+    return zlib.crc32("\0".join(message.text for message in prompt[: said + 1]).encode())
+
+
+def scoring(ids: Sequence[int]) -> dict[str, Any]:
+    """What to ask for the log-probabilities of these tokens."""
+    return {"prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+
+
+def scores(choice: Mapping[str, Any], ids: Sequence[int]) -> tuple[float, ...]:
+    """(T - 1,) nats, of all tokens but the first."""
+    told = choice["prompt_logprobs"][1:]
+    return tuple(float(one[str(k)]["logprob"]) for one, k in zip(told, ids[1:], strict=True))
+
+
+def room_for(rank: int) -> int:
+    """The least rank that vLLM can be told which holds ``rank``."""
+    return next((most for most in RANKS if most >= rank), RANKS[-1])
+
+
+def changes(weights: Path) -> bool:
+    """Whether an adapter changes anything: B of LoRA is 0 before the first update."""
+    from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+
+    return any(bool(value.any()) for key, value in load_file(weights).items() if "lora_B" in key)
+
+
+def saved_dtype(model: str) -> str:
+    """Of the model's weights, as vLLM calls it: left to itself it would halve float32."""
+    from transformers import AutoConfig
+
+    configs: Any = AutoConfig
+    dtype = str(getattr(configs.from_pretrained(model), "dtype", None)).removeprefix("torch.")
+    return dtype if dtype in ("float32", "bfloat16", "float16") else "auto"

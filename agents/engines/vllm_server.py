@@ -1,0 +1,267 @@
+"""One vLLM server: started here and watched, or somebody else's. Never imports vllm."""
+
+import asyncio
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from ...core.errors import PolicyError
+from ...core.supervised import Supervised
+
+MODEL = "base"
+"""What our servers call their model."""
+HEALTH_S = 5.0
+"""Deadline of a question that any server that lives can answer."""
+SHOWN = 300
+"""Characters of a server's answer that an error shows."""
+QUIET = {
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+class Gone(PolicyError):
+    """A server died, hung or hung up; what it was asked may be asked again."""
+
+
+class Replica:
+    """A server, how it is asked, and what is known of it."""
+
+    def __init__(self, url: str, start_timeout_s: float, stall_timeout_s: float) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.context = 0
+        """The most tokens of a prompt and its answer."""
+        self.model = MODEL
+        self.base: tuple[float, ...] = ()
+        """What it answered to the canary without any adapter."""
+        self.spoken: tuple[float, ...] = ()
+        """And with the last one."""
+        self.generation = 0
+        """How often it was mended."""
+        self.mending = asyncio.Lock()
+        self._start_timeout_s = start_timeout_s
+        self._stall_timeout_s = stall_timeout_s
+        self._client = httpx2.AsyncClient(
+            timeout=httpx2.Timeout(None, connect=HEALTH_S),
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
+            trust_env=False,
+        )
+
+    async def up(self) -> None:
+        """Wait until it answers. Raises: PolicyError: it does not, within its deadline."""
+        try:
+            async with asyncio.timeout(self._start_timeout_s):
+                while not await self.healthy():
+                    self.check()
+                    await asyncio.sleep(0.2)
+        except TimeoutError:
+            raise PolicyError(
+                f"{self.url} did not come up within start_timeout_s={self._start_timeout_s:g}"
+                + self.words()
+            ) from None
+        told = await self._get("/v1/models")
+        first = next((one for one in told["data"] if not one.get("parent")), None)
+        if first is None:
+            raise PolicyError(f"{self.url} serves no model: {str(told)[:SHOWN]}")
+        self.model, self.context = str(first["id"]), int(first["max_model_len"])
+
+    async def healthy(self) -> bool:
+        try:
+            return (await self._client.get(f"{self.url}/health", timeout=HEALTH_S)).is_success
+        except httpx2.TransportError:
+            return False
+
+    def check(self) -> None:
+        """Raises: PolicyError: its process has ended."""
+
+    def words(self) -> str:
+        """The end of its log, for errors; empty if it keeps one elsewhere."""
+        return ""
+
+    async def again(self, gone: Gone) -> None:
+        """See that it can be asked again. Raises: PolicyError: it cannot."""
+        if not await self.healthy():
+            raise PolicyError(f"{gone}; it was not started here: start it again, and then the run")
+
+    async def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """Its answer, however long it takes, as long as it makes tokens.
+
+        Raises:
+            Gone: it does not answer any more.
+            PolicyError: it refuses.
+        """
+        if body.get("model") == MODEL:
+            body = {**body, "model": self.model}
+        asked = asyncio.create_task(self._client.post(f"{self.url}{path}", json=body))
+        made = -1.0
+        try:
+            while True:
+                done, _ = await asyncio.wait({asked}, timeout=self._stall_timeout_s)
+                if done:
+                    break
+                before, made = made, await self._made()
+                if made == before:
+                    raise Gone(
+                        f"{self.url} has made no token for "
+                        f"stall_timeout_s={self._stall_timeout_s:g}{self.words()}"
+                    )
+            response = asked.result()
+        except httpx2.TransportError as error:
+            raise Gone(
+                f"{self.url} hung up: {type(error).__name__} {error}{self.words()}"
+            ) from error
+        finally:
+            asked.cancel()
+        if response.status_code >= 500:
+            raise Gone(
+                f"{self.url} is broken: {response.status_code} {response.text[:SHOWN]}"
+                + self.words()
+            )
+        if not response.is_success:
+            raise PolicyError(
+                f"{self.url}{path} refused: {response.status_code} {response.text[:SHOWN]}"
+            )
+        try:
+            return response.json()
+        except ValueError:
+            return response.text
+
+    async def _made(self) -> float:
+        """Tokens read and made since it began; the same number as before if it does not say."""
+        try:
+            text = (await self._client.get(f"{self.url}/metrics", timeout=HEALTH_S)).text
+        except httpx2.TransportError:
+            return -1.0
+        return metric(text, "vllm:generation_tokens_total") + metric(
+            text, "vllm:prompt_tokens_total"
+        )
+
+    async def cache(self) -> tuple[float, float]:
+        """Tokens of prompts so far: looked up in the prefix cache, and found there."""
+        text = (await self._client.get(f"{self.url}/metrics", timeout=HEALTH_S)).text
+        return tuple(  # pyright: ignore[reportReturnType]
+            metric(text, f"vllm:prefix_cache_{what}_total") for what in ("queries", "hits")
+        )
+
+    async def load(self, name: str, folder: Path) -> None:
+        """Raises: PolicyError: it refuses, or knows no adapters."""
+        try:
+            await self.post(
+                "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())}
+            )
+        except Gone:
+            raise
+        except PolicyError as refused:
+            raise PolicyError(
+                f"the adapter {name} was not loaded: {refused}; a server that was not started here "
+                "needs --enable-lora, --max-lora-rank as large as learner.rank, "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and a folder it can read (policy.adapters)"
+            ) from refused
+
+    async def unload(self, name: str) -> None:
+        await self.post("/v1/unload_lora_adapter", {"lora_name": name})
+
+    async def _get(self, path: str) -> Any:
+        try:
+            response = await self._client.get(f"{self.url}{path}", timeout=HEALTH_S)
+            return response.raise_for_status().json()
+        except (httpx2.HTTPError, ValueError) as error:
+            raise PolicyError(f"{self.url}{path} does not answer: {error}{self.words()}") from error
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
+class Launched(Replica):
+    """A server of ours, which dies with us."""
+
+    def __init__(
+        self,
+        command: list[str],
+        environment: Mapping[str, str],
+        log: Path,
+        limits: tuple[float, float],
+        restarts: int,
+    ) -> None:
+        self._port = free_port()
+        super().__init__(f"http://127.0.0.1:{self._port}", *limits)
+        self._command = [*command, "--host", "127.0.0.1", "--port", str(self._port)]
+        self._environment = environment
+        self._log = log
+        self._left = restarts
+        self._allowed = restarts
+        self.process = self._launch()
+
+    def _launch(self) -> Supervised:
+        try:
+            return Supervised(self._command, self._environment, self._log)
+        except OSError as error:
+            raise PolicyError(f"cannot start vLLM: {error}") from error
+
+    def check(self) -> None:
+        if not self.process.alive:
+            hint = ""
+            if "No module named 'vllm'" in self.process.last_words():
+                hint = (
+                    "; set policy.python, or SELFWRIGHT_VLLM_PYTHON, to the interpreter of an "
+                    "environment with vLLM"
+                )
+            raise PolicyError(f"the vLLM server ended before it answered{hint}{self.words()}")
+
+    def words(self) -> str:
+        said = self.process.last_words()
+        return f"; its last words:\n{said}" if said else ""
+
+    async def again(self, gone: Gone) -> None:
+        if self.process.alive and await self.healthy() and "hung up" in str(gone):
+            return
+        if not self._left:
+            raise PolicyError(
+                f"{gone}\nit was started again {self._allowed} times already, as often as "
+                "policy.restarts allows"
+            )
+        self._left -= 1
+        await asyncio.to_thread(self.process.stop)
+        self.process = self._launch()
+
+    async def close(self) -> None:
+        await super().close()
+        await asyncio.to_thread(self.process.stop)
+
+
+def launched(
+    python: str,
+    model: str,
+    arguments: Mapping[str, Any],
+    device: str | None,
+    log: Path,
+    limits: tuple[float, float],
+    restarts: int,
+) -> Launched:
+    """A server of ``model``, on its way up. Raises: PolicyError: it cannot be started."""
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    command += ["--served-model-name", MODEL, "--enable-lora", "--generation-config", "vllm"]
+    for key, value in arguments.items():
+        command += [f"--{key}"] if value is True else [f"--{key}", str(value)]
+    environment = os.environ | QUIET
+    if device is not None:
+        environment |= {"CUDA_VISIBLE_DEVICES": device}
+    return Launched(command, environment, log, limits, restarts)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def metric(text: str, name: str) -> float:
+    """The sum of a counter over all its labels, in Prometheus's text."""
+    lines = (line for line in text.splitlines() if line.partition("{")[0] == name)
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
