@@ -21,7 +21,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
     ``scratch``: as users get it. The others have large random weights, so that a wrong mask or
     position shows: ``qwen3``; ``llama``, with a template that drops thoughts; ``mistral``, with a
-    sliding window; ``wide``, with far more logits than its tokenizer has tokens.
+    sliding window; ``wide``, with far more logits than its tokenizer has tokens; ``vllm``, a
+    ``qwen3`` with heads of a size that vLLM knows.
     """
     import torch
 
@@ -77,7 +78,7 @@ def _lively(kind: str, scratch_folder: Path, folder: Path) -> None:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 16,
+        "head_dim": 32 if kind == "vllm" else 16,
         "initializer_range": 0.3,
         "max_position_embeddings": 512,
         "tie_word_embeddings": kind != "llama",
@@ -89,7 +90,7 @@ def _lively(kind: str, scratch_folder: Path, folder: Path) -> None:
     with rng.fork_rng():
         rng.manual_seed(1)
         match kind:
-            case "qwen3" | "wide":
+            case "qwen3" | "wide" | "vllm":
                 config: Any = hf.Qwen3Config(**settings)
             case "llama":
                 config = hf.LlamaConfig(**settings)

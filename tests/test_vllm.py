@@ -1,0 +1,430 @@
+"""Policies served by vLLM: real servers on the CPU, in the environment that `make vllm` makes."""
+
+import asyncio
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx2
+import psutil
+import pytest
+from casting import SINGLE, played
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
+from test_learner import learner_of, talks
+
+from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
+from selfwright.agents.engines.vllm import RANKS, VLLMConfig, VLLMPolicy, room_for
+from selfwright.core.canary import Canary
+from selfwright.core.errors import DiskError, PolicyError, RecipeError
+from selfwright.core.files import read_json
+from selfwright.core.recipe import read
+from selfwright.core.tokens import ChatTokens
+from selfwright.core.types import Batch, Completion, Example, Message, Sampling
+from selfwright.trainers.loss import NLL
+from selfwright.trainers.pack import pack
+
+PYTHON = os.environ.get(
+    "SELFWRIGHT_VLLM_PYTHON", str(Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python")
+)
+PROMPTS = [(Message("user", f"make {k} from 3 {k * 7}" + " 8" * (k % 4)),) for k in range(24)]
+T = TypeVar("T")
+Folder = Callable[[str], Path]
+Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """One event loop for all tests: a policy's connections belong to it."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    def wait(coroutine: Coroutine[Any, Any, T], seconds: float = 240) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(seconds)
+
+    yield wait
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+
+
+async def policy_of(folder: Path, **keys: Any) -> VLLMPolicy:
+    given_ = {"model": "", "python": PYTHON, "memory_gb": 0.25} | keys
+    return VLLMPolicy(VLLMConfig.model_validate(given_), str(folder), 0)
+
+
+@pytest.fixture(scope="module")
+def policy(run: Run, model_folder: Folder) -> Iterator[VLLMPolicy]:
+    """For tests that leave it with the base model."""
+    made = run(policy_of(model_folder("vllm")))
+    run(made.score(PROMPTS[0], Completion("1 + 2")))
+    yield made
+    run(made.close())
+
+
+@pytest.fixture(scope="module")
+def checkpoints(model_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """What a learner exports after one update, and after two."""
+    learner = learner_of(model_folder("vllm"), learning_rate=3e-2)
+    tokens = ChatTokens(learner._tokens.tokenizer)  # pyright: ignore[reportPrivateUsage]
+    room = tmp_path_factory.mktemp("checkpoints")
+    for k in range(2):
+        learner.update(Batch(NLL(), tuple(talks(tokens, 8, k)), 2), 0.0)
+        (room / str(k)).mkdir()
+        learner.export(room / str(k))
+    return [room / "0", room / "1"]
+
+
+def in_process(folder: Path, checkpoint: Path | None = None) -> TransformersPolicy:
+    config = TransformersConfig.model_validate({"model": "", "device": "cpu"})
+    made = TransformersPolicy(config, str(folder), 0)
+    asyncio.run(made.load(checkpoint))
+    return made
+
+
+async def ask(policy: VLLMPolicy, sampling: Sampling, seed: int = 0) -> list[Completion]:
+    return await asyncio.gather(
+        *(policy.complete(prompt, sampling, seed + k) for k, prompt in enumerate(PROMPTS))
+    )
+
+
+def gap(one: Completion, other: Completion) -> float:
+    assert one.token_ids == other.token_ids
+    return max(abs(a - b) for a, b in zip(one.logprobs, other.logprobs, strict=True))
+
+
+async def served(policy: VLLMPolicy) -> set[str]:
+    """Names of the adapters that the server holds."""
+    (replica,) = policy._replicas  # pyright: ignore[reportPrivateUsage]
+    async with httpx2.AsyncClient() as client:
+        told = (await client.get(f"{replica.url}/v1/models")).json()
+    return {one["id"] for one in told["data"]} - {"base"}
+
+
+def test_it_is_the_same_model(run: Run, policy: VLLMPolicy, model_folder: Folder) -> None:
+    mine = in_process(model_folder("vllm"))
+    sampled = run(ask(policy, Sampling(max_tokens=12)))
+    for prompt, said in zip(PROMPTS, sampled, strict=True):
+        assert gap(asyncio.run(mine.score(prompt, said)), said) < 1e-3
+        assert gap(run(policy.score(prompt, said)), said) < 1e-3
+        ended = said.token_ids[-1] == policy.tokens.end
+        assert said.finish == ("stop" if ended else "length")
+        assert ended or len(said.token_ids) == 12
+    assert {said.finish for said in sampled} == {"stop", "length"}
+    greedy = run(ask(policy, Sampling(0.0, max_tokens=8)))
+    for prompt, said in zip(PROMPTS, greedy, strict=True):
+        theirs = asyncio.run(mine.complete(prompt, Sampling(0.0, max_tokens=8), 0))
+        assert theirs.token_ids == said.token_ids and theirs.text == said.text
+
+
+def test_log_probabilities_are_those_of_temperature_one(run: Run, policy: VLLMPolicy) -> None:
+    for said, prompt in zip(
+        run(ask(policy, Sampling(0.5, 0.8, max_tokens=6))), PROMPTS, strict=True
+    ):
+        assert gap(run(policy.score(prompt, said)), said) < 1e-3
+
+
+def test_seeds_decide_what_is_sampled(run: Run, policy: VLLMPolicy) -> None:
+    once, again, other = (run(ask(policy, Sampling(max_tokens=12), k)) for k in (0, 0, 99))
+    assert [a.token_ids for a in once] == [a.token_ids for a in again]
+    assert [a.token_ids for a in once] != [a.token_ids for a in other]
+
+
+def test_stop_texts_and_choices(run: Run, policy: VLLMPolicy) -> None:
+    whole = run(ask(policy, Sampling(0.0, max_tokens=12)))
+    text = next(said.text for said in whole if len(said.text) > 4)
+    at = next(k for k, said in enumerate(whole) if said.text == text)
+    stop = text[3]
+    cut = run(policy.complete(PROMPTS[at], Sampling(0.0, max_tokens=12, stop=(stop,)), 0))
+    assert cut.text == text.split(stop)[0] and cut.finish == "stop"
+    assert whole[at].token_ids[: len(cut.token_ids)] == cut.token_ids
+    held = Sampling(max_tokens=1, choices=("1 + 2", "3 * 4"))
+    said = [run(policy.complete(PROMPTS[0], held, seed)) for seed in range(8)]
+    assert {one.text for one in said} <= set(held.choices)
+    # Of the model's own distribution: as likely as the model would find them unasked.
+    assert all(gap(one, run(policy.score(PROMPTS[0], one))) < 1e-3 for one in said)
+    assert all(sum(one.logprobs) < -1 for one in said)
+
+
+TURNS = st.lists(st.text("0123456789 +-*make", min_size=1, max_size=12), min_size=1, max_size=4)
+
+
+@pytest.mark.parametrize("template", ["plain", "thinking", "trimmed"])
+@settings(deadline=None, max_examples=12, suppress_health_check=list(HealthCheck))
+@given(turns=TURNS, seed=st.integers(0, 2**31))
+def test_ids_stored_are_ids_sampled_are_ids_trained_on(
+    run: Run,
+    policy: VLLMPolicy,
+    model_folder: Folder,
+    template: str,
+    turns: list[str],
+    seed: int,
+) -> None:
+    tokens = templated(policy, model_folder, template)
+    heard: list[tuple[list[int], list[int]]] = []
+
+    async def talk() -> list[Example]:
+        replica = policy._replicas[0]  # pyright: ignore[reportPrivateUsage]
+        post = replica.post
+
+        async def listening(path: str, body: Any) -> Any:
+            answer = await post(path, body)
+            choice = answer["choices"][0]
+            heard.append((choice["prompt_token_ids"], choice["token_ids"]))
+            return answer
+
+        own, policy.tokens = policy.tokens, tokens
+        replica.post = listening
+        try:
+            said: list[Example] = []
+            messages: list[Message] = []
+            for k, turn in enumerate(turns):
+                messages.append(Message("user", turn))
+                one = await policy.complete(messages, Sampling(max_tokens=5), seed + k)
+                said.append(Example(tuple(messages), one))
+                messages.append(Message("assistant", one.text, (), one.token_ids, one.tokenizer))
+            return said
+        finally:
+            replica.post = post
+            policy.tokens = own
+
+    examples = run(talk())
+    assert [one.completion.token_ids for one in examples] == [tuple(ids) for _, ids in heard]
+    trained: list[tuple[list[int], list[int]]] = []
+    for row in pack(examples, tokens):
+        for span in row.spans:
+            trained.append((row.ids[: span.begin], row.ids[span.begin : span.end]))
+    assert sorted(trained) == sorted(heard)
+
+
+def templated(policy: VLLMPolicy, model_folder: Folder, template: str) -> ChatTokens:
+    import copy
+
+    from conftest import THINKING
+
+    tokenizer = copy.deepcopy(policy.tokens.tokenizer)
+    if template == "thinking":  # Not append-only: a new row for every turn, the same ids still.
+        tokenizer.chat_template = THINKING.replace("</think>", "m")
+    elif template == "trimmed":
+        tokenizer.chat_template = THINKING.replace(
+            "{{ m.content.split('</think>')[-1] }}", "{{ m.content.strip() }}"
+        )
+    return ChatTokens(tokenizer)
+
+
+def test_adapters_are_swapped_in_live(
+    run: Run, policy: VLLMPolicy, model_folder: Folder, checkpoints: list[Path]
+) -> None:
+    base = run(ask(policy, Sampling(max_tokens=6)))
+    names: list[set[str]] = []
+    for checkpoint in (*checkpoints, checkpoints[0]):
+        run(policy.load(checkpoint))
+        assert policy.checkpoint == str(checkpoint)
+        names.append(run(served(policy)))
+        mine = in_process(model_folder("vllm"), checkpoint)
+        for prompt, said in zip(PROMPTS, run(ask(policy, Sampling(max_tokens=6))), strict=True):
+            assert gap(asyncio.run(mine.score(prompt, said)), said) < 1e-3
+    assert all(len(one) == 1 for one in names) and len(set.union(*names)) == 3
+    # The same content at another place, such as a draft that was renamed, is not loaded again.
+    moved = checkpoints[0].with_name("moved")
+    shutil.copytree(checkpoints[0], moved)
+    run(policy.load(moved))
+    assert policy.checkpoint == str(moved) and run(served(policy)) == names[-1]
+    run(policy.load(None))
+    assert policy.checkpoint == "base" and not run(served(policy))
+    again = run(ask(policy, Sampling(max_tokens=6)))
+    assert [a.token_ids for a in again] == [b.token_ids for b in base]
+
+
+def edited(checkpoint: Path, folder: Path, change: Callable[[str], str]) -> Path:
+    """The same adapter with other names for its weights."""
+    shutil.copytree(checkpoint, folder)
+    file = folder / "adapter_model.safetensors"
+    save_file({change(name): value for name, value in load_file(file).items()}, file)
+    return folder
+
+
+def test_a_broken_adapter_is_found_out(
+    run: Run, policy: VLLMPolicy, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    run(policy.load(checkpoints[0]))
+    good = run(ask(policy, Sampling(max_tokens=6)))
+    before = run(served(policy))
+
+    def wrong(name: str) -> str:
+        return name.replace("model.layers", "model.language_model.layers")
+
+    def refused(folder: Path) -> str:
+        with pytest.raises(PolicyError) as caught:
+            run(policy.load(folder))
+        # Who answered before still does.
+        assert run(served(policy)) == before and policy.checkpoint == str(checkpoints[0])
+        assert [a.token_ids for a in run(ask(policy, Sampling(max_tokens=6)))] == [
+            a.token_ids for a in good
+        ]
+        return str(caught.value)
+
+    said = refused(edited(checkpoints[1], tmp_path / "prefixes", wrong))
+    assert "canary" in said or "was not loaded" in said
+    # Nor without a canary.
+    blind = edited(checkpoints[1], tmp_path / "blind", wrong)
+    (blind / "canary.json").unlink()
+    said = refused(blind)
+    assert "as the base model does" in said or "was not loaded" in said
+    # The last adapter's weights under a new name: what a stale server would answer.
+    stale = shutil.copytree(checkpoints[0], tmp_path / "stale")
+    (stale / "adapter_config.json").write_text(
+        (stale / "adapter_config.json").read_text().replace('"CAUSAL_LM"', '"CAUSAL_LM" ')
+    )
+    shutil.copy(checkpoints[1] / "canary.json", stale)
+    assert "as its last adapter does" in refused(stale)
+    assert "holds no adapter" in refused(tmp_path)
+    run(policy.load(None))
+
+
+def test_a_full_disk_is_named(
+    run: Run, model_folder: Folder, policy: VLLMPolicy, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    import resource
+
+    (replica,) = policy._replicas  # pyright: ignore[reportPrivateUsage]
+    # On another file system, so that files are copied.
+    adapters = Path("/dev/shm") / f"selfwright-{os.getpid()}"
+    second = run(policy_of(model_folder("vllm"), url=[replica.url], adapters=str(adapters)))
+    try:
+        run(second.score(PROMPTS[0], Completion("1")))
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            with pytest.raises(DiskError, match=r"cannot publish an adapter in .*too large"):
+                run(second.load(checkpoints[0]))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert not list(adapters.iterdir())
+        run(second.load(checkpoints[0]))
+        assert len(run(served(second))) == 1
+    finally:
+        run(second.close())
+        shutil.rmtree(adapters, ignore_errors=True)
+    # It was not ours to end; only what we had put there is gone.
+    assert not run(served(policy))
+
+
+def test_no_room_in_the_context(run: Run, policy: VLLMPolicy) -> None:
+    with pytest.raises(PolicyError, match="exceed the server's context of"):
+        run(policy.complete((Message("user", "9 " * 3000),), Sampling(max_tokens=5), 0))
+    with pytest.raises(PolicyError, match="at least 1"):
+        run(policy.complete(PROMPTS[0], Sampling(max_tokens=0), 0))
+
+
+def test_servers_that_die_or_hang_are_started_again_but_not_for_ever(
+    run: Run, model_folder: Folder, checkpoints: list[Path]
+) -> None:
+    made = run(policy_of(model_folder("vllm"), restarts=2, stall_timeout_s=4))
+    try:
+        run(made.load(checkpoints[0]))
+        expected = run(ask(made, Sampling(max_tokens=8)))
+        (replica,) = made._replicas  # pyright: ignore[reportPrivateUsage]
+
+        async def disturbed(how: int) -> list[Completion]:
+            asked = [asyncio.create_task(ask(made, Sampling(max_tokens=200), k)) for k in range(4)]
+            await asyncio.sleep(0.3)
+            for process in everybody(replica.process.pid):
+                process.send_signal(how)
+            await asyncio.gather(*asked)
+            return await ask(made, Sampling(max_tokens=8))
+
+        for how in (signal.SIGKILL, signal.SIGSTOP):
+            after = run(disturbed(how))
+            # The adapter answers again, not the base.
+            assert [a.token_ids for a in after] == [b.token_ids for b in expected]
+        with pytest.raises(PolicyError, match="started again 2 times already"):
+            run(disturbed(signal.SIGKILL))
+    finally:
+        run(made.close())
+    assert not everybody(replica.process.pid)
+
+
+def everybody(group: int) -> list[psutil.Process]:
+    """The server's processes; not the one that watches over them."""
+    found: list[psutil.Process] = []
+    for process in psutil.process_iter():
+        try:
+            mine = os.getpgid(process.pid) == group and process.pid != group
+            if mine and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (ProcessLookupError, psutil.Error):
+            continue
+    return found
+
+
+def test_a_run_learns_from_what_vllm_samples(
+    policy: VLLMPolicy, player: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(SINGLE.replace("MODEL", str(player)))
+    overrides = ["policy.use=vllm", f"policy.python={PYTHON}", "policy.memory_gb=0.25"]
+    result = played(recipe, [*overrides, "iterations=2"], tmp_path / "run")
+    assert result["final"]["tasks"] == 12 and result["stopped"] is None
+    metrics = [read_json(f) for f in sorted((tmp_path / "run").glob("iterations/*/metrics.json"))]
+    assert len(metrics) == 2 and all(m["rollout/failed"] == 0 for m in metrics)
+    # The first update sees the very weights that sampled: their ratio is 1.
+    assert abs(metrics[0]["train/ratio"] - 1) < 0.2 and metrics[0]["train/tokens"] > 0
+    canary = Canary.of(tmp_path / "run" / "iterations" / "0001" / "checkpoint")
+    assert canary is not None
+
+
+@pytest.mark.parametrize(
+    ("learner", "said"),
+    [
+        ("{method: full}", "not whole models"),
+        ("{rank: 20}", "policy.max_rank: 32"),
+        ("{rank: 4, alpha: 8, targets: [q_proj, lm_head]}", "no adapter on lm_head"),
+    ],
+)
+def test_adapters_that_vllm_cannot_serve_are_refused_at_once(
+    tmp_path: Path, learner: str, said: str
+) -> None:
+    recipe = tmp_path / "bad.yaml"
+    recipe.write_text(SINGLE.replace("MODEL", "m").replace("{rank: 4, alpha: 8", learner[:-1]))
+    with pytest.raises(RecipeError, match=said):
+        read(recipe, ["policy.use=vllm"])
+
+
+def test_settings_that_contradict_each_other() -> None:
+    for keys, said in [
+        ({"url": ["http://127.0.0.1:1"], "replicas": 2}, "run already"),
+        ({"devices": ["0", "1"]}, "one for each of 1"),
+        ({"python": "/nowhere/python"}, "is no program"),
+    ]:
+        with pytest.raises(ValidationError, match=said):
+            VLLMConfig.model_validate({"model": "m"} | keys)
+
+
+@given(st.integers(1, RANKS[-1]))
+def test_there_is_room_for_every_rank(rank: int) -> None:
+    assert room_for(rank) >= rank and not any(rank <= one < room_for(rank) for one in RANKS)
+
+
+def test_an_interpreter_without_vllm(run: Run, model_folder: Folder) -> None:
+    import sys
+
+    made = run(policy_of(model_folder("vllm"), python=sys.executable))
+    with pytest.raises(PolicyError, match=r"policy.python.*(?s:.*)No module named 'vllm'"):
+        run(made.complete(PROMPTS[0], Sampling(), 0))
+    run(made.close())
+
+
+def test_nobody_at_that_address(run: Run, model_folder: Folder) -> None:
+    made = run(
+        policy_of(model_folder("vllm"), python="", url=["http://127.0.0.1:9"], start_timeout_s=1)
+    )
+    with pytest.raises(PolicyError, match=r"http://127.0.0.1:9 did not come up within"):
+        run(made.complete(PROMPTS[0], Sampling(), 0))
+    run(made.close())
