@@ -14,6 +14,7 @@ from ..core import evaluation as files
 from ..core.config import Budget
 from ..core.errors import RecipeError
 from ..core.files import atomic_write_bytes, write_json
+from ..core.plugins import nearest
 from ..core.recipe import Phase, Recipe, differences, read, section
 from ..core.statistics import compare_outcomes
 from .run import run
@@ -21,13 +22,15 @@ from .run import run
 SHARED = ("budget", "environment", "agent", "policy", "evaluation")
 """What may not differ between methods: else it is not they that are compared."""
 BASELINE = "imitation"
-"""The method that any other has to beat: the policy's own successes, cloned."""
+"""The method that others have to beat, unless another is named: own successes, cloned."""
 
 
 def planned(
-    recipes: Sequence[str], seeds: int, overrides: Sequence[str]
+    recipes: Sequence[str], seeds: int, overrides: Sequence[str], against: str = ""
 ) -> dict[str, list[Recipe]]:
-    """Each method's runs, by its recipe's name; imitation is added where it is missing.
+    """Each method's runs, by its recipe's name; the one that others have to beat comes first.
+
+    ``against`` names that one. If it does not, it is imitation, added where it is missing.
 
     Raises:
         RecipeError: a recipe is wrong, two share a name, they differ in more than trainer, judge
@@ -42,9 +45,13 @@ def planned(
 
     for recipe in recipes:
         add(Path(recipe).stem, recipe)
-    if not any(is_baseline(several[0]) for several in plans.values()):
-        model = next(iter(plans.values()))
-        plans[BASELINE] = [cloning(recipe) for recipe in model]
+    if not against:
+        found = (name for name, several in plans.items() if is_baseline(several[0]))
+        against = next(found, BASELINE)
+        if against not in plans:
+            plans[BASELINE] = [cloning(recipe) for recipe in next(iter(plans.values()))]
+    elif against not in plans:
+        raise RecipeError(f"no recipe is called {against!r}; {nearest(against, plans)}")
     (first, reference), *others = ((name, several[0]) for name, several in plans.items())
     faults: list[str] = []
     for name, other in others:
@@ -59,7 +66,7 @@ def planned(
             "methods are compared at an equal budget, and none is given; say -o "
             "budget.environment_steps=N, -o budget.tokens=N or both, with iterations enough for it"
         )
-    return plans
+    return {against: plans[against], **plans}
 
 
 def cloning(recipe: Recipe) -> Recipe:
@@ -82,7 +89,8 @@ async def bench(
 ) -> dict[str, Any]:
     """All runs, one after another; what is there already in ``output`` is not made again.
 
-    Writes ``bench.json``, which is what this returns, and ``bench.html``.
+    The first of ``plans`` is what the others are compared with. Writes ``bench.json``, which is
+    what this returns, and ``bench.html``.
     """
     results: dict[str, list[dict[str, Any]]] = {}
     seeds = range(len(next(iter(plans.values()))))
@@ -92,7 +100,7 @@ async def bench(
             console.print(f"{name}, seed {seed}", style="bold")
             folder = output / f"{name}-{seed}"
             results.setdefault(name, []).append(await run(several[seed], folder, console))
-    baseline = next(name for name, several in plans.items() if is_baseline(several[0]))
+    baseline = next(iter(plans))
     found: dict[str, Any] = {"baseline": baseline, "seeds": len(seeds), "methods": {}}
     for name, several in results.items():
         rows = [
@@ -176,23 +184,33 @@ def compared(a: Mapping[str, bool], b: Mapping[str, bool]) -> dict[str, Any]:
 
 def render(found: Mapping[str, Any]) -> str:
     """A table for people: a line per run, and one per method."""
-    head = ("method", "seed", "base", "final", "gain", "p", "verdict", "- imitation", "verdict")
-    more = ("steps", "tokens", "wall s")
-    lines = [(*head, *more)]
+    lines = [titles(found)]
     for name, method in found["methods"].items():
         lines += [cells(name, one) for one in method["runs"]]
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     text = ["  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([*text, "", *map(summary, found["methods"].items())])
+    return "\n".join([*text, "", *summaries(found)])
 
 
-def summary(item: tuple[str, Mapping[str, Any]]) -> str:
-    name, method = item
+def titles(found: Mapping[str, Any]) -> tuple[str, ...]:
+    compared_with = f"over {found['baseline']}"
+    return (
+        *("method", "seed", "base", "final", "gain", "p", "verdict", compared_with, "verdict"),
+        *("steps", "tokens", "wall s"),
+    )
+
+
+def summaries(found: Mapping[str, Any]) -> list[str]:
+    methods: Mapping[str, Any] = found["methods"]
+    return [summary(name, method, found["baseline"]) for name, method in methods.items()]
+
+
+def summary(name: str, method: Mapping[str, Any], baseline: str) -> str:
     runs, error = len(method["runs"]), method["standard_error"]
     spread = "" if error is None else f" +- {100 * error:.1f}"
     return (
         f"{name}: {100 * method['mean_difference']:+.1f}{spread} points; better than its base in "
-        f"{method['better']} of {runs} runs, than imitation in {method['better_than_baseline']}"
+        f"{method['better']} of {runs} runs, than {baseline} in {method['better_than_baseline']}"
     )
 
 
@@ -256,13 +274,11 @@ in colour where the exact McNemar test on them says so at 5 %. It knows nothing 
 def page(found: Mapping[str, Any]) -> str:
     """``bench.html``: one self-contained page; all names are escaped."""
     methods: Mapping[str, Any] = found["methods"]
-    head = ("method", "seed", "base", "final", "gain", "p", "verdict")
-    head += (f"over {found['baseline']}", "verdict", "steps", "tokens", "wall s")
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
     return template.render(
-        head=head,
+        head=titles(found),
         lines=[cells(name, one) for name, method in methods.items() for one in method["runs"]],
-        summaries=list(map(summary, methods.items())),
+        summaries=summaries(found),
         names=list(methods),
         pairs=found["pairs"],
         tasks=next(iter(methods.values()))["runs"][0]["tasks"],

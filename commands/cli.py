@@ -201,17 +201,21 @@ def bench_methods(
         list[str], typer.Argument(help="Recipes that differ in trainer and learner only.")
     ],
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each.")] = 3,
+    against: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Whom the others must beat; by default imitation."),
+    ] = "",
     override: Overrides = None,
     output: Output = None,
     as_json: Json = False,
 ) -> None:
-    """Compare methods: same bases, same budget, every seed, against base and imitation."""
+    """Compare methods: same bases, same budget, every seed, against base and one another."""
     import asyncio
 
     with _stdout_for_results() as stdout:
         from .bench import bench, planned, render
 
-        plans = planned(recipes, seeds, override or ())
+        plans = planned(recipes, seeds, override or (), against)
         result = asyncio.run(bench(plans, output or Path("runs") / "bench-methods", _console()))
         _emit(result, stdout, None if as_json else render(result))
 

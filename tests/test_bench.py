@@ -30,7 +30,7 @@ SPEND = ["iterations=9", "budget.environment_steps=150"]
 
 def test_every_method_meets_the_same_base_and_budget(recipes: list[str], tmp_path: Path) -> None:
     plans = planned(recipes, 2, SPEND)
-    assert list(plans) == ["first", "second", "imitation"]
+    assert list(plans) == ["imitation", "first", "second"]
     assert plans["imitation"][0].phases[0].trainer.dump()["source"] == "self"
     console = Console(file=io.StringIO())
     found = asyncio.run(bench(plans, tmp_path / "out", console))
@@ -67,6 +67,19 @@ def test_the_baseline_is_the_same_whoever_comes_first(recipes: list[str], tmp_pa
         assert (added.phases[0].judge.use, added.judge.use) == ("reward", "reward")
         assert added.phases[0].trainer.dump()["source"] == "self"
         assert added.phases[0].trainer.dump()["attempts_per_task"] == attempts
+
+
+def test_any_method_may_be_the_one_to_beat(recipes: list[str], tmp_path: Path) -> None:
+    plans = planned(recipes, 1, SPEND, "second")
+    assert list(plans) == ["second", "first"]
+    found = asyncio.run(bench(plans, tmp_path / "out", Console(file=io.StringIO())))
+    assert found["baseline"] == "second"
+    mine, other = (found["methods"][name]["runs"][0] for name in ("first", "second"))
+    assert other["baseline"]["difference"] == 0
+    assert mine["baseline"]["difference"] == pytest.approx(mine["final"] - other["final"])
+    assert "over second" in render(found) and "imitation" not in render(found) + page(found)
+    with pytest.raises(RecipeError, match="no recipe is called 'secnd'; did you mean 'second'"):
+        planned(recipes, 1, SPEND, "secnd")
 
 
 def test_names_are_escaped(recipes: list[str]) -> None:

@@ -59,9 +59,15 @@ async def policy_of(folder: Path, **keys: Any) -> VLLMPolicy:
     return VLLMPolicy(VLLMConfig.model_validate(given_), str(folder), 0)
 
 
+@pytest.fixture
+def policy(run: Run, server: VLLMPolicy) -> Iterator[VLLMPolicy]:
+    """With the base model."""
+    yield server
+    run(server.load(None))
+
+
 @pytest.fixture(scope="module")
-def policy(run: Run, model_folder: Folder) -> Iterator[VLLMPolicy]:
-    """For tests that leave it with the base model."""
+def server(run: Run, model_folder: Folder) -> Iterator[VLLMPolicy]:
     made = run(policy_of(model_folder("vllm")))
     run(made.score(PROMPTS[0], Completion("1 + 2")))
     yield made
@@ -109,13 +115,13 @@ async def served(policy: VLLMPolicy) -> set[str]:
 
 def test_it_is_the_same_model(run: Run, policy: VLLMPolicy, model_folder: Folder) -> None:
     mine = in_process(model_folder("vllm"))
-    sampled = run(ask(policy, Sampling(max_tokens=12)))
+    sampled = run(ask(policy, Sampling(max_tokens=60)))
     for prompt, said in zip(PROMPTS, sampled, strict=True):
         assert gap(asyncio.run(mine.score(prompt, said)), said) < 1e-3
         assert gap(run(policy.score(prompt, said)), said) < 1e-3
         ended = said.token_ids[-1] == policy.tokens.end
         assert said.finish == ("stop" if ended else "length")
-        assert ended or len(said.token_ids) == 12
+        assert ended or len(said.token_ids) == 60
     assert {said.finish for said in sampled} == {"stop", "length"}
     greedy = run(ask(policy, Sampling(0.0, max_tokens=8)))
     for prompt, said in zip(PROMPTS, greedy, strict=True):
@@ -285,7 +291,6 @@ def test_a_broken_adapter_is_found_out(
     shutil.copy(checkpoints[1] / "canary.json", stale)
     assert "as its last adapter does" in refused(stale)
     assert "holds no adapter" in refused(tmp_path)
-    run(policy.load(None))
 
 
 def test_a_full_disk_is_named(

@@ -365,7 +365,13 @@ class VLLMPolicy:
         """
         await replica.load(name, self._adapters / name)
         spoken = await self._spoken(replica, name)
-        before, replica.spoken = replica.spoken, spoken
+        self._believe(replica, name, spoken, learned)
+        replica.spoken = spoken
+
+    def _believe(
+        self, replica: Replica, name: str, spoken: tuple[float, ...], learned: Canary | None
+    ) -> None:
+        """Raises: PolicyError: these answers to the canary are not the adapter's."""
         canary, tolerance = self._canary, self._config.canary_tolerance
         if canary is None:
             if spoken == replica.base and changes(self._adapters / name / ADAPTER[1]):
@@ -376,20 +382,17 @@ class VLLMPolicy:
             return
         gap = distance(spoken, canary.logprobs)
         if gap > tolerance:
-            likely = (
-                "exactly as its base model does: the adapter's weights have names that vLLM does "
-                "not know"
-                if spoken == replica.base
-                else "as its last adapter does: the new one is not in use"
-                if spoken == before
-                else "otherwise than it should"
-            )
+            how = "otherwise than it should"
+            if spoken == replica.base:
+                how = "as its base model does: the adapter's weights have names it does not know"
+            elif spoken == replica.spoken:
+                how = "as its last adapter does: the new one is not in use"
             raise PolicyError(
-                f"the canary failed: {replica.url} answers {likely}; its log-probabilities are "
+                f"the canary failed: {replica.url} answers {how}; its log-probabilities are "
                 f"{gap:.3g} nats from the learner's on average, more than "
                 f"canary_tolerance={tolerance:g} allows"
             )
-        if learned and spoken == before and learned.logprobs != canary.logprobs:
+        if learned and spoken == replica.spoken and learned.logprobs != canary.logprobs:
             raise PolicyError(
                 f"the canary failed: {replica.url} still answers with its last adapter, though the "
                 "learner has changed"
