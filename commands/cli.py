@@ -220,6 +220,36 @@ def bench_methods(
         _emit(result, stdout, None if as_json else render(result))
 
 
+@app.command()
+def doctor(
+    vllm_python: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="The Python that serves with vLLM; by default $SELFWRIGHT_VLLM_PYTHON, "
+            ".venv-vllm here, or this one.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Look for what is missing or at odds on this machine."""
+    import asyncio
+
+    with _stdout_for_results() as stdout:
+        from .doctor import doctor, show, to_json
+        from .progress import Progress
+
+        with Progress(_console()).stage("looking at this machine"):
+            findings = asyncio.run(doctor(vllm_python))
+        result = to_json(findings)
+        if as_json:
+            _emit(result, stdout, None)
+        else:
+            show(findings, stdout)
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
 @app.command("list")
 def list_(
     kind: Annotated[
