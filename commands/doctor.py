@@ -170,25 +170,29 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 
 async def ran(*command: str) -> tuple[int, str, str]:
-    """Exit code, output and error output. However this ends, so do the process and its children."""
+    """Exit code, output and error output.
+
+    However this ends, so do the process and its children, and what they wrote for a while goes.
+    """
     pipe = asyncio.subprocess.PIPE
     # Offline, and without the folder we happen to stand in: no name in it hides a package's.
     quiet = {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-I", "-S", "-c", LEASH, *command),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=pipe,
-        stderr=pipe,
-        env={**os.environ, **quiet},
-        start_new_session=True,
-    )
-    try:
-        out, err = await process.communicate()
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), GRACE_S)
+    with tempfile.TemporaryDirectory(prefix="selfwright-", ignore_cleanup_errors=True) as room:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", "-c", LEASH, *command),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=pipe,
+            env={**os.environ, **quiet, "TMPDIR": room},
+            start_new_session=True,
+        )
+        try:
+            out, err = await process.communicate()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), GRACE_S)
     return process.returncode or 0, out.decode(errors="replace"), err.decode(errors="replace")
 
 

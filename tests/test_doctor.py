@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
@@ -188,13 +189,18 @@ def test_our_own_requirements_are_looked_at(folder: Path, monkeypatch: pytest.Mo
     assert {"known/transformers", "known/peft"} == {one.name for one in doctor.known()}
 
 
-def test_a_probe_that_hangs_is_cut_off(folder: Path) -> None:
-    script = program(folder, "hangs", "/bin/sleep 300 &\necho $! > child\nwait")
+def test_a_probe_that_hangs_is_cut_off(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = program(
+        folder, "hangs", "echo > $TMPDIR/file\n/bin/sleep 300 &\necho $! > child\nwait"
+    )
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "tmp"))
+    (folder / "tmp").mkdir()
     began = time.monotonic()
     finding = one(lambda: doctor.ran(str(script)), 3)  # pyright: ignore[reportArgumentType]
     assert (finding.status, finding.found) == ("failed", "no answer within 3 s")
     assert finding.remedy and time.monotonic() - began < 10
     assert gone(pid_in(folder / "child")), "what the program started lives on"
+    assert not list((folder / "tmp").iterdir()), "what it wrote is left"
 
     def sleep() -> list[Finding]:
         time.sleep(30)
