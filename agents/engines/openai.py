@@ -150,7 +150,7 @@ class OpenAIPolicy:
 
     async def _ask(self, prompt: Sequence[Message], asked: dict[str, Any]) -> dict[str, Any]:
         """The first choice of the answer."""
-        body = {"model": self._model, "messages": list(map(as_openai, prompt)), **asked}
+        body = {"model": self._model, "messages": list(map(_message, prompt)), **asked}
         body |= self._config.body
         async with self._room:
             answer = await self._tried(body)
@@ -219,8 +219,7 @@ def _text(choice: dict[str, Any]) -> str:
     return content if isinstance(content, str) else ""
 
 
-def as_openai(message: Message) -> dict[str, Any]:
-    """A message as chat completions have it."""
+def _message(message: Message) -> dict[str, Any]:
     if not message.images:
         return {"role": message.role, "content": message.text}
     parts: list[dict[str, Any]] = [

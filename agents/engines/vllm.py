@@ -170,8 +170,6 @@ class VLLMPolicy:
         """Raises: PolicyError: no room in the context, or no server answers."""
         if sampling.max_tokens < 1 or "" in sampling.stop:
             raise PolicyError(f"wanted max_tokens of at least 1 and no empty stop, got {sampling}")
-        if any(message.images for message in prompt):
-            return await self._seen(prompt, sampling, seed)
         tokens = self.tokens
         ids = tokens.prompt(prompt)
         most = sampling.max_tokens
@@ -184,20 +182,6 @@ class VLLMPolicy:
         said = self._completion(choice, choice["logprobs"]["token_logprobs"], sampling)
         # Held to choices, it tells the log-probabilities that are left after all else is ruled out.
         return await self.score(prompt, said) if sampling.choices else said
-
-    async def _seen(self, prompt: Sequence[Message], sampling: Sampling, seed: int) -> Completion:
-        """The same of a prompt with images, which the server itself makes into tokens."""
-        from .openai import as_openai
-
-        asked = {
-            "messages": [as_openai(message) for message in prompt],
-            "logprobs": True,
-            **self._sampling(sampling, seed, sampling.max_tokens),
-        }
-        answer = await self._ask("/v1/chat/completions", asked, home(prompt))
-        choice = answer["choices"][0]
-        logprobs = [one["logprob"] for one in choice["logprobs"]["content"]]
-        return self._completion(choice, logprobs, sampling)
 
     def _sampling(self, sampling: Sampling, seed: int, most: int) -> dict[str, Any]:
         tokens = self.tokens
