@@ -162,7 +162,9 @@ TURNS = st.lists(st.text("0123456789 +-*make", min_size=1, max_size=12), min_siz
 
 
 @pytest.mark.parametrize("template", ["plain", "thinking", "trimmed"])
-@settings(deadline=None, max_examples=12, suppress_health_check=list(HealthCheck))
+@settings(
+    deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(turns=TURNS, seed=st.integers(0, 2**31))
 def test_ids_stored_are_ids_sampled_are_ids_trained_on(
     run: Run,
@@ -236,7 +238,7 @@ def test_adapters_are_swapped_in_live(
         mine = in_process(model_folder("vllm"), checkpoint)
         for prompt, said in zip(PROMPTS, run(ask(policy, Sampling(max_tokens=6))), strict=True):
             assert gap(asyncio.run(mine.score(prompt, said)), said) < 1e-3
-    assert all(len(one) == 1 for one in names) and len(set.union(*names)) == 3
+    assert all(len(one) == 1 for one in names) and len({name for one in names for name in one}) == 3
     # The same content at another place, such as a draft that was renamed, is not loaded again.
     moved = checkpoints[0].with_name("moved")
     shutil.copytree(checkpoints[0], moved)
@@ -328,10 +330,11 @@ def test_no_room_in_the_context(run: Run, policy: VLLMPolicy) -> None:
         run(policy.complete(PROMPTS[0], Sampling(max_tokens=0), 0))
 
 
-def test_servers_that_die_or_hang_are_started_again_but_not_for_ever(
+@pytest.mark.timeout(600)
+def test_a_server_that_dies_or_hangs_is_started_again_but_not_for_ever(
     run: Run, model_folder: Folder, checkpoints: list[Path]
 ) -> None:
-    made = run(policy_of(model_folder("vllm"), restarts=2, stall_timeout_s=4))
+    made = run(policy_of(model_folder("vllm"), restarts=1, stall_timeout_s=4))
     try:
         run(made.load(checkpoints[0]))
         expected = run(ask(made, Sampling(max_tokens=8)))
@@ -345,12 +348,11 @@ def test_servers_that_die_or_hang_are_started_again_but_not_for_ever(
             await asyncio.gather(*asked)
             return await ask(made, Sampling(max_tokens=8))
 
-        for how in (signal.SIGKILL, signal.SIGSTOP):
-            after = run(disturbed(how))
-            # The adapter answers again, not the base.
-            assert [a.token_ids for a in after] == [b.token_ids for b in expected]
-        with pytest.raises(PolicyError, match="started again 2 times already"):
-            run(disturbed(signal.SIGKILL))
+        # The adapter answers again, not the base.
+        after = run(disturbed(signal.SIGKILL))
+        assert [a.token_ids for a in after] == [b.token_ids for b in expected]
+        with pytest.raises(PolicyError, match=r"made no token for(?s:.*)started again 1 times"):
+            run(disturbed(signal.SIGSTOP))
     finally:
         run(made.close())
     assert not everybody(replica.process.pid)

@@ -216,7 +216,7 @@ class VLLMPolicy:
 
     async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
         before, ids = self.tokens.prompt(prompt), self.tokens.answer(said)
-        await self._fit(len(before), len(ids))
+        await self._fit(len(before), len(ids) + 1)  # It has to sample one more.
         asked = scoring((*before, *ids))
         choice = (await self._ask("/v1/completions", asked, home(prompt)))["choices"][0]
         logprobs = scores(choice, (*before, *ids))[-len(ids) :]
@@ -240,9 +240,12 @@ class VLLMPolicy:
         await asyncio.shield(self._opening)
 
     async def _open(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            for replica in self._replicas:
-                group.create_task(self._begin(replica))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for replica in self._replicas:
+                    group.create_task(self._begin(replica))
+        except* PolicyError as several:
+            raise several.exceptions[0] from None
 
     async def _begin(self, replica: Replica) -> None:
         await replica.up()

@@ -247,6 +247,7 @@ def launched(
     """A server of ``model``, on its way up. Raises: PolicyError: it cannot be started."""
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--served-model-name", MODEL, "--enable-lora", "--generation-config", "vllm"]
+    command += ["--uvicorn-log-level", "warning"]
     for key, value in arguments.items():
         command += [f"--{key}"] if value is True else [f"--{key}", str(value)]
     environment = os.environ | QUIET
