@@ -16,11 +16,11 @@ import psutil
 
 from .. import __version__
 from ..agents import scratch
-from ..core.config import PolicyConfig, WarmStart
+from ..core.config import Config, PolicyConfig, WarmStart
 from ..core.draw import draw, starts
 from ..core.errors import LearnerError, RecipeError, WorldError
 from ..core.files import DRAFT, read_json, write_json
-from ..core.protocols import Agent, HasExpert, Policy
+from ..core.protocols import Agent, HasExpert, Hire, Learner, Policy, alone
 from ..core.recipe import Recipe
 from ..core.rollout import ExpertPlayer, PolicyPlayer, rollouts, turn_seed
 from ..core.seeds import derive
@@ -44,8 +44,12 @@ def cache() -> Path:
     return Path(given) if given else Path.home() / ".cache" / "selfwright"
 
 
-async def prepare(recipe: Recipe, worlds: Worlds, progress: Progress) -> str:
+async def prepare(
+    recipe: Recipe, worlds: Worlds, progress: Progress, hire: Hire = alone
+) -> str:
     """The folder or hub id of the base model; made first if nobody has made it yet.
+
+    ``hire`` makes the learner that warms it up.
 
     Raises:
         ModelError: the model cannot be opened or made.
@@ -72,7 +76,7 @@ async def prepare(recipe: Recipe, worlds: Worlds, progress: Progress) -> str:
     mine = f"{DRAFT}{os.getpid()}@{socket.gethostname()}-"
     draft = Path(tempfile.mkdtemp(prefix=mine, dir=folder.parent))
     try:
-        await _make(recipe, config, worlds, draft, progress)
+        await _make(recipe, config, worlds, draft, progress, hire)
         try:
             draft.rename(folder)
         except OSError:
@@ -135,7 +139,12 @@ def _contents(folder: Path) -> dict[str, str]:
 
 
 async def _make(
-    recipe: Recipe, config: PolicyConfig, worlds: Worlds, folder: Path, progress: Progress
+    recipe: Recipe,
+    config: PolicyConfig,
+    worlds: Worlds,
+    folder: Path,
+    progress: Progress,
+    hire: Hire,
 ) -> None:
     began = time.monotonic()
     agent: Agent = recipe.agent.make()
@@ -171,7 +180,9 @@ async def _make(
         "wanted": None,
     }
     if warm is not None:
-        story |= await _clone(recipe, config, warm, model, worlds, examples, folder, progress)
+        learner = hire(*_cloner(recipe, warm), model, recipe.seed)
+        told = (config, warm, model, worlds, examples, folder, progress)
+        story |= await _clone(recipe, learner, *told)
     write_json(folder / STORY, story | {"wall_s": round(time.monotonic() - began, 1)})
     progress.say(f"base model: {story_of(folder)}")
 
@@ -196,8 +207,20 @@ def _texts(trajectory: Trajectory) -> list[str]:
     return [trajectory.task.instruction, *seen, *said, trajectory.final.text]
 
 
+def _cloner(recipe: Recipe, warm: WarmStart) -> tuple[type[Any], Config]:
+    """The class and the config of the learner of a warm start."""
+    from ..trainers.learner import LearnerConfig, PlainLearner
+
+    settings: dict[str, Any] = {"method": "full", "learning_rate": warm.learning_rate}
+    settings |= {"batch_size": warm.batch_size, "warmup": 20}
+    if isinstance(recipe.learner.config, LearnerConfig):
+        settings["device"] = recipe.learner.config.device  # One for all of a process's learners.
+    return PlainLearner, LearnerConfig.model_validate(settings)
+
+
 async def _clone(
     recipe: Recipe,
+    learner: Learner,
     config: PolicyConfig,
     warm: WarmStart,
     model: str,
@@ -207,12 +230,8 @@ async def _clone(
     progress: Progress,
 ) -> dict[str, Any]:
     """Full-weight cloning until the skill, the updates or the time are reached; its story."""
-    from ..trainers.learner import LearnerConfig, PlainLearner
     from ..trainers.loss import NLL
 
-    settings: dict[str, Any] = {"method": "full", "learning_rate": warm.learning_rate}
-    settings |= {"batch_size": warm.batch_size, "warmup": 20}
-    learner = PlainLearner(LearnerConfig.model_validate(settings), model, recipe.seed)
     policy = looked_at_by(config, model, recipe.seed)
     agent: Agent = recipe.agent.make()
     tasks = draw(worlds.tasks("validation"), VALIDATION, derive(recipe.seed, "skill"))

@@ -12,9 +12,11 @@ from ..core.protocols import (
     Attempt,
     Context,
     HasNamedTasks,
+    Hire,
     Judge,
     Learner,
     Policy,
+    alone,
 )
 from ..core.recipe import Phase, Recipe, Section
 from ..core.rollout import ExpertPlayer, Player, rollouts
@@ -39,6 +41,8 @@ class Cast:
     examiner: Judge
     """Who scores evaluations."""
     progress: Progress
+    hire: Hire = alone
+    """Makes the learners."""
     phase: Phase = field(init=False)
     base: str = field(init=False)
     """The model that the phase began with."""
@@ -96,7 +100,8 @@ class Cast:
         recipe = self.recipe
         self.phase, self.base = phase, base
         self.policy = self.opened[POLICY] = recipe.policy.make(base, recipe.seed)
-        self.learner = recipe.learner.make(base, recipe.seed)
+        how = recipe.learner
+        self.learner = self.hire(how.plugin, how.config, base, recipe.seed)
         self.judge = self.examiner
         if phase.judge is not recipe.judge:
             self.judge = phase.judge.make(self.worlds.sample)

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, cast
 
@@ -70,7 +71,9 @@ def call(arguments: Sequence[str]) -> int:
         print(f"selfwright: {said}; selfwright --help tells more", file=sys.stderr)
         return error.exit_code
     except SelfwrightError as error:
-        print(str(error) or type(error).__name__, file=sys.stderr)
+        rank, size = _processes()
+        where = f"process {rank} of {size}: " if rank else ""
+        print(where + (str(error) or type(error).__name__), file=sys.stderr)
         return 2 if isinstance(error, BAD_INPUT) and not isinstance(error, DiskError) else 1
     except KeyboardInterrupt:
         code = 130
@@ -85,14 +88,30 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _processes() -> tuple[int, int]:
+    """This one's rank and how many there are, as launchers tell those that they start."""
+    names = (
+        ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"),
+        ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
+    )
+    rank, size = (next((os.environ[n] for n in some if n in os.environ), "") for some in names)
+    return (int(rank), int(size)) if rank and size else (0, 1)
+
+
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    pass
+    _, size = _processes()
+    if size > 1 and context.invoked_subcommand not in ("run", None):
+        raise RecipeError(
+            f"{context.invoked_subcommand} works in one process, not in {size}; start it without "
+            "accelerate launch"
+        )
 
 
 @app.command()
@@ -102,19 +121,30 @@ def run(
     output: Output = None,
     as_json: Json = False,
 ) -> None:
-    """Run a recipe, or resume its run."""
+    """Run a recipe, or resume its run; in several processes under `accelerate launch`."""
     import asyncio
 
     from ..core.recipe import read
 
+    rank, size = _processes()
     with _stdout_for_results() as stdout:
         plan = read(recipe, override or ())
+        if rank:
+            from .crew import follow
+
+            return follow(plan)
         console = _console()
         for note in plan.notes:
             console.print(f"note: {note}", markup=False)
         from .run import run
 
-        result = asyncio.run(run(plan, output or Path("runs") / plan.name, console))
+        whole = partial(run, plan, output or Path("runs") / plan.name, console)
+        if size > 1:
+            from .crew import lead
+
+            result = lead(plan, whole)
+        else:
+            result = asyncio.run(whole())
         from .words import run_words
 
         _emit(result, stdout, None if as_json else run_words(result))

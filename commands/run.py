@@ -16,7 +16,7 @@ from ..core.errors import LearnerError
 from ..core.files import read_json, write_json
 from ..core.judging import BROKEN
 from ..core.models import save_merged
-from ..core.protocols import HasFindings, HasGuards, HasMemory, Judge, Trainer
+from ..core.protocols import HasFindings, HasGuards, HasMemory, Hire, Judge, Trainer, alone
 from ..core.recipe import Recipe, differences
 from ..core.rollout import failures_by_name, rollouts
 from ..core.run import Run, iteration_name
@@ -39,8 +39,12 @@ class Alarm(Exception):
     """A trainer found that what it learns from can no longer be trusted."""
 
 
-async def run(recipe: Recipe, output: Path, console: Console) -> dict[str, Any]:
+async def run(
+    recipe: Recipe, output: Path, console: Console, hire: Hire = alone
+) -> dict[str, Any]:
     """Run ``recipe``, or go on with it, in the folder ``output``; what ``result.json`` holds.
+
+    ``hire`` makes its learners.
 
     Raises:
         SelfwrightError: it says what went wrong; what was committed stays, and the same command
@@ -55,9 +59,9 @@ async def run(recipe: Recipe, output: Path, console: Console) -> dict[str, Any]:
                 progress.say(f"report: {report(output)}")
             return read_json(kept.path("result.json"))
         async with await open_worlds(recipe.environment.use, settings, recipe.fleet) as worlds:
-            base = await begun(recipe, worlds, kept, progress)
+            base = await begun(recipe, worlds, kept, progress, hire)
             judge: Judge = recipe.judge.make(worlds.sample)
-            cast = Cast(recipe, worlds, recipe.agent.make(), judge, progress)
+            cast = Cast(recipe, worlds, recipe.agent.make(), judge, progress, hire)
             try:
                 await improve(cast, kept, base)
             finally:
@@ -67,14 +71,16 @@ async def run(recipe: Recipe, output: Path, console: Console) -> dict[str, Any]:
         return result
 
 
-async def begun(recipe: Recipe, worlds: Worlds, kept: Run, progress: Progress) -> str:
+async def begun(
+    recipe: Recipe, worlds: Worlds, kept: Run, progress: Progress, hire: Hire
+) -> str:
     """The base model. One made here is kept with the run, which then needs no other place."""
     config = recipe.policy.config
     assert isinstance(config, PolicyConfig)
     if not made_here(config):
-        return await prepare(recipe, worlds, progress)
+        return await prepare(recipe, worlds, progress, hire)
     if not kept.has(BASE):
-        made = await prepare(recipe, worlds, progress)
+        made = await prepare(recipe, worlds, progress, hire)
         with kept.draft(BASE) as folder:
             shutil.copytree(made, folder, dirs_exist_ok=True)
     # Adapters note where their base is, and may be used from anywhere.

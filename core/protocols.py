@@ -19,8 +19,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+from .config import Config
 from .types import (
     Batch,
     Completion,
@@ -167,7 +168,12 @@ class AsksPolicies(Protocol):
 
 
 class Learner(Protocol):
-    """The weights in training and their optimiser: the only thing that touches a gradient."""
+    """The weights in training and their optimiser: the only thing that touches a gradient.
+
+    Optional class attribute: ``shares`` is True for one that works in several processes at once
+    (``accelerate launch``). Each of them then makes it and makes the same calls; only process 0
+    may write.
+    """
 
     def update(self, batch: Batch, progress: float) -> Metrics:
         """Learn ``batch``. ``progress`` in [0, 1] is the share of the run done, for schedules.
@@ -198,6 +204,15 @@ class Plan:
     """Actions per episode; None: to its end."""
     player: str = "policy"
     """``policy``, or a name as ``Context.play_as`` has it."""
+
+
+Hire: TypeAlias = Callable[[type[Any], Config, str, int], Learner]
+"""Makes a learner of this class with this config, for this model and seed."""
+
+
+def alone(plugin: type[Any], config: Config, model: str, seed: int) -> Learner:
+    """The ``Hire`` of a process by itself."""
+    return plugin(config, model, seed)
 
 
 Attempt: TypeAlias = Callable[[Sequence[Start]], Awaitable[list[Judged]]]

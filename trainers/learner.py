@@ -1,13 +1,14 @@
 """The learner: one plain loop, the only place with gradients. Knows losses, no trainer."""
 
 import math
+import os
 import random
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator  # pyright: ignore[reportMissingTypeStubs]
@@ -70,6 +71,16 @@ class LearnerConfig(Config):
         return self.token_budget or (2048 if device == "cpu" else 16_384)
 
 
+def accelerator(device: str) -> Any:
+    """This process among all that learn together, on a device of that kind.
+
+    No mixed precision here: accelerate keeps one for the whole process, whoever asks first.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    # By itself accelerate takes several processes without a GPU for as many that stand alone.
+    return Accelerator(cpu=device == "cpu" or (several and not torch.cuda.is_available()))
+
+
 class PlainLearner:
     """AdamW on LoRA or full weights.
 
@@ -78,12 +89,13 @@ class PlainLearner:
     """
 
     Config = LearnerConfig
+    shares: ClassVar[bool] = True
+    """Several processes may each have one, and call it alike: each does its share."""
 
     def __init__(self, config: LearnerConfig, model: str, seed: int) -> None:
         self._config = config
         self._seed = seed
-        # No mixed precision here: accelerate keeps one for the whole process, whoever asks first.
-        self._accelerator: Any = Accelerator(cpu=config.device == "cpu")
+        self._accelerator: Any = accelerator(config.device)
         self._device: torch.device = self._accelerator.device
         if config.device == "cuda" and self._device.type != "cuda":
             raise LearnerError("learner.device is cuda, but there is no GPU; use auto or cpu")

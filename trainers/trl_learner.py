@@ -15,7 +15,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
@@ -48,6 +48,7 @@ class TRLLearner(PlainLearner):
     """
 
     Config = TRLConfig
+    shares: ClassVar[bool] = False
 
     def __init__(self, config: TRLConfig, model: str, seed: int) -> None:
         """Raises: LearnerError: TRL is not installed, or there is more than one process."""

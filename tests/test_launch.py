@@ -1,0 +1,235 @@
+"""Several processes under `accelerate launch`: they train what one trains, and end together."""
+
+import io
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from casting import SINGLE, played
+from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+
+from selfwright.commands.cli import call
+from selfwright.core.files import read_json
+from selfwright.trainers.critic import Critic, CriticConfig
+
+HERE = Path(__file__).parents[1]
+PHASES = SINGLE.replace(
+    "trainer: {use: grpo, tasks_per_iteration: 12, attempts_per_task: 4}",
+    "phases:\n"
+    "- {trainer: {use: grpo, tasks_per_iteration: 12, attempts_per_task: 4}, iterations: 2}\n"
+    "- {trainer: {use: moment_matching, teacher: MODEL, tasks_per_iteration: 6}, iterations: 1}",
+).replace("iterations: 3\n", "", 1)
+"""Ends with critics, networks of a loss's own."""
+
+
+@pytest.fixture(scope="module")
+def recipe(player: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("recipe") / "phases.yaml"
+    file.write_text(PHASES.replace("MODEL", str(player)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def alone(recipe: Path) -> Path:
+    """What one process makes of the recipe."""
+    played(recipe, [], recipe.parent / "alone")
+    return recipe.parent / "alone"
+
+
+class Launched:
+    """A run in two processes, and what they say."""
+
+    def __init__(self, command: list[str], **env: str) -> None:
+        inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+        self._process = subprocess.Popen(
+            command,
+            env=inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": _path()} | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.of: dict[int, psutil.Process] = {}
+
+    def find(self, rank: int) -> psutil.Process:
+        """The process of that rank, once it is there."""
+
+        def found() -> bool:
+            for child in psutil.Process(self._process.pid).children(recursive=True):
+                try:
+                    told = child.environ()
+                except psutil.Error:
+                    continue
+                if "RANK" in told:
+                    self.of[int(told["RANK"])] = child
+            return len(self.of) == 2
+
+        eventually(found)
+        return self.of[rank]
+
+    def end(self, timeout_s: float = 120) -> tuple[int, str]:
+        """The exit code and all that was said; nothing that it started is left."""
+        said, _ = self._process.communicate(timeout=timeout_s)
+        for one in self.of.values():
+            eventually(lambda one=one: not one.is_running(), 20)
+        return self._process.returncode, said
+
+    def kill(self) -> None:
+        with_children = [self._process.pid]
+        if self._process.poll() is None:
+            children = psutil.Process(self._process.pid).children(recursive=True)
+            with_children += [child.pid for child in children]
+        for pid in with_children:
+            try:
+                os.kill(pid, 9)
+            except ProcessLookupError:
+                pass
+        self._process.communicate(timeout=30)
+
+
+@contextmanager
+def launched(*arguments: str, processes: int = 2) -> Generator[Launched]:
+    """``accelerate launch`` of a ``selfwright`` command line."""
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    launch += ["--num_processes", str(processes), "--main_process_port", "0"]
+    run = Launched([sys.executable, "-P", *launch, "-m", "selfwright", *arguments])
+    try:
+        yield run
+    finally:
+        run.kill()
+
+
+def _path() -> str:
+    """The folder that holds the package that is tested here."""
+    import selfwright
+
+    return str(Path(selfwright.__file__).parents[1])
+
+
+def eventually(true: Callable[[], bool], timeout_s: float = 60) -> None:
+    until = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < until, f"not within {timeout_s} s"
+        time.sleep(0.02)
+
+
+def same_weights(a: Path, b: Path) -> None:
+    one, two = (load_file(run / "checkpoint/adapter_model.safetensors") for run in (a, b))
+    assert one.keys() == two.keys()
+    assert any(bool(weight.any()) for name, weight in one.items() if "lora_B" in name)
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=1e-4), name
+
+
+def test_a_follower_dies_and_the_run_goes_on_later_as_one_process_would(
+    recipe: Path, alone: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    with launched("run", str(recipe), "--output", str(output)) as run:
+        victim = run.find(1)
+        eventually((output / "iterations/0000").exists)
+        victim.kill()
+        began = time.monotonic()
+        code, said = run.end()
+    assert code != 0 and time.monotonic() - began < 40
+    assert f"process 1 of 2 (pid {victim.pid}) has died" in said
+    assert not (output / "result.json").exists()
+    with launched("run", str(recipe), "--output", str(output), "--json") as run:
+        code, said = run.end()
+    assert code == 0, said
+    assert said.count('"verdict"') == 1, said
+    same_weights(alone, output)
+    for index in range(3):
+        one, two = (
+            read_json(folder / f"iterations/{index:04d}/metrics.json") for folder in (alone, output)
+        )
+        assert one.keys() == two.keys()
+        for key in one:
+            if not key.startswith("time/"):
+                assert two[key] == pytest.approx(one[key], abs=1e-4, rel=1e-4), key
+
+
+def test_an_error_of_the_leader_ends_all(
+    model_folder: Callable[[str], Path], recipe: Path, tmp_path: Path
+) -> None:
+    # It can learn nothing from a model that solves nothing, and says so after three iterations.
+    hopeless = f"policy.model={model_folder('scratch')}"
+    file = tmp_path / "tiny.yaml"
+    file.write_text(SINGLE)
+    with launched("run", str(file), "-o", hopeless, "--output", str(tmp_path / "run")) as run:
+        run.find(1)
+        code, said = run.end()
+    assert code != 0
+    assert said.count("nothing is being learned") == 1, said
+
+
+def test_a_follower_does_not_outlive_its_leader(recipe: Path, tmp_path: Path) -> None:
+    """Started by hand: no launcher looks after them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    arguments = ["run", str(recipe), "--output", str(tmp_path / "run")]
+    runs = [
+        Launched(
+            [sys.executable, "-P", "-m", "selfwright", *arguments],
+            **shared,
+            MASTER_PORT=port,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+        )
+        for rank in range(2)
+    ]
+    try:
+        eventually((tmp_path / "run/iterations/0000").exists)
+        runs[0].kill()
+        code, said = runs[1].end(timeout_s=30)
+    finally:
+        for run in runs:
+            run.kill()
+    assert code == 1, said
+    assert "process 1 of 2 ends: " in said
+
+
+def test_what_cannot_be_shared_is_refused(recipe: Path, tmp_path: Path) -> None:
+    trl = ["-o", "learner.use=trl", "--output", str(tmp_path / "run")]
+    with launched("run", str(recipe), *trl) as run:
+        code, said = run.end()
+    assert code != 0
+    assert "the learner trl works in one process, not in 2; start it without" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_commands_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert call(["evaluate", "random", "--environment", "countdown"]) == 2
+    assert "evaluate works in one process, not in 3" in capsys.readouterr().err
+
+
+def test_a_critic_that_was_sent_goes_on_as_the_one_that_stayed() -> None:
+    stayed = Critic(CriticConfig(width=8), 0)
+    rows = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+
+    def climb(critic: Critic) -> None:
+        critic.meet(6, 7, "cpu")
+        (critic(rows).square().sum() - critic(rows)[:, 0].sum()).backward()
+        critic.climb()
+
+    climb(stayed)
+    sent: Critic = pickle.load(io.BytesIO(pickle.dumps(stayed)))
+    for _ in range(3):
+        climb(stayed)
+        climb(sent)
+    for one, other in zip(stayed.meet(6, 7, "cpu"), sent.meet(6, 7, "cpu"), strict=True):
+        assert one.any() and torch.equal(one, other)
