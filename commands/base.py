@@ -44,9 +44,7 @@ def cache() -> Path:
     return Path(given) if given else Path.home() / ".cache" / "selfwright"
 
 
-async def prepare(
-    recipe: Recipe, worlds: Worlds, progress: Progress, hire: Hire = alone
-) -> str:
+async def prepare(recipe: Recipe, worlds: Worlds, progress: Progress, hire: Hire = alone) -> str:
     """The folder or hub id of the base model; made first if nobody has made it yet.
 
     ``hire`` makes the learner that warms it up.

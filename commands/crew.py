@@ -42,16 +42,20 @@ POLL_S = 0.02
 """Seconds between two looks at what was announced."""
 BEAT_S = 1.0
 """Seconds between two signs of life."""
-SILENT_S = 60.0
-"""A process on another machine that gave none for so long is taken for dead; one on this machine
-is known to be as soon as it is."""
+SILENT_S = 120.0
+"""A process that gave none for so long is taken for dead; one on this machine that has died is
+known to have at once."""
 GRACE_S = 15.0
 """How long the leader may take to end by itself once a follower is lost; a collective operation
 that waits for the dead would otherwise keep it."""
 LEAVE_S = 30.0
 """How long followers may take to leave when the run is over."""
 
+GONE = "process 0, or what launched all of them, is gone"
+"""Said when nobody holds the store any more."""
+
 T = TypeVar("T")
+
 
 class Crew:
     """This process among the others."""
@@ -62,6 +66,7 @@ class Crew:
         Raises:
             RecipeError: the recipe's learner works in one process only.
         """
+        _refuse_lonely(recipe.learner.use, recipe.learner.plugin)
         config = recipe.learner.config
         device = config.device if isinstance(config, LearnerConfig) else "auto"
         state: Any = accelerator(device)
@@ -78,18 +83,10 @@ class Crew:
         self._store.set(f"place/{self.rank}", f"{_place()} {os.getpid()}")
         self._watch = threading.Thread(target=self._keep_watch, daemon=True)
         self._watch.start()
-        self._check(recipe.learner.use, recipe.learner.plugin)
-
-    def _check(self, name: str, plugin: type[Any]) -> None:
-        if not getattr(plugin, "shares", False):
-            raise RecipeError(
-                f"the learner {name} works in one process, not in {self.size}; start it without "
-                "accelerate launch, or use learner.use: plain"
-            )
 
     def hire(self, plugin: type[Any], config: Config, model: str, seed: int) -> Learner:
         """A learner that all processes share from now on, in place of the one before."""
-        self._check(plugin.__name__, plugin)
+        _refuse_lonely(plugin.__name__, plugin)
         self.order("hire", plugin, config, model, seed)
         return Shared(self, plugin(config, model, seed))
 
@@ -139,7 +136,7 @@ class Crew:
         except BaseException:
             # What was raised here may be no more than the echo of a process that died.
             if isinstance(sys.exception(), Exception):
-                await asyncio.to_thread(self._look_around)
+                await asyncio.to_thread(self.look_around)
             if not self.trouble:
                 raise
         finally:
@@ -149,20 +146,23 @@ class Crew:
 
     def _told_to_stop(self) -> None:
         # Launchers do so when one of their processes has died, which may have come first.
-        self._look_around()
+        self.look_around()
         self._lost(self.trouble or "told to stop (SIGTERM)")
 
-    def _look_around(self) -> None:
+    def look_around(self) -> None:
         """Give what has befallen another process a moment to be known."""
         until = time.monotonic() + 2 * BEAT_S
         while not self.trouble and time.monotonic() < until:
-            with suppress(dist.DistError):
-                self.trouble = self.trouble or self._found(self._store, {})
+            try:
+                self.trouble = self._found(self._store, {}) or self.trouble
+            except dist.DistError:
+                self.trouble = self.trouble or GONE
             time.sleep(POLL_S)
 
     def leave(self, error: BaseException | None = None) -> None:
         """Tell the others that it is over, and why if it failed; wait for them if it did not."""
-        with suppress(dist.DistError):  # The launcher may have taken the store away.
+        # The launcher may have taken the store away, and what is done is done.
+        with suppress(dist.DistError, LearnerError):
             if error is not None:
                 told = str(error) or type(error).__name__
                 if not isinstance(error, SelfwrightError):
@@ -187,9 +187,9 @@ class Crew:
                 beats += 1
                 store.set(f"beat/{self.rank}", str(beats))
                 found, missed = self._found(store, heard), 0
-            except dist.DistError as error:
+            except dist.DistError:
                 missed += 1
-                found = f"the launcher's store is gone: {error}" if missed > 2 else ""
+                found = GONE if missed > 1 else ""
             if found and not self._over.is_set():
                 self._lost(found)
                 return
@@ -203,23 +203,21 @@ class Crew:
             if not store.check([f"place/{rank}"]) or store.check([f"left/{rank}"]):
                 continue
             place, _, pid = store.get(f"place/{rank}").decode().rpartition(" ")
-            if place == _place():
-                if not _alive(int(pid)):
-                    return f"{who} (pid {pid}) has died"
-                continue
+            if place == _place() and not _alive(int(pid)):
+                return f"{who} (pid {pid}) has died"
             beat = store.get(f"beat/{rank}") if store.check([f"beat/{rank}"]) else b""
             now = time.monotonic()
             if heard.setdefault(rank, (beat, now))[0] != beat:
                 heard[rank] = (beat, now)
             elif now - heard[rank][1] > SILENT_S:
-                return f"{who} on {place.split()[0]} has given no sign of life for {SILENT_S:g} s"
+                return f"{who} on {place.split()[0]} (pid {pid}) has given no sign of life for {SILENT_S:g} s"
         return ""
 
     def _lost(self, trouble: str) -> None:
         self.trouble = self.trouble or trouble
         if self.rank:
             # It may be in the midst of an operation that will never end, and has nothing to save.
-            self._end(f"selfwright: process {self.rank} of {self.size} ends: {self.trouble}")
+            self._end(f"process {self.rank} of {self.size} ends: {self.trouble}")
         if self._alarm is not None:
             self._alarm()
         threading.Thread(target=self._end_late, daemon=True).start()
@@ -278,8 +276,9 @@ def lead(recipe: Recipe, main: Callable[[Hire], Coroutine[Any, Any, T]]) -> T:
 def follow(recipe: Recipe) -> None:
     """Do what the leader says, until it says that the run is over.
 
-    Raises whatever the learner raised, after the leader was told; what the leader raises, too, is
-    told by the leader alone.
+    Raises:
+        LearnerError: the leader is gone.
+        Exception: what the learner raised; the leader was told.
     """
     learner: Any = None
     crew = Crew(recipe)
@@ -293,9 +292,21 @@ def follow(recipe: Recipe) -> None:
             else:
                 getattr(learner, what)(*details)
     except BaseException as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, SelfwrightError):
+            crew.look_around()
+            if crew.trouble:
+                error = LearnerError(crew.trouble)
         crew.leave(error)
-        raise
+        raise error from None
     crew.leave()
+
+
+def _refuse_lonely(name: str, plugin: type[Any]) -> None:
+    if not getattr(plugin, "shares", False):
+        raise RecipeError(
+            f"the learner {name} works in one process only; start it without accelerate launch, or "
+            "use learner.use: plain"
+        )
 
 
 def _place() -> str:

@@ -39,9 +39,7 @@ class Alarm(Exception):
     """A trainer found that what it learns from can no longer be trusted."""
 
 
-async def run(
-    recipe: Recipe, output: Path, console: Console, hire: Hire = alone
-) -> dict[str, Any]:
+async def run(recipe: Recipe, output: Path, console: Console, hire: Hire = alone) -> dict[str, Any]:
     """Run ``recipe``, or go on with it, in the folder ``output``; what ``result.json`` holds.
 
     ``hire`` makes its learners.
@@ -71,9 +69,7 @@ async def run(
         return result
 
 
-async def begun(
-    recipe: Recipe, worlds: Worlds, kept: Run, progress: Progress, hire: Hire
-) -> str:
+async def begun(recipe: Recipe, worlds: Worlds, kept: Run, progress: Progress, hire: Hire) -> str:
     """The base model. One made here is kept with the run, which then needs no other place."""
     config = recipe.policy.config
     assert isinstance(config, PolicyConfig)

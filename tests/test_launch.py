@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -21,7 +21,6 @@ from selfwright.commands.cli import call
 from selfwright.core.files import read_json
 from selfwright.trainers.critic import Critic, CriticConfig
 
-HERE = Path(__file__).parents[1]
 PHASES = SINGLE.replace(
     "trainer: {use: grpo, tasks_per_iteration: 12, attempts_per_task: 4}",
     "phases:\n"
@@ -88,10 +87,8 @@ class Launched:
             children = psutil.Process(self._process.pid).children(recursive=True)
             with_children += [child.pid for child in children]
         for pid in with_children:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, 9)
-            except ProcessLookupError:
-                pass
         self._process.communicate(timeout=30)
 
 
@@ -145,7 +142,7 @@ def test_a_follower_dies_and_the_run_goes_on_later_as_one_process_would(
     with launched("run", str(recipe), "--output", str(output), "--json") as run:
         code, said = run.end()
     assert code == 0, said
-    assert said.count('"verdict"') == 1, said
+    assert said.count('{"recipe": ') == 1, said
     same_weights(alone, output)
     for index in range(3):
         one, two = (
@@ -168,7 +165,7 @@ def test_an_error_of_the_leader_ends_all(
         run.find(1)
         code, said = run.end()
     assert code != 0
-    assert said.count("nothing is being learned") == 1, said
+    assert "\nnothing is being learned: the trainer found no example in 3 iterations" in said
 
 
 def test_a_follower_does_not_outlive_its_leader(recipe: Path, tmp_path: Path) -> None:
@@ -196,25 +193,23 @@ def test_a_follower_does_not_outlive_its_leader(recipe: Path, tmp_path: Path) ->
         for run in runs:
             run.kill()
     assert code == 1, said
-    assert "process 1 of 2 ends: " in said
+    assert "process 1 of 2: process 0" in said or "process 1 of 2 ends: process 0" in said
 
 
-def test_what_cannot_be_shared_is_refused(recipe: Path, tmp_path: Path) -> None:
-    trl = ["-o", "learner.use=trl", "--output", str(tmp_path / "run")]
-    with launched("run", str(recipe), *trl) as run:
-        code, said = run.end()
-    assert code != 0
-    assert "the learner trl works in one process, not in 2; start it without" in said
-    assert not (tmp_path / "run").exists()
-
-
-def test_other_commands_are_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_what_cannot_be_shared_is_refused(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert call(["evaluate", "random", "--environment", "countdown"]) == 2
     assert "evaluate works in one process, not in 3" in capsys.readouterr().err
+    trl = ["-o", "learner.use=trl", "--output", str(tmp_path / "run")]
+    assert call(["run", str(recipe), *trl]) == 2
+    assert "the learner trl works in one process only; start it" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_critic_that_was_sent_goes_on_as_the_one_that_stayed() -> None:
