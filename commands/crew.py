@@ -210,7 +210,8 @@ class Crew:
             if heard.setdefault(rank, (beat, now))[0] != beat:
                 heard[rank] = (beat, now)
             elif now - heard[rank][1] > SILENT_S:
-                return f"{who} on {place.split()[0]} (pid {pid}) has given no sign of life for {SILENT_S:g} s"
+                where = f"(pid {pid} on {place.split()[0]})"
+                return f"{who} {where} has given no sign of life for {SILENT_S:g} s"
         return ""
 
     def _lost(self, trouble: str) -> None:

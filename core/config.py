@@ -29,6 +29,9 @@ class Fleet(Config):
     """Episodes in play at once."""
     isolation: Literal["inline", "process", "auto"] = "auto"
     """``auto``: as the world's class says."""
+    on: Literal["local", "ray"] = "local"
+    """``ray``: in processes of their own on the machines of a Ray cluster, the one at RAY_ADDRESS
+    or a small one started here."""
     reset_timeout_s: float = Field(default=60.0, gt=0)
     step_timeout_s: float = Field(default=30.0, gt=0)
     max_failures: float = Field(default=0.5, ge=0, le=1)

@@ -17,6 +17,10 @@ class WorldError(SelfwrightError, RuntimeError):
     """A world broke, hung, or answered with something that is not a time step."""
 
 
+class WorkerLost(WorldError):
+    """A worker that hosted worlds on a cluster is gone: no fault of the world's."""
+
+
 class TooManyFailures(SelfwrightError, RuntimeError):
     """More episodes failed than the recipe allows. Carries the first traceback."""
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -381,7 +382,14 @@ class _Draft:
     def fleet(self) -> Fleet | None:
         given = _mapping(self.values.get("environment")) or {}
         mine = {key: value for key, value in given.items() if key in _FLEET}
-        return self.checked(Fleet, mine, ("environment",))
+        fleet = self.checked(Fleet, mine, ("environment",))
+        if fleet and fleet.on == "ray":
+            at = ("environment", "on")
+            if find_spec("ray") is None:
+                self.fault(at, "needs Ray, which is not installed: pip install 'selfwright[ray]'")
+            if fleet.isolation == "inline":
+                self.fault(at, "isolation: inline keeps the worlds in this process; leave it out")
+        return fleet
 
     def section(self, key: str, at: KeyPath = ()) -> Section | None:
         """The section ``key``, of the phase ``at`` or of the recipe.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from .config import Fleet
-from .errors import TooManyFailures, WorldError
+from .errors import TooManyFailures, WorkerLost, WorldError
 from .protocols import Agent, Policy
 from .seeds import derive
 from .types import (
@@ -25,7 +25,7 @@ from .types import (
     TimeStep,
     Trajectory,
 )
-from .worlds import World, Worlds
+from .worlds import LOSSES, World, Worlds
 
 
 class Player(Protocol):
@@ -200,9 +200,18 @@ def turn_seed(seed: int, start: Start, turn: int) -> int:
 
 
 async def play(
-    player: Player, world: World, start: Start, fleet: Fleet, seed: int, steps: list[Step]
+    player: Player,
+    world: World,
+    start: Start,
+    fleet: Fleet,
+    seed: int,
+    steps: list[Step],
+    chosen: list[tuple[Observation, Action]],
 ) -> Trajectory:
-    """One episode from ``start``; ``steps`` grows as it goes.
+    """One episode from ``start``; ``steps`` grows as it goes, and so does ``chosen``.
+
+    ``chosen``: what the player has done so far, and what it saw then. An episode whose worker was
+    lost is played again with it: nobody is asked twice, so nothing comes out otherwise.
 
     Raises whatever the world, or the policy, raised; ``TimeoutError`` past a deadline.
     """
@@ -218,20 +227,26 @@ async def play(
         steps.append(Step(observation, action, last.reward))
         observation = last.observation
 
-    for step in start.prefix:
-        if observation.text != step.observation.text or over(last):
+    async def again(before: Observation, action: Action) -> None:
+        if observation.text != before.text or over(last):
             raise WorldError(
                 f"{task.id!r} did not repeat itself: replaying action {len(steps) + 1} met "
-                f"{observation.text[:80]!r} where {step.observation.text[:80]!r} was before; "
+                f"{observation.text[:80]!r} where {before.text[:80]!r} was before; "
                 "a world must depend on nothing but its task, its seed and its actions"
             )
-        await execute(step.action)
+        await execute(action)
+
+    for step in start.prefix:
+        await again(step.observation, step.action)
+    for before, action in chosen:
+        await again(before, action)
     limit = task.max_steps if start.turns is None else len(start.prefix) + start.turns
     while not over(last) and len(steps) < min(limit, task.max_steps):
         turn = turn_seed(seed, start, len(steps))
         action = await player.act(world, task, steps, observation, turn)
         if action is None:
             break
+        chosen.append((observation, action))
         await execute(action)
     return Trajectory(
         task,
@@ -260,7 +275,9 @@ async def rollouts(
     """Play every start, at most ``fleet.parallel`` at once; results in the order of ``starts``.
 
     A world that breaks, hangs or returns rubbish gives a trajectory with ``Stop.FAILED`` and the
-    error's name and words; that instance is thrown away. ``done`` is told how many have ended.
+    error's name and words; that instance is thrown away. An episode whose worker on a cluster was
+    lost is played again from its start elsewhere, with the same actions so far; lost once more
+    after ``LOSSES`` times, it has failed. ``done`` is told how many have ended.
 
     Raises:
         TooManyFailures: more than ``fleet.max_failures`` of the starts failed; holds the first
@@ -289,16 +306,23 @@ async def rollouts(
 
     async def attempt(start: Start) -> Trajectory:
         steps: list[Step] = []
-        try:
-            async with worlds.lease() as world:
-                try:
-                    return await play(player, world, start, fleet, seed, steps)
-                except Exception:
-                    worlds.discard(world)
-                    raise
-        except Exception as cause:
-            failures.add(cause)
-            return failed(start, steps, player.name, cause)
+        chosen: list[tuple[Observation, Action]] = []
+        losses = 0
+        while True:
+            try:
+                async with worlds.lease() as world:
+                    try:
+                        return await play(player, world, start, fleet, seed, steps, chosen)
+                    except Exception:
+                        worlds.discard(world)
+                        raise
+            except Exception as cause:
+                if isinstance(cause, WorkerLost) and losses < LOSSES:
+                    losses += 1
+                    steps.clear()
+                    continue
+                failures.add(cause)
+                return failed(start, steps, player.name, cause)
 
     # All seats are taken before the first slot runs, so that the first batch is a full one.
     seats = [ExitStack() for _ in range(min(fleet.parallel, len(starts)))]

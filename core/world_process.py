@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -28,6 +27,7 @@ from .worlds import (
     checked_time_step,
     made,
     offered,
+    told,
 )
 
 OPTIONAL = ("expert", "random", "answer", "without_oracle")
@@ -70,12 +70,7 @@ class Server:
             method: Callable[..., Awaitable[Any]] = getattr(self, f"on_{what}")
             answer = {"id": number, "value": await method(**question)}
         except (Exception, asyncio.CancelledError) as error:
-            told = {
-                "kind": type(error).__name__,
-                "text": str(error),
-                "traceback": "".join(traceback.format_exception(error)),
-            }
-            answer = {"id": number, "error": told}
+            answer = {"id": number, "error": told(error)}
         self._out.write(json.dumps(answer).encode() + b"\n")
         self._out.flush()
 

@@ -1,4 +1,4 @@
-"""Hosts worlds: in this process, or in processes of their own that die with it.
+"""Hosts worlds: in this process, or in processes of their own, here or on a cluster.
 
 A process hosts ``per_process`` instances and speaks JSON lines over its standard streams; the other
 end is ``core.world_process``. Whatever a world answers is checked before anyone sees it.
@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import Future
@@ -23,12 +24,14 @@ from types import TracebackType
 from typing import Any, Protocol, Self, cast, overload
 
 from .config import Fleet
-from .errors import WorldError
+from .errors import WorkerLost, WorldError
 from .plugins import load
 from .types import Observation, Task, TimeStep
 
 GRACE_S = 2.0
 """How long a world that is thrown away may take to close."""
+LOSSES = 3
+"""How often a worker of a cluster may be lost before what was asked of it counts as failed."""
 LAST_WORDS = 12
 """Lines of a dead process's standard error that its error message quotes."""
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -63,6 +66,37 @@ class Host(Protocol):
     async def open(self) -> None: ...
     async def add(self) -> World: ...
     async def drop(self, world: World) -> None: ...
+    async def close(self) -> None: ...
+
+
+class Worker(Protocol):
+    """A process that hosts instances."""
+
+    instances: int
+    opened: Future[list[str]]
+    """Its result: which optional methods the world has."""
+
+    @property
+    def pid(self) -> int | None:
+        """None on another machine."""
+        ...
+
+    @property
+    def dead(self) -> str | None:
+        """Why the process is no more."""
+        ...
+
+    def call(self, what: str, **details: Any) -> Future[Any]: ...
+    async def ask(self, what: str, **details: Any) -> Any: ...
+    def kill(self, reason: str) -> None: ...
+    async def stop(self) -> None: ...
+    def last_words(self) -> str: ...
+
+
+class Site(Protocol):
+    """Where such processes are started."""
+
+    def start(self, name: str, opening: dict[str, Any]) -> Worker: ...
     async def close(self) -> None: ...
 
 
@@ -156,19 +190,32 @@ async def open_worlds(
     if isolation not in ("inline", "process"):
         raise WorldError(f"{name}.isolation is {isolation!r}; wanted 'inline' or 'process'")
     host: Host
-    if isolation == "inline":
+    opening = {"name": name, "config": text, "without_oracle": without_oracle}
+    if fleet.on == "ray":
+        host = _on_ray(name, plugin, opening, fleet)
+    elif isolation == "inline":
         host = InlineHost(name, plugin, settings, without_oracle)
     else:
-        opening = {"name": name, "config": text, "without_oracle": without_oracle}
         # Worlds that never block lose nothing by sharing a process.
         shared = fleet.parallel if getattr(plugin, "isolation", "") == "inline" else 1
-        host = ProcessHost(name, opening, getattr(plugin, "per_process", shared), fleet)
+        per_process = getattr(plugin, "per_process", shared)
+        host = ProcessHost(name, opening, per_process, fleet, Here())
     try:
         await host.open()
     except BaseException:
         await host.close()
         raise
     return Worlds(name, fleet, host)
+
+
+def _on_ray(name: str, plugin: type[Any], opening: dict[str, Any], fleet: Fleet) -> "ProcessHost":
+    from .ray_worlds import Cluster
+
+    cluster = Cluster(name, fleet.parallel)
+    # Those that may share a process do so, but are still spread over all of the cluster.
+    inline = getattr(plugin, "isolation", "") == "inline"
+    shared = math.ceil(fleet.parallel / cluster.posts) if inline else 1
+    return ProcessHost(name, opening, getattr(plugin, "per_process", shared), fleet, cluster)
 
 
 @contextmanager
@@ -324,7 +371,7 @@ class RemoteSample:
 class RemoteWorld:
     """An instance in another process."""
 
-    def __init__(self, worker: "Worker", number: int, name: str) -> None:
+    def __init__(self, worker: Worker, number: int, name: str) -> None:
         self.worker = worker
         self.number = number
         self.broken = False
@@ -365,9 +412,12 @@ class RemoteWorld:
 class ProcessHost:
     """Instances in processes of their own."""
 
-    def __init__(self, name: str, opening: dict[str, Any], per_process: int, fleet: Fleet) -> None:
+    def __init__(
+        self, name: str, opening: dict[str, Any], per_process: int, fleet: Fleet, site: Site
+    ) -> None:
         self._name = name
         self._opening = opening
+        self._site = site
         self._per_process = min(per_process, fleet.parallel)
         self._deadline_s = fleet.reset_timeout_s
         self._workers: list[Worker] = []
@@ -381,7 +431,7 @@ class ProcessHost:
 
     @property
     def processes(self) -> list[int]:
-        return [worker.pid for worker in self._living()]
+        return [worker.pid for worker in self._living() if worker.pid is not None]
 
     async def open(self) -> None:
         offers = await self._opened(self._start())
@@ -394,15 +444,21 @@ class ProcessHost:
 
     def ask_now(self, what: str, **details: Any) -> Any:
         """Ask any instance, and wait: for what answers at once."""
-        living = self._living()
-        worker = living[0] if living else self._start()
-        try:
-            worker.opened.result(self._deadline_s)
-            return worker.call(what, **details).result(self._deadline_s)
-        except TimeoutError:
-            raise WorldError(
-                f"{self._name} did not answer {what!r} within {self._deadline_s:g} s"
-            ) from None
+        losses = 0
+        while True:
+            living = self._living()
+            worker = living[0] if living else self._start()
+            try:
+                worker.opened.result(self._deadline_s)
+                return worker.call(what, **details).result(self._deadline_s)
+            except WorkerLost:
+                losses += 1
+                if losses > LOSSES:
+                    raise
+            except TimeoutError:
+                raise WorldError(
+                    f"{self._name} did not answer {what!r} within {self._deadline_s:g} s"
+                ) from None
 
     async def add(self) -> World:
         worker = next((w for w in self._living() if w.instances < self._per_process), None)
@@ -439,17 +495,18 @@ class ProcessHost:
 
     async def close(self) -> None:
         await asyncio.gather(*(worker.stop() for worker in self._workers))
+        await self._site.close()
 
-    def _living(self) -> list["Worker"]:
+    def _living(self) -> list[Worker]:
         self._workers = [worker for worker in self._workers if worker.dead is None]
         return self._workers
 
-    def _start(self) -> "Worker":
-        worker = Worker(self._name, self._opening)
+    def _start(self) -> Worker:
+        worker = self._site.start(self._name, self._opening)
         self._workers.append(worker)
         return worker
 
-    async def _opened(self, worker: "Worker") -> list[str]:
+    async def _opened(self, worker: Worker) -> list[str]:
         try:
             async with asyncio.timeout(self._deadline_s):
                 return await asyncio.shield(asyncio.wrap_future(worker.opened))
@@ -458,12 +515,21 @@ class ProcessHost:
             raise WorldError(f"{worker.dead}{worker.last_words()}") from None
 
 
-class Worker:
+class Here:
+    """Processes on this machine, that die with this one."""
+
+    def start(self, name: str, opening: dict[str, Any]) -> Worker:
+        return LocalWorker(name, opening)
+
+    async def close(self) -> None:
+        pass
+
+
+class LocalWorker:
     """One process, and a thread that hears what it says."""
 
     def __init__(self, name: str, opening: dict[str, Any]) -> None:
         self.dead: str | None = None
-        """Why the process is no more."""
         self.instances = 0
         self._name = name
         self._lock = threading.Lock()
@@ -485,7 +551,6 @@ class Worker:
         self._overhears.start()
         self._hears.start()
         self.opened: Future[list[str]] = self.call("open", path=sys.path, **opening)
-        """Its result: which optional methods the world has."""
 
     @property
     def pid(self) -> int:
@@ -612,6 +677,15 @@ def place_of(task: Task) -> tuple[str, int]:
             "tasks that its own tasks() gives"
         )
     return task.split, task.index
+
+
+def told(error: BaseException) -> dict[str, str]:
+    """An error, for ``raised`` in another process."""
+    return {
+        "kind": type(error).__name__,
+        "text": str(error),
+        "traceback": "".join(traceback.format_exception(error)),
+    }
 
 
 def raised(kind: str, text: str, traceback: str) -> WorldError:

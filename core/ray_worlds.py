@@ -1,0 +1,243 @@
+"""Worlds on the machines of a Ray cluster: ``environment: {..., on: ray}``.
+
+An actor per CPU, an outpost, starts the very processes that ``core.worlds`` starts here and passes
+on what is said, so that leases, deadlines and discards are the same. Only the loss of an outpost is
+news: what was played in it is played again elsewhere (see ``core.rollout``).
+
+Ray is an optional part: ``pip install 'selfwright[ray]'``. A cluster's machines need selfwright and
+the world's package, in the same versions.
+"""
+
+# ray is partly untyped.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Awaitable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from typing import Any, ClassVar
+
+from .errors import WorkerLost, WorldError
+from .worlds import GRACE_S, LocalWorker, raised, told
+
+INSTALL = "pip install 'selfwright[ray]'"
+OBJECT_STORE_BYTES = 80 * 2**20
+"""Of a Ray started here; hardly anything goes through it."""
+
+
+class Outpost:
+    """Starts world processes on its machine. Runs as a Ray actor; they die with it."""
+
+    def __init__(self, path: Sequence[str]) -> None:
+        sys.path += [folder for folder in path if folder not in sys.path]
+        self._workers: dict[int, LocalWorker] = {}
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def begin(self, number: int, name: str, opening: dict[str, Any]) -> dict[str, Any]:
+        try:
+            worker = self._workers[number] = LocalWorker(name, opening)
+        except OSError as error:
+            return {"error": told(error)}
+        return await answered(asyncio.wrap_future(worker.opened))
+
+    async def ask(self, number: int, what: str, details: dict[str, Any]) -> dict[str, Any]:
+        return await answered(self._workers[number].ask(what, **details))
+
+    async def kill(self, number: int, reason: str) -> None:
+        if worker := self._workers.pop(number, None):
+            worker.kill(reason)
+
+    async def stop(self, number: int) -> dict[str, Any]:
+        if worker := self._workers.pop(number, None):
+            await worker.stop()
+        return {"value": None}
+
+
+async def answered(value: Awaitable[Any]) -> dict[str, Any]:
+    """As a world's process answers: errors are told, for their classes may be known here only."""
+    try:
+        return {"value": await value}
+    except Exception as error:
+        return {"error": told(error)}
+
+
+class Post:
+    """An outpost as it is seen from here."""
+
+    def __init__(self, name: str) -> None:
+        import ray
+
+        # Worlds mostly wait; with a CPU reserved for each, they would wait for one another.
+        kind: Any = ray.remote(
+            num_cpus=0, max_restarts=0, max_concurrency=100_000, scheduling_strategy="SPREAD"
+        )
+        self.actor: Any = kind(Outpost).remote(sys.path)
+        self.workers = 0
+        self.lost = ""
+        """How it was lost; empty while it is there."""
+        self._name = name
+
+    def lose(self, error: Exception) -> None:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        self.lost = self.lost or f"a Ray worker that hosted {self._name} was lost: {first}"
+
+    def end(self) -> None:
+        import ray
+
+        self.lost = self.lost or f"the worlds of {self._name} are closed; open them again"
+        ray.kill(self.actor)
+
+
+class RayWorker:
+    """A world process at an outpost."""
+
+    pid: ClassVar[None] = None
+    """It is another machine's."""
+
+    def __init__(self, post: Post, number: int, name: str, opening: dict[str, Any]) -> None:
+        self.instances = 0
+        self._post = post
+        self._number = number
+        self._name = name
+        self._dead: str | None = None
+        post.workers += 1
+        self.opened: Future[list[str]] = self._send("begin", name, opening)
+
+    @property
+    def dead(self) -> str | None:
+        return self._dead or self._post.lost or None
+
+    def call(self, what: str, **details: Any) -> Future[Any]:
+        if self._dead is not None:
+            raise WorldError(self._dead)
+        if self._post.lost:
+            raise WorkerLost(self._post.lost)
+        return self._send("ask", what, details)
+
+    async def ask(self, what: str, **details: Any) -> Any:
+        return await asyncio.wrap_future(self.call(what, **details))
+
+    def kill(self, reason: str) -> None:
+        if self._dead is None:
+            self._dead = reason
+            self._post.workers -= 1
+            self._post.actor.kill.remote(self._number, reason)
+
+    async def stop(self) -> None:
+        if self.dead is None:
+            with suppress(TimeoutError, WorldError):
+                async with asyncio.timeout(2 * GRACE_S):
+                    await asyncio.wrap_future(self._send("stop"))
+        self.kill(f"the worlds of {self._name} are closed; open them again")
+
+    def last_words(self) -> str:
+        return ""
+
+    def _send(self, method: str, *details: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        asked: Any = getattr(self._post.actor, method).remote(self._number, *details)
+        asked.future().add_done_callback(partial(self._settle, future))
+        return future
+
+    def _settle(self, future: Future[Any], done: Future[dict[str, Any]]) -> None:
+        from ray.exceptions import RayActorError
+
+        try:
+            answer = done.result()
+            error = raised(**answer["error"]) if "error" in answer else None
+        except RayActorError as cause:
+            self._post.lose(cause)
+            answer, error = {}, WorkerLost(self._post.lost)
+        except Exception as cause:
+            answer, error = {}, WorldError(f"Ray could not ask {self._name}: {cause}")
+        if not future.set_running_or_notify_cancel():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(answer["value"])
+
+
+class Cluster:
+    """Where world processes are started: at the outpost that has the fewest."""
+
+    _users: ClassVar[int] = 0
+    _ours: ClassVar[bool] = False
+
+    def __init__(self, name: str, parallel: int) -> None:
+        """Join the cluster at ``RAY_ADDRESS``, or start a small one on this machine.
+
+        Raises:
+            WorldError: Ray is not installed, or neither could be done.
+        """
+        self._name = name
+        self._posts: list[Post] = []
+        self._made = 0
+        self._open = True
+        _join()
+        Cluster._users += 1
+        self.posts: int = min(parallel, _cpus())
+        """How many outposts there are at most."""
+
+    def start(self, name: str, opening: dict[str, Any]) -> RayWorker:
+        self._posts = [post for post in self._posts if not post.lost]
+        if len(self._posts) < self.posts:
+            self._posts.append(Post(self._name))
+        self._made += 1
+        return RayWorker(min(self._posts, key=lambda post: post.workers), self._made, name, opening)
+
+    async def close(self) -> None:
+        if not self._open:
+            return
+        import ray
+
+        self._open = False
+        for post in self._posts:
+            if not post.lost:
+                post.end()
+        Cluster._users -= 1
+        if not Cluster._users and Cluster._ours:
+            await asyncio.to_thread(ray.shutdown)
+            Cluster._ours = False
+
+
+def _join() -> None:
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise WorldError(f"on: ray needs Ray: {INSTALL}") from None
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS", "")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+            # Bound to loopback by its address; no dashboard, for that would listen as well.
+            ray.init(
+                address="local",
+                num_cpus=len(os.sched_getaffinity(0)),
+                num_gpus=0,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                **quiet,
+            )
+    except Exception as cause:
+        where = f"join the Ray cluster at {address}" if address else "start Ray on this machine"
+        raise WorldError(f"cannot {where}: {cause}") from cause
+    Cluster._ours = True  # pyright: ignore[reportPrivateUsage]
+
+
+def _cpus() -> int:
+    import ray
+
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))

@@ -1,0 +1,234 @@
+"""Worlds on a Ray cluster play as they do here, even when workers are killed."""
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from casting import SINGLE, played
+from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+
+from selfwright.core import recipe as recipes
+from selfwright.core.config import Fleet
+from selfwright.core.errors import RecipeError
+from selfwright.core.files import read_json
+from selfwright.core.ray_worlds import Cluster, RayWorker
+from selfwright.core.rollout import ExpertPlayer, rollouts
+from selfwright.core.types import Action, Completion, Observation, Start, Step, Stop, Task
+from selfwright.core.types import Trajectory
+from selfwright.core.worlds import LOSSES, RemoteTask, RemoteWorld, World, open_worlds
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_cluster() -> Generator[None]:  # pyright: ignore[reportUnusedFunction]
+    """Ray is started once, and what the tests leave of it is gone in the end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setattr(sys, "path", [*sys.path, str(HERE), str(HERE / "plugin_world")])
+        kept = Cluster("tests", 1)
+        yield
+        ours = ray_processes()
+        assert ours
+        asyncio.run(kept.close())
+        until = time.monotonic() + 30
+        while any(one.is_running() for one in ours) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not [one for one in ours if one.is_running()]
+
+
+def ray_processes() -> list[psutil.Process]:
+    """Those that serve the cluster, and what they have started."""
+    mine = psutil.Process().children(recursive=True)
+    return [one for one in mine if one.status() != psutil.STATUS_ZOMBIE]
+
+
+class Player:
+    """Says a word that depends on seed and turn; counts how often it is asked."""
+
+    name = "player"
+
+    def __init__(self, meddle: Callable[[World, Task, int], None] = lambda *_: None) -> None:
+        self.asked = 0
+        self._meddle = meddle
+
+    def seat(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    async def act(
+        self,
+        world: World,
+        task: Task,
+        history: Sequence[Step],
+        observation: Observation,
+        seed: int,
+    ) -> Action | None:
+        self.asked += 1
+        await asyncio.to_thread(self._meddle, world, task, len(history))
+        word = "right" if len(history) == 3 else f"{seed % 1000} {observation.text[:5]}"
+        return Action(word, Completion(word))
+
+
+def outpost(world: World) -> int:
+    """The process id of the actor that hosts the world."""
+    import ray
+
+    assert isinstance(world, RemoteWorld) and isinstance(world.worker, RayWorker)
+    post: Any = world.worker._post  # pyright: ignore[reportPrivateUsage]
+    return int(ray.get(post.actor.pid.remote(), timeout=30))
+
+
+def episodes(
+    on: str, name: str, player: Any, config: dict[str, Any] | None = None, **settings: Any
+) -> list[Trajectory]:
+    """Twelve episodes; their tasks as plain ones, wherever they were made."""
+
+    async def run() -> list[Trajectory]:
+        fleet = Fleet.model_validate({"parallel": 4, "on": on, **settings})
+        async with await open_worlds(name, config or {}, fleet) as worlds:
+            tasks = worlds.tasks("train")
+            starts = [Start(tasks[k % 3], 100 + k % 3, k // 3) for k in range(12)]
+            return await rollouts(player, worlds, starts, 7)
+
+    return [replace(one, task=plain(one.task)) for one in asyncio.run(run())]
+
+
+def plain(task: Task) -> tuple[str, str, int]:  # type: ignore[misc]
+    return (task.id, task.instruction, task.max_steps)
+
+
+@pytest.mark.parametrize("name", ["countdown", "parrot_world:Parrot", "faulty_worlds:Apart"])
+def test_plays_as_here(name: str) -> None:
+    player = Player() if "faulty" in name else ExpertPlayer(noise=0.3)
+    if "parrot" in name:
+        player = ExpertPlayer()
+    here = episodes("local", name, player)
+    there = episodes("ray", name, player)
+    assert here == there
+    assert {one.stop for one in here} <= {Stop.TERMINATED, Stop.TRUNCATED}
+    assert len({one.steps for one in here}) > 1
+
+
+def test_workers_are_spread_and_listen_on_loopback_only() -> None:
+    hosts = set[int]()
+    episodes("ray", "countdown", Player(lambda world, *_: hosts.add(outpost(world))))
+    assert len(hosts) == min(4, len(os.sched_getaffinity(0)))
+    listening = [
+        place.laddr.ip
+        for one in ray_processes()
+        for place in one.net_connections("tcp")
+        if place.status == psutil.CONN_LISTEN
+    ]
+    assert listening and set(listening) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+@pytest.mark.parametrize("name", ["countdown", "faulty_worlds:Apart"])
+@pytest.mark.parametrize("turn", [0, 1])
+def test_a_killed_worker_costs_nothing(name: str, turn: int) -> None:
+    undisturbed = Player()
+    here = episodes("local", name, undisturbed)
+    killed: list[int] = []
+
+    def kill(world: World, task: Task, at: int) -> None:
+        if at == turn and not killed:
+            killed.append(outpost(world))
+            os.kill(killed[0], signal.SIGKILL)
+
+    meddler = Player(kill)
+    there = episodes("ray", name, meddler)
+    assert killed
+    assert here == there
+    # Nobody was asked twice, so no token is sampled, or counted, twice.
+    assert meddler.asked == undisturbed.asked == sum(len(one.steps) for one in here)
+
+
+def test_an_episode_that_loses_every_worker_has_failed() -> None:
+    killed: list[int] = []
+
+    def kill(world: World, task: Task, at: int) -> None:
+        if "0" in task.id:
+            killed.append(outpost(world))
+            os.kill(killed[-1], signal.SIGKILL)
+
+    async def run() -> Trajectory:
+        fleet = Fleet.model_validate({"parallel": 1, "on": "ray", "max_failures": 1.0})
+        async with await open_worlds("faulty_worlds:Apart", {}, fleet) as worlds:
+            task = worlds.tasks("train")[0]
+            assert isinstance(task, RemoteTask)
+            return (await rollouts(Player(kill), worlds, [Start(task, 1)], 7))[0]
+
+    lost = asyncio.run(run())
+    assert lost.stop == Stop.FAILED
+    assert lost.error.startswith("WorkerLost: a Ray worker that hosted faulty_worlds:Apart was lost")
+    assert len(killed) == LOSSES + 1
+
+
+def test_a_broken_world_is_no_lost_worker() -> None:
+    settings = {"max_failures": 1.0}
+    for fault in ("raise", "exit"):
+        config = {"fault": f"always {fault}" if fault == "block" else fault}
+        player = Says("fault")
+        here = episodes("local", "faulty_worlds:Apart", player, config, **settings)
+        there = episodes("ray", "faulty_worlds:Apart", player, config, **settings)
+        assert [one.error for one in here] == [one.error for one in there]
+        assert all(one.stop == Stop.FAILED and not one.steps for one in there)
+
+
+class Says(Player):
+    def __init__(self, word: str) -> None:
+        super().__init__()
+        self._word = word
+
+    async def act(self, *_: Any) -> Action | None:
+        return Action(self._word, Completion(self._word))
+
+
+def test_a_world_that_blocks_is_given_up_in_time() -> None:
+    began = time.monotonic()
+    settings = {"max_failures": 1.0, "step_timeout_s": 0.5, "parallel": 12}
+    config = {"fault": "block"}
+    there = episodes("ray", "faulty_worlds:Apart", Says("fault"), config, **settings)
+    assert {one.error for one in there} == {"TimeoutError: the world's step took longer than 0.5 s"}
+    assert time.monotonic() - began < 40
+
+
+def test_a_run_is_the_same(player: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(SINGLE.replace("MODEL", str(player)))
+    for on in ("local", "ray"):
+        played(file, [f"environment.on={on}", "iterations=2"], tmp_path / on)
+    here, there = (
+        load_file(tmp_path / on / "checkpoint/adapter_model.safetensors") for on in ("local", "ray")
+    )
+    assert all(here[name].equal(there[name]) for name in here)
+    for index in range(2):
+        one, two = (
+            read_json(tmp_path / on / f"iterations/{index:04d}/metrics.json")
+            for on in ("local", "ray")
+        )
+        assert {k: v for k, v in one.items() if not k.startswith("time/")} == {
+            k: v for k, v in two.items() if not k.startswith("time/")
+        }
+
+
+def test_what_cannot_be_is_refused_with_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(SINGLE)
+    wanted = ["environment.on=ray"]
+    assert recipes.read(file, wanted).fleet.on == "ray"
+    with pytest.raises(RecipeError, match="environment.on: isolation: inline keeps the worlds in"):
+        recipes.read(file, [*wanted, "environment.isolation=inline"])
+    monkeypatch.setattr(recipes, "find_spec", lambda name: None)  # pyright: ignore
+    with pytest.raises(RecipeError, match=r"not installed: pip install 'selfwright\[ray\]'"):
+        recipes.read(file, wanted)
