@@ -208,20 +208,23 @@ class Cluster:
 
 
 def _join() -> None:
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        # Read when ray is imported. Without the second it takes the machine's outer address, in
+        # place of any loopback address it is given, and listens everywhere.
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     try:
         import ray
     except ModuleNotFoundError:
         raise WorldError(f"on: ray needs Ray: {INSTALL}") from None
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS", "")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address:
             ray.init(address=address, **quiet)
         else:
-            os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-            # Bound to loopback by its address; no dashboard, for that would listen as well.
             ray.init(
                 address="local",
                 num_cpus=len(os.sched_getaffinity(0)),

@@ -19,6 +19,9 @@ from safetensors.torch import (
     save_file,  # pyright: ignore[reportUnknownVariableType]
 )
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 
 from ..core.canary import Canary, canary_ids
@@ -81,6 +84,36 @@ def accelerator(device: str) -> Any:
     return Accelerator(cpu=device == "cpu" or (several and not torch.cuda.is_available()))
 
 
+def sharding() -> bool:
+    """Whether `accelerate launch` was told to shard the model over its processes.
+
+    Raises:
+        LearnerError: by the first version of FSDP.
+    """
+    # Asked here, for accelerate itself knows no FSDP without a GPU.
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return False
+    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        raise LearnerError(
+            f"accelerate is set to fsdp_version {version}; wanted 2, as in "
+            "recipes/accelerate/fsdp2.yaml"
+        )
+    return True
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a tensor; where it is sharded, every process has to ask."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def like(value: Tensor, weight: Tensor) -> Tensor:
+    """This process's part of ``value``, where ``weight`` is sharded and as large."""
+    if isinstance(weight, DTensor) and value.shape == weight.shape:
+        place, how = weight.device_mesh, weight.placements
+        return distribute_tensor(value.to(weight.device), place, how, src_data_rank=None)
+    return value.to(weight.device)
+
+
 class PlainLearner:
     """AdamW on LoRA or full weights.
 
@@ -99,6 +132,10 @@ class PlainLearner:
         self._device: torch.device = self._accelerator.device
         if config.device == "cuda" and self._device.type != "cuda":
             raise LearnerError("learner.device is cuda, but there is no GPU; use auto or cpu")
+        processes = self._accelerator.num_processes
+        self._mesh: Any = None
+        if processes > 1 and sharding():
+            self._mesh = init_device_mesh(self._device.type, (processes,))
         self._budget = config.budget(self._device.type)
         self._base = model
         self._teachers: dict[str, Any] = {}
@@ -110,7 +147,8 @@ class PlainLearner:
         lora_bf16 = config.precision == "bfloat16" and config.method == "lora"
         weights, self._tokens = open_model(
             self._base,
-            str(self._device),
+            # Sharding moves a layer at a time: the whole may be more than a device holds.
+            str(self._device) if self._mesh is None else "cpu",
             "bfloat16" if lora_bf16 else "float32",
             config.trust_remote_code,
         )
@@ -125,6 +163,10 @@ class PlainLearner:
         # What is checkpointed runs again when the hooks are gone; experts want whole sequences.
         usual = not config.gradient_checkpointing and not hasattr(last, "experts")
         self._last: Any = last if usual else None
+        if self._mesh is not None:
+            for layer in layers or ():
+                fully_shard(layer, mesh=self._mesh)
+            fully_shard(self._model, mesh=self._mesh)
         self._trained: dict[str, Tensor] = {
             name: p for name, p in self._model.named_parameters() if p.requires_grad
         }
@@ -235,7 +277,8 @@ class PlainLearner:
                 sums += self._backward(part, scale, loss)
         if self._accelerator.num_processes > 1:
             sums = self._add_up(sums)
-        norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), self._config.max_grad_norm)
+        most = self._config.max_grad_norm
+        norm = whole(torch.nn.utils.clip_grad_norm_(self._trained.values(), most))
         total, ratio, kl_old, trained = (float(x) for x in sums)
         if not (torch.isfinite(norm) and math.isfinite(total)):
             self._optimizer.zero_grad(set_to_none=True)
@@ -256,11 +299,18 @@ class PlainLearner:
         }
 
     def _mine(self, rows: Sequence[Row]) -> list[list[int]]:
-        """This process's share of the micro-batches."""
+        """This process's share of the micro-batches.
+
+        Where the model is sharded, all of them have as many, for each takes part in every pass of
+        the others; some are then of no row at all.
+        """
         vocabulary = self._model.config.get_text_config().vocab_size
         logits = LOGITS.get(self._device.type, LOGITS["cuda"])
         groups = micro_batches(rows, self._budget, max(1, logits // vocabulary))
-        return groups[self._accelerator.process_index :: self._accelerator.num_processes]
+        processes = self._accelerator.num_processes
+        if self._mesh is not None:
+            groups += [[]] * (-len(groups) % processes)
+        return groups[self._accelerator.process_index :: processes]
 
     def _weighed(
         self, rows: Sequence[Row], weights: Sequence[list[list[float]]], loss: StepLoss
@@ -302,7 +352,8 @@ class PlainLearner:
         for rows, weights in mine:
             with torch.no_grad():
                 arrays = self._arrays(rows, loss)
-            (-(loss(arrays) * self._scale(weights)).sum()).backward()
+            if rows:
+                (-(loss(arrays) * self._scale(weights)).sum()).backward()
         self._model.train()
         if self._accelerator.num_processes > 1:
             for weight in adversary:
@@ -325,11 +376,15 @@ class PlainLearner:
         return TokenArrays(logprobs, old, advantages, None, examples, groups)
 
     def _add_up(self, sums: Tensor) -> Tensor:
-        """Gradients and sums over all processes. By hand: some may hold no row at all."""
+        """Gradients and sums over all processes. By hand: some may hold no row at all.
+
+        Of a model that is sharded, the gradients were added up as they came.
+        """
         for weight in self._trained.values():
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-            weight.grad = self._accelerator.reduce(weight.grad, "sum")
+            if self._mesh is None:
+                weight.grad = self._accelerator.reduce(weight.grad, "sum")
         return self._accelerator.reduce(sums.to(self._device), "sum").cpu()
 
     def _backward(
@@ -337,8 +392,12 @@ class PlainLearner:
     ) -> Tensor:
         """Gradients of a micro-batch; sums of loss, ratio, estimated KL to the sampler, tokens."""
         arrays = self._arrays(rows, loss)
-        total = (loss(arrays) * self._scale(weights)).sum()
-        self._accelerator.backward(total)
+        total = arrays.logprobs.sum()  # Of nothing, if there are no rows.
+        if rows:
+            total = (loss(arrays) * self._scale(weights)).sum()
+        # Where it is sharded, torch has means of the processes' gradients made, not sums.
+        parts = 1 if self._mesh is None else self._accelerator.num_processes
+        self._accelerator.backward(total * parts)
         old, logprobs = arrays.old_logprobs, arrays.logprobs
         gap = (old - logprobs).detach()
         return torch.stack(
@@ -396,16 +455,16 @@ class PlainLearner:
 
     def _tensors(self, rows: Sequence[Row]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """(B, T) ids, padded on the right, and (N,), (N,): row and position of trained tokens."""
-        longest = max(len(row.ids) for row in rows)
+        longest = max((len(row.ids) for row in rows), default=1)
         pad = self._tokens.pad
-        ids = torch.tensor([row.ids + [pad] * (longest - len(row.ids)) for row in rows])
+        ids = torch.tensor([row.ids + [pad] * (longest - len(row.ids)) for row in rows] or [[pad]])
         spots = [
             (k, at)
             for k, row in enumerate(rows)
             for span in row.spans
             for at in range(span.begin, span.end)
         ]
-        place = torch.tensor(spots).to(self._device)
+        place = torch.tensor(spots, dtype=torch.long).reshape(-1, 2).to(self._device)
         return ids.to(self._device), (place[:, 0], place[:, 1])
 
     def _logits(
@@ -437,10 +496,16 @@ class PlainLearner:
         return self._config.learning_rate * share
 
     def export(self, folder: Path) -> None:
+        lora = self._config.method == "lora"
+        told: dict[str, Any] = {}
+        if self._mesh is not None:
+            named = self._trained if lora else self._model.state_dict()
+            told["state_dict"] = {name: whole(value).detach() for name, value in named.items()}
         if self._accelerator.is_main_process:
-            # Embeddings are not trained, and to ask whether they were resized peft may phone.
-            lora = {"save_embedding_layers": False} if self._config.method == "lora" else {}
-            self._model.save_pretrained(folder, **lora)
+            if lora:
+                # Embeddings are not trained, and to ask whether they were resized peft may phone.
+                told["save_embedding_layers"] = False
+            self._model.save_pretrained(folder, **told)
             if not lora:
                 self._tokens.tokenizer.save_pretrained(folder)
             self._canary().write(folder)
@@ -459,14 +524,14 @@ class PlainLearner:
 
     def save(self, folder: Path) -> None:
         """Weights in training, optimiser state and the count that random numbers follow from."""
+        state: dict[str, Tensor] = {}
+        for name, weight in self._trained.items():
+            state[f"weight.{name}"] = whole(weight.detach())
+            for key, value in self._optimizer.state.get(weight, {}).items():
+                state[f"optimizer.{key}.{name}"] = whole(torch.as_tensor(value))
         if not self._accelerator.is_main_process:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        state: dict[str, Tensor] = {}
-        for name, weight in self._trained.items():
-            state[f"weight.{name}"] = weight.detach()
-            for key, value in self._optimizer.state.get(weight, {}).items():
-                state[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
         state["updates"] = torch.tensor(self._updates)
         save_file(
             {k: v.contiguous().cpu().clone() for k, v in state.items()},
@@ -494,9 +559,9 @@ class PlainLearner:
         slots = {key.split(".")[1] for key in state if key.startswith("optimizer.")}
         for name, weight in self._trained.items():
             with torch.no_grad():
-                weight.copy_(state[f"weight.{name}"])
+                weight.copy_(like(state[f"weight.{name}"], weight))
             self._optimizer.state[weight] = {
-                slot: value.to(weight.device)
+                slot: like(value, weight)
                 for slot in slots
                 if (value := state.get(f"optimizer.{slot}.{name}")) is not None
             }
