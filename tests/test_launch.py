@@ -21,6 +21,7 @@ from selfwright.commands.cli import call
 from selfwright.core.files import read_json
 from selfwright.trainers.critic import Critic, CriticConfig
 
+SHIPPED = Path(__file__).parents[1] / "recipes/accelerate"
 PHASES = SINGLE.replace(
     "trainer: {use: grpo, tasks_per_iteration: 12, attempts_per_task: 4}",
     "phases:\n"
@@ -93,10 +94,9 @@ class Launched:
 
 
 @contextmanager
-def launched(*arguments: str, processes: int = 2) -> Generator[Launched]:
-    """``accelerate launch`` of a ``selfwright`` command line."""
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-    launch += ["--num_processes", str(processes), "--main_process_port", "0"]
+def launched(*arguments: str, how: str = "ddp") -> Generator[Launched]:
+    """``accelerate launch`` of a ``selfwright`` command line, as a shipped file says."""
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(SHIPPED / f"{how}.yaml")]
     run = Launched([sys.executable, "-P", *launch, "-m", "selfwright", *arguments])
     try:
         yield run
@@ -118,7 +118,13 @@ def eventually(true: Callable[[], bool], timeout_s: float = 60) -> None:
         time.sleep(0.02)
 
 
-def same_weights(a: Path, b: Path) -> None:
+def same_runs(a: Path, b: Path) -> None:
+    for index in range(3):
+        one, two = (read_json(run / f"iterations/{index:04d}/metrics.json") for run in (a, b))
+        assert one.keys() == two.keys()
+        for key in one:
+            if not key.startswith("time/"):
+                assert two[key] == pytest.approx(one[key], abs=1e-4, rel=1e-4), key
     one, two = (load_file(run / "checkpoint/adapter_model.safetensors") for run in (a, b))
     assert one.keys() == two.keys()
     assert any(bool(weight.any()) for name, weight in one.items() if "lora_B" in name)
@@ -143,15 +149,22 @@ def test_a_follower_dies_and_the_run_goes_on_later_as_one_process_would(
         code, said = run.end()
     assert code == 0, said
     assert said.count('{"recipe": ') == 1, said
-    same_weights(alone, output)
-    for index in range(3):
-        one, two = (
-            read_json(folder / f"iterations/{index:04d}/metrics.json") for folder in (alone, output)
-        )
-        assert one.keys() == two.keys()
-        for key in one:
-            if not key.startswith("time/"):
-                assert two[key] == pytest.approx(one[key], abs=1e-4, rel=1e-4), key
+    same_runs(alone, output)
+
+
+def test_a_sharded_model_is_trained_as_a_whole_one(
+    recipe: Path, alone: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    arguments = ("run", str(recipe), "--output", str(output))
+    with launched(*arguments, how="fsdp2") as run:
+        run.find(1)
+        eventually((output / "iterations/0000").exists)
+    with launched(*arguments, how="fsdp2") as run:
+        code, said = run.end()
+    assert code == 0, said
+    assert "resuming after iteration" in said
+    same_runs(alone, output)
 
 
 def test_an_error_of_the_leader_ends_all(

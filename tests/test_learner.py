@@ -695,7 +695,10 @@ if __name__ == "__main__":
 """
 
 
-def test_two_processes_learn_as_one(model_folder: Folder, other: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_learn_as_one(
+    model_folder: Folder, other: Path, tmp_path: Path, sharded: bool
+) -> None:
     script = tmp_path / "learn.py"
     script.write_text(textwrap.dedent(SCRIPT))
     folder = str(model_folder("qwen3"))
@@ -704,6 +707,8 @@ def test_two_processes_learn_as_one(model_folder: Folder, other: Path, tmp_path:
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    if sharded:
+        shared |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     started = [
         subprocess.Popen(
             [sys.executable, str(script), folder, str(other), str(tmp_path / "two")],

@@ -98,6 +98,9 @@ def sharding() -> bool:
             f"accelerate is set to fsdp_version {version}; wanted 2, as in "
             "recipes/accelerate/fsdp2.yaml"
         )
+    # Else transformers opens models with random weights in all processes but one, for accelerate
+    # to fill later; here each of them shards a whole one.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return True
 
 
