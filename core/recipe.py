@@ -223,7 +223,11 @@ def section(
 def shipped() -> dict[str, Path]:
     """The recipes that come with the package, by name: ``quickstart``, ``countdown/ilf``."""
     files = [*sorted(_SHIPPED.glob("*.yaml")), *sorted(_SHIPPED.glob("*/*.yaml"))]
-    return {str(file.relative_to(_SHIPPED).with_suffix("")): file for file in files}
+    return {
+        str(file.relative_to(_SHIPPED).with_suffix("")): file
+        for file in files
+        if file.parent.name != "accelerate"  # These are for accelerate launch.
+    }
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

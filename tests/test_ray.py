@@ -23,8 +23,16 @@ from selfwright.core.errors import RecipeError
 from selfwright.core.files import read_json
 from selfwright.core.ray_worlds import Cluster, RayWorker
 from selfwright.core.rollout import ExpertPlayer, rollouts
-from selfwright.core.types import Action, Completion, Observation, Start, Step, Stop, Task
-from selfwright.core.types import Trajectory
+from selfwright.core.types import (
+    Action,
+    Completion,
+    Observation,
+    Start,
+    Step,
+    Stop,
+    Task,
+    Trajectory,
+)
 from selfwright.core.worlds import LOSSES, RemoteTask, RemoteWorld, World, open_worlds
 
 HERE = Path(__file__).parent
@@ -103,8 +111,8 @@ def episodes(
     return [replace(one, task=plain(one.task)) for one in asyncio.run(run())]
 
 
-def plain(task: Task) -> tuple[str, str, int]:  # type: ignore[misc]
-    return (task.id, task.instruction, task.max_steps)
+def plain(task: Task) -> Task:
+    return Task(task.id, task.instruction, task.max_steps)
 
 
 @pytest.mark.parametrize("name", ["countdown", "parrot_world:Parrot", "faulty_worlds:Apart"])
@@ -170,7 +178,9 @@ def test_an_episode_that_loses_every_worker_has_failed() -> None:
 
     lost = asyncio.run(run())
     assert lost.stop == Stop.FAILED
-    assert lost.error.startswith("WorkerLost: a Ray worker that hosted faulty_worlds:Apart was lost")
+    assert lost.error.startswith(
+        "WorkerLost: a Ray worker that hosted faulty_worlds:Apart was lost"
+    )
     assert len(killed) == LOSSES + 1
 
 
@@ -229,7 +239,7 @@ def test_what_cannot_be_is_refused_with_the_recipe(
     file.write_text(SINGLE)
     wanted = ["environment.on=ray"]
     assert recipes.read(file, wanted).fleet.on == "ray"
-    with pytest.raises(RecipeError, match="environment.on: isolation: inline keeps the worlds in"):
+    with pytest.raises(RecipeError, match=r"environment\.on: isolation: inline keeps the"):
         recipes.read(file, [*wanted, "environment.isolation=inline"])
     monkeypatch.setattr(recipes, "find_spec", lambda name: None)  # pyright: ignore
     with pytest.raises(RecipeError, match=r"not installed: pip install 'selfwright\[ray\]'"):
