@@ -79,7 +79,8 @@ class Crew:
         self._alarm: Callable[[], object] | None = None
         # Of its own, on the CPU: what is said here is no tensor, and may wait beside those.
         self._group: Any = dist.new_group(backend="gloo")
-        self._store: Any = _get_default_store().clone()
+        store: Any = _get_default_store()
+        self._store: Any = store.clone()
         self._store.set(f"place/{self.rank}", f"{_place()} {os.getpid()}")
         self._watch = threading.Thread(target=self._keep_watch, daemon=True)
         self._watch.start()

@@ -74,9 +74,9 @@ class Post:
         import ray
 
         # Worlds mostly wait; with a CPU reserved for each, they would wait for one another.
-        kind: Any = ray.remote(
-            num_cpus=0, max_restarts=0, max_concurrency=100_000, scheduling_strategy="SPREAD"
-        )
+        settings: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": 100_000}
+        remote: Any = ray.remote
+        kind: Any = remote(**settings, scheduling_strategy="SPREAD")
         self.actor: Any = kind(Outpost).remote(sys.path)
         self.workers = 0
         self.lost = ""
@@ -97,11 +97,9 @@ class Post:
 class RayWorker:
     """A world process at an outpost."""
 
-    pid: ClassVar[None] = None
-    """It is another machine's."""
-
     def __init__(self, post: Post, number: int, name: str, opening: dict[str, Any]) -> None:
         self.instances = 0
+        self.pid: int | None = None
         self._post = post
         self._number = number
         self._name = name
@@ -203,7 +201,8 @@ class Cluster:
                 post.end()
         Cluster._users -= 1
         if not Cluster._users and Cluster._ours:
-            await asyncio.to_thread(ray.shutdown)
+            leave: Any = ray.shutdown
+            await asyncio.to_thread(leave)
             Cluster._ours = False
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -231,7 +232,8 @@ def test_a_critic_that_was_sent_goes_on_as_the_one_that_stayed() -> None:
 
     def climb(critic: Critic) -> None:
         critic.meet(6, 7, "cpu")
-        (critic(rows).square().sum() - critic(rows)[:, 0].sum()).backward()
+        loss: Any = critic(rows).square().sum() - critic(rows)[:, 0].sum()
+        loss.backward()
         critic.climb()
 
     climb(stayed)

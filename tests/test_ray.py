@@ -66,7 +66,7 @@ class Player:
 
     name = "player"
 
-    def __init__(self, meddle: Callable[[World, Task, int], None] = lambda *_: None) -> None:
+    def __init__(self, meddle: Callable[[World, Task, int], object] | None = None) -> None:
         self.asked = 0
         self._meddle = meddle
 
@@ -82,7 +82,8 @@ class Player:
         seed: int,
     ) -> Action | None:
         self.asked += 1
-        await asyncio.to_thread(self._meddle, world, task, len(history))
+        if self._meddle is not None:
+            await asyncio.to_thread(self._meddle, world, task, len(history))
         word = "right" if len(history) == 3 else f"{seed % 1000} {observation.text[:5]}"
         return Action(word, Completion(word))
 
@@ -93,7 +94,8 @@ def outpost(world: World) -> int:
 
     assert isinstance(world, RemoteWorld) and isinstance(world.worker, RayWorker)
     post: Any = world.worker._post  # pyright: ignore[reportPrivateUsage]
-    return int(ray.get(post.actor.pid.remote(), timeout=30))
+    get: Any = ray.get
+    return int(get(post.actor.pid.remote(), timeout=30))
 
 
 def episodes(
@@ -129,7 +131,7 @@ def test_plays_as_here(name: str) -> None:
 
 def test_workers_are_spread_and_listen_on_loopback_only() -> None:
     hosts = set[int]()
-    episodes("ray", "countdown", Player(lambda world, *_: hosts.add(outpost(world))))
+    episodes("ray", "countdown", Player(lambda world, task, at: hosts.add(outpost(world))))
     assert len(hosts) == min(4, len(os.sched_getaffinity(0)))
     listening: list[str] = []
     for one in ray_processes():
@@ -187,10 +189,9 @@ def test_an_episode_that_loses_every_worker_has_failed() -> None:
 def test_a_broken_world_is_no_lost_worker() -> None:
     settings = {"max_failures": 1.0}
     for fault in ("raise", "exit"):
-        config = {"fault": f"always {fault}" if fault == "block" else fault}
         player = Says("fault")
-        here = episodes("local", "faulty_worlds:Apart", player, config, **settings)
-        there = episodes("ray", "faulty_worlds:Apart", player, config, **settings)
+        here = episodes("local", "faulty_worlds:Apart", player, {"fault": fault}, **settings)
+        there = episodes("ray", "faulty_worlds:Apart", player, {"fault": fault}, **settings)
         assert [one.error for one in here] == [one.error for one in there]
         assert all(one.stop == Stop.FAILED and not one.steps for one in there)
 
@@ -200,7 +201,14 @@ class Says(Player):
         super().__init__()
         self._word = word
 
-    async def act(self, *_: Any) -> Action | None:
+    async def act(
+        self,
+        world: World,
+        task: Task,
+        history: Sequence[Step],
+        observation: Observation,
+        seed: int,
+    ) -> Action | None:
         return Action(self._word, Completion(self._word))
 
 
