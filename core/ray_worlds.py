@@ -195,14 +195,14 @@ class Cluster:
             return
         import ray
 
+        whole: Any = ray
         self._open = False
         for post in self._posts:
             if not post.lost:
                 post.end()
         Cluster._users -= 1
         if not Cluster._users and Cluster._ours:
-            leave: Any = ray.shutdown
-            await asyncio.to_thread(leave)
+            await asyncio.to_thread(whole.shutdown)
             Cluster._ours = False
 
 
