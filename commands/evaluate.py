@@ -19,6 +19,7 @@ from ..core.errors import JudgeError, RecipeError, StoreError
 from ..core.evaluation import EvaluationResult, TaskResult, summarise
 from ..core.files import read_json
 from ..core.judging import judged
+from ..core.models import ADAPTER
 from ..core.protocols import AsksPolicies, HasAttempts, HasExpert, Judge, Policy
 from ..core.recipe import Section, section
 from ..core.rollout import ExpertPlayer, Player, PolicyPlayer, RandomPlayer, rollouts
@@ -208,11 +209,29 @@ async def evaluate(
 
 
 def read_card(checkpoint: str) -> dict[str, Any] | None:
-    """The card of a run's folder or of its checkpoint; None for anything else."""
+    """The card of a run, of its checkpoint or of one of its iterations; None for anything else."""
     for folder in (Path(checkpoint), Path(checkpoint) / "checkpoint"):
         if (folder / CARD).is_file():
             return read_json(folder / CARD) | {"folder": str(folder)}
+        if card := _iteration_card(folder.resolve()):
+            return card
     return None
+
+
+def _iteration_card(folder: Path) -> dict[str, Any] | None:
+    """What the card of an iteration's checkpoint would say: the recipe is the run's."""
+    if folder.name != "checkpoint" or folder.parents[1].name != "iterations":
+        return None
+    recipe = folder.parents[2] / "recipe.json"
+    if not recipe.is_file():
+        return None
+    if (folder / ADAPTER).is_file():
+        base: str = read_json(folder / ADAPTER)["base_model_name_or_path"]
+    elif (folder / "config.json").is_file():
+        base = str(folder)
+    else:
+        return None
+    return read_json(recipe) | {"base": base, "base_inside": False, "folder": str(folder)}
 
 
 def settle(
@@ -225,32 +244,23 @@ def settle(
     seed: int,
     heat: float | None,
     judged_by: str | None = None,
+    engine: str | None = None,
 ) -> tuple[Exam, Section | None]:
-    """What is played, from the checkpoint's card and the command line, and with which policy."""
+    """What is played, from the checkpoint's card and the command line, and with which policy.
+
+    ``engine``: the policy's plug-in, if it is to be another than in training.
+    """
     card = card or {}
     settings = Evaluation.model_validate(card.get("evaluation", {}))
-    mine: dict[str, list[str]] = {"environment": [], "agent": [], "policy": [], "judge": []}
-    for override in overrides:
-        path = override.partition("=")[0]
-        key = path.split(".")[0]
-        if key not in mine:
-            raise RecipeError(
-                f"-o {override}: evaluate knows the keys {', '.join(mine)}; {key!r} is none of them"
-            )
-        if path == "policy.temperature":
-            raise RecipeError(f"-o {override}: that is for training; evaluate has --temperature")
-        if path == "policy.model":
-            raise RecipeError(f"-o {override}: the model is the first argument, {checkpoint!r}")
-        mine[key].append(override)
+    mine = by_section(checkpoint, overrides, ("environment", "agent", "policy", "judge"))
     world: dict[str, Any] = card.get("environment", {})
     use = environment or world.get("use")
     if use is None:
         raise RecipeError(f"say in which world {checkpoint} is to play: --environment NAME")
     kept = {k: v for k, v in world.items() if k != "use"} if use == world.get("use") else {}
     played, fleet = section("environment", use, mine["environment"], kept)
-    told: dict[str, Any] = card.get("agent", {"use": "chat"})
-    agent, _ = section("agent", told["use"], mine["agent"], _rest(told))
-    told = card.get("judge", {"use": "reward"})
+    agent = agent_of(card, mine["agent"])
+    told: dict[str, Any] = card.get("judge", {"use": "reward"})
     if judged_by and judged_by != told["use"]:
         told = {"use": judged_by}
     judge, _ = section("judge", told["use"], mine["judge"], _rest(told))
@@ -259,9 +269,49 @@ def settle(
     exam = Exam(played, agent, fleet, split, count, seed, temperature, settings.turns, judge)
     if checkpoint in ("expert", "random"):
         return exam, None
-    told = card.get("policy", {"use": "transformers", "model": checkpoint})
-    policy, _ = section("policy", told["use"], mine["policy"], _rest(told))
-    return exam, policy
+    return exam, engine_of(card, checkpoint, mine["policy"], engine)
+
+
+def by_section(
+    checkpoint: str, overrides: Sequence[str], keys: Sequence[str], command: str = "evaluate"
+) -> dict[str, list[str]]:
+    """The overrides of each of ``keys``.
+
+    Raises:
+        RecipeError: one is of none of them, or is said in another way on this command line.
+    """
+    mine: dict[str, list[str]] = {key: [] for key in keys}
+    for override in overrides:
+        path = override.partition("=")[0]
+        key = path.split(".")[0]
+        if key not in mine:
+            raise RecipeError(
+                f"-o {override}: {command} knows the keys {', '.join(mine)}; {key!r} is none of "
+                "them"
+            )
+        if path == "policy.temperature":
+            raise RecipeError(f"-o {override}: that is for training; {command} has --temperature")
+        if path == "policy.model":
+            raise RecipeError(f"-o {override}: the model is the first argument, {checkpoint!r}")
+        mine[key].append(override)
+    return mine
+
+
+def agent_of(card: Mapping[str, Any], overrides: Sequence[str]) -> Section:
+    """How the checkpoint reads and acts."""
+    told: dict[str, Any] = card.get("agent", {"use": "chat"})
+    return section("agent", told["use"], overrides, _rest(told))[0]
+
+
+def engine_of(
+    card: Mapping[str, Any], checkpoint: str, overrides: Sequence[str], engine: str | None = None
+) -> Section:
+    """What the checkpoint is run by; of another ``engine``, what all engines know is kept."""
+    told: dict[str, Any] = card.get("policy", {"use": "transformers", "model": checkpoint})
+    if engine is not None and engine != told["use"]:
+        told = {key: told[key] for key in PolicyConfig.model_fields if key in told}
+        told["use"] = engine
+    return section("policy", told["use"], overrides, _rest(told))[0]
 
 
 def _rest(told: dict[str, Any]) -> dict[str, Any]:
@@ -284,17 +334,26 @@ async def seated(
             raise RecipeError(f"{exam.environment.use} has no expert to be evaluated")
         return ExpertPlayer(timeout_s=limit)
     assert isinstance(policy.config, PolicyConfig)
-    base, adapter = checkpoint, None
-    if card is not None:
-        base, adapter = base_of(card), Path(card["folder"])
-    elif (Path(checkpoint) / "adapter_config.json").is_file():
-        base = read_json(Path(checkpoint) / "adapter_config.json")["base_model_name_or_path"]
-        adapter = Path(checkpoint)
-    elif not Path(checkpoint).is_dir() and re.match(r"[./~]", checkpoint):
-        raise StoreError(f"there is no checkpoint at {checkpoint}")
+    base, adapter = weights_of(checkpoint, card)
     model = policy.make(base, exam.seed)
     await model.load(adapter)
     return player_of(policy.config, exam.agent.make(), model, exam.temperature)
+
+
+def weights_of(checkpoint: str, card: Mapping[str, Any] | None) -> tuple[str, Path | None]:
+    """The base model of a checkpoint, and what is loaded on it; None for the base itself.
+
+    Raises:
+        StoreError: there is no such checkpoint.
+    """
+    if card is not None:
+        return base_of(card), Path(card["folder"])
+    if (Path(checkpoint) / ADAPTER).is_file():
+        named: str = read_json(Path(checkpoint) / ADAPTER)["base_model_name_or_path"]
+        return named, Path(checkpoint)
+    if not Path(checkpoint).is_dir() and re.match(r"[./~]", checkpoint):
+        raise StoreError(f"there is no checkpoint at {checkpoint}")
+    return checkpoint, None
 
 
 def base_of(card: Mapping[str, Any]) -> str:

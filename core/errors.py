@@ -29,6 +29,10 @@ class PolicyError(SelfwrightError, RuntimeError):
     """A policy could not load a checkpoint or complete a prompt."""
 
 
+class PromptError(PolicyError, ValueError):
+    """A policy cannot read a prompt: too long, images for a model of text, no such roles."""
+
+
 class ModelError(PolicyError, ValueError):
     """The model that was named is not there, is not whole, or is of no use as a policy."""
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from .config import Config
+from .tokens import ChatTokens
 from .types import (
     Batch,
     Completion,
@@ -150,6 +151,14 @@ class HasEmbeddings(Protocol):
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:
         """One vector each, all of one length."""
         ...
+
+
+@runtime_checkable
+class HasTokens(Protocol):
+    """A policy whose tokenizer is here, so that prompts can be measured and checked."""
+
+    @property
+    def tokens(self) -> ChatTokens: ...
 
 
 class Judge(Protocol):

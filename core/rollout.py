@@ -72,6 +72,12 @@ class PolicyPlayer:
         observation: Observation,
         seed: int,
     ) -> Action | None:
+        return await self.answer(task, history, observation, seed)
+
+    async def answer(
+        self, task: Task, history: Sequence[Step], observation: Observation, seed: int
+    ) -> Action:
+        """What it does; no world is needed for that."""
         sampling = self.sampling
         if self.listed and observation.actions:
             sampling = Sampling(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from .errors import ModelError, PolicyError
+from .errors import ModelError, PolicyError, PromptError
 from .types import Completion, Message
 
 
@@ -58,6 +58,8 @@ class ChatTokens:
         """What an answer ends with: mostly ``eos``, but some templates close turns otherwise."""
         self.end_text: str = tokenizer.convert_ids_to_tokens(self.end)
         self.pad: int = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        added = tokenizer.added_tokens_decoder
+        self._controls = {i: one.content for i, one in added.items() if one.special}
         self.breaks = 0
         self.prompts = 0
         self._remember = remember
@@ -68,10 +70,10 @@ class ChatTokens:
         """The ids a model sees before it answers.
 
         Raises:
-            PolicyError: there are images, or the template refuses these messages.
+            PromptError: there are images, or the template refuses these messages.
         """
         if any(message.images for message in messages):
-            raise PolicyError("this model reads text only, but the prompt holds images")
+            raise PromptError("this model reads text only, but the prompt holds images")
         rendered = self._prompt(tuple(messages))
         self.prompts += 1
         self.breaks += rendered.broken
@@ -98,6 +100,14 @@ class ChatTokens:
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,
         )
+
+    def control(self, text: str) -> str:
+        """The first control token that ``text`` would be read as holding; empty if it holds none.
+
+        A template is rendered before it is tokenised, so whoever may write such a token into a
+        message may also end it and begin another in somebody else's name.
+        """
+        return next((self._controls[i] for i in self._encode(text) if i in self._controls), "")
 
     def _prompt(self, messages: tuple[Message, ...]) -> Rendered:
         """Turn by turn, from the longest beginning that is known."""
@@ -160,7 +170,7 @@ class ChatTokens:
             )
         except TemplateError as cause:
             roles = ", ".join(message.role for message in messages)
-            raise PolicyError(
+            raise PromptError(
                 f"the chat template of {self.tokenizer.name_or_path!r} refuses a conversation of "
                 f"{roles}: {cause}"
             ) from cause

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ...core.config import PolicyConfig
-from ...core.errors import PolicyError
+from ...core.errors import PolicyError, PromptError
 from ...core.models import open_model, open_weights
 from ...core.types import Completion, Message, Sampling
 
@@ -114,7 +114,7 @@ class TransformersPolicy:
         if self._closed:
             raise PolicyError("this policy was closed")
         if prompt + more > self._context:
-            raise PolicyError(
+            raise PromptError(
                 f"a prompt of {prompt} tokens and {more} to sample exceed the "
                 f"model's context of {self._context}; shorten the agent's window or max_tokens"
             )

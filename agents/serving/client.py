@@ -1,0 +1,194 @@
+"""Asks a served agent to act: for a world of one's own, or as the player of a rollout.
+
+async with Client("http://127.0.0.1:8000") as client:
+    session = await client.session("Find the coin.", max_steps=20)
+    acted = await session.act("You are in a kitchen.", actions=("open door", "look"))
+"""
+
+import asyncio
+import base64
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+from weakref import WeakKeyDictionary
+
+import httpx2
+
+from ...core.errors import PolicyError
+from ...core.types import Action, Completion, Observation, Step, Task
+from ...core.worlds import World
+
+LONGEST_WAIT_S = 30.0
+"""Between two tries of a server that is busy."""
+
+
+class Client:
+    """A connection to ``selfwright serve``; usable in ``async with``."""
+
+    def __init__(self, url: str, token: str = "", timeout_s: float = 600.0) -> None:
+        """``timeout_s``: of one answer, waiting for a busy server included."""
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._url = url.rstrip("/")
+        self._timeout_s = timeout_s
+        self._http = httpx2.AsyncClient(
+            headers=headers,
+            timeout=timeout_s,
+            # As many as the server has room for: it is the one that refuses.
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
+        )
+
+    async def session(
+        self, instruction: str, max_steps: int | None = None, id: str = "", seed: int = 0
+    ) -> "Session":
+        """Begin a task.
+
+        Raises:
+            PolicyError: the server refuses, or cannot be reached.
+        """
+        task = {"instruction": instruction, "max_steps": max_steps, "id": id}
+        told = await self.ask("POST", "/v1/sessions", {"task": task, "seed": seed})
+        return Session(self, told["id"])
+
+    async def ask(self, method: str, path: str, body: Any = None) -> Any:
+        """What a path answers. A busy server is asked again, for it has done nothing yet."""
+        until = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                response = await self._http.request(method, self._url + path, json=body)
+            except httpx2.HTTPError as error:
+                said = f"{self._url} cannot be reached: {type(error).__name__}: {error}"
+                raise PolicyError(said) from None
+            wait = _wait(response.headers.get("retry-after", ""))
+            if response.status_code != 429 or time.monotonic() + wait > until:
+                break
+            await asyncio.sleep(wait)
+        if response.is_success:
+            return response.json() if response.content else None
+        try:
+            said = str(response.json()["error"]["message"])
+        except (ValueError, KeyError, TypeError):
+            said = response.text[:200]
+        raise PolicyError(f"{self._url}{path} refused: {response.status_code} {said}")
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+@dataclass(frozen=True)
+class Acted:
+    action: Action
+    valid: bool
+    """The action is among those listed, if any were."""
+    checkpoint: str
+    """The weights that acted."""
+    step: int
+    """How many actions the session has had."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """One task; the server keeps what was seen and done."""
+
+    client: Client
+    id: str
+
+    async def act(
+        self,
+        text: str,
+        images: Sequence[bytes] = (),
+        actions: Sequence[str] = (),
+        reward: float = 0.0,
+        seed: int | None = None,
+    ) -> Acted:
+        """What the agent does about what it sees.
+
+        Args:
+            images: PNG files.
+            actions: those legal now; none: free text.
+            reward: what the world paid for the action before.
+            seed: of this action; None: it follows from the session's.
+        """
+        seen = {
+            "text": text,
+            "images": [base64.b64encode(image).decode() for image in images],
+            "actions": list(actions),
+        }
+        body = {"observation": seen, "reward": reward, "seed": seed}
+        told = await self.client.ask("POST", f"/v1/sessions/{self.id}/act", body)
+        said = Completion(
+            told["completion"],
+            tuple(told["token_ids"]),
+            tuple(told["logprobs"]),
+            told["finish"],
+            told["tokenizer"],
+        )
+        return Acted(Action(told["action"], said), told["valid"], told["checkpoint"], told["step"])
+
+    async def end(self) -> None:
+        await self.client.ask("DELETE", f"/v1/sessions/{self.id}")
+
+
+class ServedPlayer:
+    """A served agent as the player of ``core.rollout.rollouts``."""
+
+    def __init__(self, client: Client, name: str = "served") -> None:
+        self.name = name
+        self._client = client
+        self._sessions: WeakKeyDictionary[World, Session] = WeakKeyDictionary()
+        """Of the episode that each world is in."""
+
+    def seat(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    async def act(
+        self,
+        world: World,
+        task: Task,
+        history: Sequence[Step],
+        observation: Observation,
+        seed: int,
+    ) -> Action | None:
+        """Raises: PolicyError: the server refuses, or the episode began elsewhere."""
+        if not history:
+            await self._leave(world)
+            self._sessions[world] = await self._client.session(
+                task.instruction, task.max_steps, task.id
+            )
+        if world not in self._sessions:
+            raise PolicyError("a served agent plays episodes from their beginning only")
+        reward = history[-1].reward if history else 0.0
+        acted = await self._sessions[world].act(
+            observation.text, observation.images, observation.actions, reward, seed
+        )
+        if acted.step != len(history) + 1:
+            raise PolicyError("a served agent plays episodes from their beginning only")
+        return acted.action
+
+    async def close(self) -> None:
+        """End the sessions that are left."""
+        for world in list(self._sessions):
+            await self._leave(world)
+
+    async def _leave(self, world: World) -> None:
+        session = self._sessions.pop(world, None)
+        if session is not None:
+            with suppress(PolicyError):  # It may have ended by itself.
+                await session.end()
+
+
+def _wait(header: str) -> float:
+    return min(float(header), LONGEST_WAIT_S) if header.isdecimal() else 1.0

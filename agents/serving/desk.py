@@ -1,0 +1,89 @@
+"""The policy that a server asks: the served one, behind the checks that strangers' prompts need."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+from ...core.protocols import Policy
+from ...core.tokens import ChatTokens
+from ...core.types import Completion, Message, Sampling
+from .champion import Gate
+from .limits import Limits, Refusal
+from .metrics import Metrics
+
+
+class Desk:
+    """A policy. While it answers, its weights stay as they are."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        tokens: ChatTokens | None,
+        gate: Gate,
+        limits: Limits,
+        metrics: Metrics,
+    ) -> None:
+        self._policy = policy
+        self._tokens = tokens
+        self._gate = gate
+        self._limits = limits
+        self._metrics = metrics
+
+    @property
+    def checkpoint(self) -> str:
+        return self._policy.checkpoint
+
+    def seat(self) -> AbstractContextManager[None]:
+        # Nobody waits for anybody: whoever asks while a batch is answered makes up the next one.
+        return nullcontext()
+
+    async def complete(
+        self, prompt: Sequence[Message], sampling: Sampling, seed: int
+    ) -> Completion:
+        """Raises: Refusal: the prompt is too long, or holds what only a template may write."""
+        self._check(prompt)
+        sampling = replace(sampling, max_tokens=min(sampling.max_tokens, self._limits.tokens))
+        async with self._gate.reading():
+            said = await self._policy.complete(prompt, sampling, seed)
+        self._metrics.tokens.labels("completion").inc(len(said.token_ids))
+        self._metrics.tokens.labels("prompt").inc(self.length(prompt))
+        return said
+
+    async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
+        raise NotImplementedError("a server is asked for completions only")
+
+    async def load(self, checkpoint: Path | None) -> None:
+        async with self._gate.writing():
+            await self._policy.load(checkpoint)
+
+    async def close(self) -> None:
+        await self._policy.close()
+
+    def length(self, prompt: Sequence[Message]) -> int:
+        """In tokens; 0 where nobody here can count them."""
+        if self._tokens is None or any(message.images for message in prompt):
+            return 0
+        return len(self._tokens.prompt(prompt))
+
+    def _check(self, prompt: Sequence[Message]) -> None:
+        limits = self._limits
+        size = sum(len(message.text) for message in prompt)
+        if size > limits.prompt_chars:
+            said = f"the prompt has {size:,} characters, more than {limits.prompt_chars:,}"
+            raise Refusal(400, said, "context_length_exceeded")
+        if self._tokens is None:
+            return
+        for message in prompt:
+            # What the policy itself has sampled goes in as the ids that it sampled.
+            found = "" if message.token_ids else self._tokens.control(message.text)
+            if found:
+                said = (
+                    f"the {message.role}'s text holds {found!r}, which ends or begins a message "
+                    "to this model; leave it out, or write it another way"
+                )
+                raise Refusal(400, said, "control_token", "messages")
+        length = self.length(prompt)
+        if length > limits.prompt_tokens:
+            said = f"the prompt has {length:,} tokens, more than {limits.prompt_tokens:,}"
+            raise Refusal(400, said, "context_length_exceeded")
