@@ -293,14 +293,18 @@ def loopback(host: str) -> bool:
 @contextmanager
 def bound(host: str, port: int) -> Generator[socket.socket]:
     """A socket of that address. Raises: RecipeError: it cannot be had."""
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        raise RecipeError(
-            f"cannot listen on {host}, port {port}: {error.strerror}; --port 0 takes a free one"
-        ) from None
-    with listening:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # The protocol is named, or asyncio would not know it for TCP and leave Nagle's algorithm on:
+    # 40 ms for every answer.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((host, port))
+            listening.listen(1024)
+        except OSError as error:
+            raise RecipeError(
+                f"cannot listen on {host}, port {port}: {error.strerror}; --port 0 takes a free one"
+            ) from None
         yield listening
 
 

@@ -1,0 +1,125 @@
+"""What servers are tested with: the real one on a free port, policies that do as they are told."""
+
+import asyncio
+import struct
+import zlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import uvicorn
+
+from selfwright.agents.chat import Chat, ChatConfig
+from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
+from selfwright.agents.serving.app import Served, make_app
+from selfwright.agents.serving.limits import Limits
+from selfwright.commands.serve import Server, bound
+from selfwright.core.rollout import PolicyPlayer
+from selfwright.core.tokens import ChatTokens
+from selfwright.core.types import Completion, Message, Sampling
+
+DEADLINE_S = 60.0
+LOCAL = ("localhost", "127.0.0.1", "::1")
+
+
+class Echo:
+    """Says what it was told last, with the number of images and of tokens it may say."""
+
+    def __init__(self) -> None:
+        self.checkpoint = "base"
+        self.asked: list[tuple[Message, ...]] = []
+        self.free = asyncio.Event()
+        """Nothing is answered while this is clear."""
+        self.free.set()
+        self.begun = asyncio.Event()
+        self.closed = False
+
+    def seat(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    async def complete(
+        self, prompt: Sequence[Message], sampling: Sampling, seed: int
+    ) -> Completion:
+        self.asked.append(tuple(prompt))
+        checkpoint = self.checkpoint
+        self.begun.set()
+        await self.free.wait()
+        assert self.checkpoint == checkpoint, "the weights changed under an answer"
+        last = prompt[-1]
+        return Completion(f"{last.text}|{len(last.images)}|{sampling.max_tokens}", finish="stop")
+
+    async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
+        raise NotImplementedError
+
+    async def load(self, checkpoint: Path | None) -> None:
+        self.checkpoint = "base" if checkpoint is None else checkpoint.name
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+def served(policy: Any, tokens: ChatTokens | None = None, **more: Any) -> Served:
+    player = PolicyPlayer(Chat(ChatConfig()), policy, Sampling(0.0, 1.0, 8), DEADLINE_S)
+    return Served("tiny", player, tokens=tokens, **more)
+
+
+def transformers_policy(folder: Path) -> TransformersPolicy:
+    config = TransformersConfig.model_validate({"model": str(folder), "dtype": "float32"})
+    return TransformersPolicy(config, str(folder), 0)
+
+
+def limits(**settings: Any) -> Limits:
+    return Limits.model_validate(settings)
+
+
+@asynccontextmanager
+async def running(
+    what: Served, bounds: Limits | None = None, **keys: Any
+) -> AsyncGenerator[httpx2.AsyncClient]:
+    """A client of the real server, which drains as the real one does and closes its policy."""
+    app = make_app(what, bounds or Limits(), **{"hosts": LOCAL, **keys})
+    with bound("127.0.0.1", 0) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        config = uvicorn.Config(
+            app, log_level="critical", access_log=False, ws="none", timeout_graceful_shutdown=5
+        )
+        server = Server(config)
+        task = asyncio.create_task(server.serve([listening]))
+        try:
+            await until(lambda: server.started)
+            many = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+            async with httpx2.AsyncClient(base_url=url, timeout=DEADLINE_S, limits=many) as client:
+                yield client
+        finally:
+            server.should_exit = True
+            await asyncio.wait_for(task, DEADLINE_S)
+            await what.player.policy.close()
+
+
+async def until(true: Callable[[], bool | Awaitable[bool]]) -> None:
+    """Waits for what is sure to come."""
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            now = true()
+            if now if isinstance(now, bool) else await now:
+                return
+            await asyncio.sleep(0.01)
+
+
+def png(width: int = 3, height: int = 2, interlaced: int = 0, rows: bytes | None = None) -> bytes:
+    """A whole RGB picture; ``rows`` is what is in it, if not what its header says."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
+
+    if rows is None:
+        rows = b"".join(
+            b"\0" + bytes((x * y) % 256 for x in range(3 * width)) for y in range(height)
+        )
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, interlaced)
+    parts = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
