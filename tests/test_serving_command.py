@@ -1,0 +1,171 @@
+"""``selfwright serve`` as a process: what it refuses to start with, and how it stops."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from selfwright.commands.cli import call
+from selfwright.commands.evaluate import read_card
+from selfwright.commands.serve import limits_of, loopback
+from selfwright.core.errors import RecipeError
+
+DEADLINE_S = 90.0
+
+
+@contextmanager
+def server(*arguments: str, **variables: str) -> Generator[tuple[str, "subprocess.Popen[str]"]]:
+    """The real command on a free port, and its address."""
+    command = [sys.executable, "-P", "-m", "selfwright", "serve", *arguments, "--port", "0"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+    )
+    watch = threading.Timer(DEADLINE_S, process.kill)
+    watch.start()
+    try:
+        assert process.stderr
+        lines = list[str]()
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith("serving "):
+                yield line.split(" at ")[1].strip().rstrip("/"), process
+                break
+        else:
+            raise AssertionError("".join(lines))
+    finally:
+        watch.cancel()
+        process.kill()
+        process.communicate()
+
+
+def test_told_to_stop_it_finishes_what_it_has_begun(model_folder: Callable[[str], Path]) -> None:
+    # An untrained model does not know when to end: its answers are as long as they may be.
+    bounds = ("-o", "limits.tokens=4000", "-o", "policy.max_tokens=1500")
+    asked = {"messages": [{"role": "user", "content": "Make"}], "max_tokens": 1500}
+    with server(str(model_folder("qwen3")), *bounds, "--json") as (url, process):
+        answers = list[httpx2.Response]()
+
+        def ask() -> None:
+            answers.append(
+                httpx2.post(
+                    f"{url}/v1/chat/completions", json={**asked, "max_tokens": 400}, timeout=60
+                )
+            )
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        until = time.monotonic() + 30
+        while "selfwright_requests_in_flight 1.0" not in httpx2.get(f"{url}/metrics").text:
+            assert time.monotonic() < until and not answers, "the answer came too soon to be seen"
+        process.send_signal(signal.SIGTERM)
+        asking.join(60)
+        assert answers[0].status_code == 200
+        assert answers[0].json()["usage"]["completion_tokens"] > 1
+        with pytest.raises(httpx2.TransportError):
+            httpx2.get(f"{url}/health")
+        out, err = process.communicate(timeout=30)
+        assert process.returncode == 0, err
+        told: dict[str, Any] = json.loads(out)
+        assert told == {"model": "qwen3", "address": url}
+        assert "Traceback" not in err and err.rstrip().endswith("stopped")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            "serve MODEL --host 0.0.0.0",
+            "put a token into the environment variable SELFWRIGHT_TOKEN",
+        ),
+        ("serve MODEL --host 0.0.0.0 --token-env MINE", "variable MINE"),
+        ("serve MODEL --host no.such.host.invalid", "is no address of this machine"),
+        ("serve MODEL -o limits.sesions=3", "-o limits.sesions=3: unknown key; did you mean 'sess"),
+        ("serve MODEL -o limits.sessions=0", "wanted at least 1, got 0"),
+        ("serve MODEL -o trainer.tau=1", "serve knows the keys environment, agent, policy, limits"),
+        ("serve MODEL -o policy.temperature=1", "serve has --temperature"),
+        ("serve MODEL --engine transfromers", "did you mean 'transformers'?"),
+        ("serve MODEL --world countdwn", "did you mean 'countdown'?"),
+        ("serve MODEL --adapters ./nowhere", "--adapters nowhere: no such folder"),
+        ("serve MODEL -o environment.numbers=2", "name the world: --world NAME"),
+        ("serve ./nothing", "there is no checkpoint at ./nothing"),
+        ("serve MODEL --port TAKEN", "--port 0 takes a free one"),
+    ],
+)
+def test_what_it_does_not_start_with(
+    line: str,
+    said: str,
+    model_folder: Callable[[str], Path],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("SELFWRIGHT_TOKEN", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        words = {"MODEL": str(model_folder("scratch")), "TAKEN": str(taken.getsockname()[1])}
+        assert call([words.get(word, word) for word in line.split()]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and said in err and "Traceback" not in err
+
+
+def test_without_the_extra_it_says_what_to_install() -> None:
+    code = (
+        "import sys\nfrom selfwright.commands.cli import call\n"
+        "sys.modules['uvicorn'] = None\nsys.exit(call(['serve', 'x']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "serving needs uvicorn, which is not installed: pip install 'selfwright[serve]'\n"
+    )
+
+
+def test_the_client_needs_no_server_installed() -> None:
+    code = (
+        "import sys\nfor name in ('fastapi', 'uvicorn', 'prometheus_client', 'torch'):\n"
+        "    sys.modules[name] = None\n"
+        "from selfwright.agents.serving.client import Client, ServedPlayer"
+    )
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
+
+
+def test_an_iteration_knows_the_recipe_of_its_run(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "iterations" / "0002" / "checkpoint"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/the/base"}')
+    assert read_card(str(folder)) is None
+    recipe = {"environment": {"use": "countdown"}, "agent": {"use": "chat"}}
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(recipe))
+    for given in (folder, folder.parent):
+        card = read_card(str(given))
+        assert card == {
+            **recipe,
+            "base": "/the/base",
+            "base_inside": False,
+            "folder": str(folder.resolve()),
+        }
+    assert read_card(str(tmp_path / "run")) is None, "it has learned nothing yet"
+
+
+def test_limits_are_read_and_addresses_known() -> None:
+    found = limits_of(["limits.sessions=3", "limits.idle_s=1.5"])
+    assert (found.sessions, found.idle_s) == (3, 1.5)
+    with pytest.raises(RecipeError, match=r"wanted limits\.KEY=VALUE"):
+        limits_of(["limits.sessions"])
+    assert loopback("127.0.0.1") and loopback("127.3.2.1") and loopback("::1")
+    assert not loopback("0.0.0.0") and not loopback("::")
