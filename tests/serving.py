@@ -79,7 +79,7 @@ async def running(
     what: Served, bounds: Limits | None = None, **keys: Any
 ) -> AsyncGenerator[httpx2.AsyncClient]:
     """A client of the real server, which drains as the real one does and closes its policy."""
-    app = make_app(what, bounds or Limits(), **{"hosts": LOCAL, **keys})
+    app = make_app(what, bounds or Limits(), hosts=LOCAL, **keys)
     with bound("127.0.0.1", 0) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         config = uvicorn.Config(
