@@ -120,6 +120,8 @@ def main() -> int:
         scratch.make("scratch:64x2", texts, model, seed=0)
         command = [sys.executable, "-P", "-m", "selfwright", "serve", str(model), "--port", "0"]
         command += ["-o", "policy.max_tokens=16", "--temperature", "1"]
+        # Full within seconds: a bound that is not reached would pass for a leak.
+        command += ["-o", "policy.memory_gb=0.01"]
         variables = {**os.environ, "OMP_NUM_THREADS": "1"}
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=variables) as server:
             try:

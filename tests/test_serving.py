@@ -2,8 +2,11 @@
 
 import asyncio
 import base64
+import io
 import json
+import re
 from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -580,3 +583,25 @@ def test_a_completion_says_how_much_it_read(model_folder: Callable[[str], Path])
         )
 
     asyncio.run(main())
+
+
+def test_the_readmes_example_acts() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (example,) = [
+        block
+        for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+        if "Client" in block
+    ]
+
+    async def use(client: httpx2.AsyncClient) -> None:
+        text = example.replace("http://127.0.0.1:8000", str(client.base_url))
+        said = io.StringIO()
+
+        def run() -> None:
+            with redirect_stdout(said):
+                exec(text, {})
+
+        await asyncio.to_thread(run)
+        assert said.getvalue() == ("Make 24 from 3 4 6 with + - *, each number once.|0|8 True\n")
+
+    with_server(use)
