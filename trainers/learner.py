@@ -500,6 +500,7 @@ class PlainLearner:
 
     def export(self, folder: Path) -> None:
         lora = self._config.method == "lora"
+        canary = self._canary()  # By everybody, as each may hold a part of the model.
         told: dict[str, Any] = {}
         if self._mesh is not None:
             named = self._trained if lora else self._model.state_dict()
@@ -511,7 +512,7 @@ class PlainLearner:
             self._model.save_pretrained(folder, **told)
             if not lora:
                 self._tokens.tokenizer.save_pretrained(folder)
-            self._canary().write(folder)
+            canary.write(folder)
 
     def _canary(self) -> Canary:
         """What these weights, served by anybody, have to answer."""
