@@ -387,9 +387,8 @@ class VLLMPolicy:
 
     async def _spoken(self, replica: Replica, name: str) -> tuple[float, ...]:
         """What the canary's tokens are worth there; also a proof that it knows our tokens."""
-        choice = (
-            await replica.post("/v1/completions", {"model": name or MODEL, **scoring(self._ids)})
-        )["choices"][0]
+        asked = {"model": name or MODEL, **scoring(self._ids)}
+        choice = (await replica.post("/v1/completions", asked, first=True))["choices"][0]
         return scores(choice, self._ids)
 
     async def _drop(self, name: str) -> None:

@@ -89,8 +89,10 @@ class Replica:
         if not await self.healthy():
             raise PolicyError(f"{gone}; it was not started here: start it again, and then the run")
 
-    async def post(self, path: str, body: Mapping[str, Any]) -> Any:
+    async def post(self, path: str, body: Mapping[str, Any], first: bool = False) -> Any:
         """Its answer, however long it takes, as long as it makes tokens.
+
+        ``first``: it may still be warming up.
 
         Raises:
             Gone: it does not answer any more.
@@ -100,16 +102,17 @@ class Replica:
             body = {**body, "model": self.model}
         asked = asyncio.create_task(self._client.post(f"{self.url}{path}", json=body))
         made = -1.0
+        stall_s = max(self._stall_timeout_s, self._start_timeout_s if first else 0.0)
         try:
             while True:
-                done, _ = await asyncio.wait({asked}, timeout=self._stall_timeout_s)
+                done, _ = await asyncio.wait({asked}, timeout=stall_s)
                 if done:
                     break
                 before, made = made, await self._made()
                 if made == before:
                     raise Gone(
-                        f"{self.url} has made no token for "
-                        f"stall_timeout_s={self._stall_timeout_s:g}{self.words()}"
+                        f"{self.url} has made no token for {stall_s:g} s (stall_timeout_s)"
+                        + self.words()
                     )
             response = asked.result()
         except httpx2.TransportError as error:
