@@ -41,10 +41,10 @@ class SelfJudge(GRPO):
     With ``practice`` the policy also writes tasks for itself, as in RLSR.
 
     Departures: RLSR's reward is a yes or no; ``judge.cut: 0.5`` makes the model's probability one.
-    Guards are on. A share of every iteration's tasks is judged, compared with the
-    world's word and not learned from; the run ends, with what was learned until then, once the
-    judge pays for what is no answer, is mostly wrong, or rises while the truth falls. (The last two say
-    nothing of a judge that only compares, and are not looked at then.)
+    Guards are on. A share of every iteration's tasks is judged, compared with the world's word and
+    not learned from; the run ends, with what was learned until then, once the judge pays for what
+    is no answer, is mostly wrong, or rises while the truth falls. (The last two say nothing of a
+    judge that only compares, and are not looked at then.)
     """
 
     Config = SelfJudgeConfig
