@@ -20,11 +20,11 @@ from ...core.canary import Canary, canary_ids, distance
 from ...core.config import PolicyConfig
 from ...core.errors import DiskError, PolicyError
 from ...core.files import DRAFT, hard_link
-from ...core.models import open_tokens, parts_of, save_merged
+from ...core.models import ADAPTER, open_tokens, parts_of, save_merged
 from ...core.types import Completion, Message, Sampling
 from .vllm_server import MODEL, Gone, Replica, launched
 
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+WEIGHTS = "adapter_model.safetensors"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can be told to make room for."""
 MISSED = 3
@@ -302,13 +302,13 @@ class VLLMPolicy:
 
     def _checked(self, folder: Path) -> str:
         """What tells adapters apart. Raises: PolicyError: it is none that vLLM can serve."""
-        if not all((folder / name).is_file() for name in ADAPTER):
+        if not all((folder / name).is_file() for name in (ADAPTER, WEIGHTS)):
             raise PolicyError(
-                f"{folder} holds no adapter ({' and '.join(ADAPTER)}), and vLLM swaps nothing else;"
+                f"{folder} holds no adapter ({ADAPTER} and {WEIGHTS}), and vLLM swaps nothing else;"
                 " to serve a whole model, name it as policy.model"
             )
         return hashlib.sha256(
-            b"".join((folder / name).read_bytes() for name in ADAPTER)
+            b"".join((folder / name).read_bytes() for name in (ADAPTER, WEIGHTS))
         ).hexdigest()
 
     def _publish(self, folder: Path, name: str) -> None:
@@ -316,7 +316,7 @@ class VLLMPolicy:
         draft = self._adapters / f"{DRAFT}{name}"
         try:
             draft.mkdir(parents=True)
-            for file in ADAPTER:
+            for file in (ADAPTER, WEIGHTS):
                 hard_link(str(folder / file), str(draft / file))
             draft.rename(self._adapters / name)
         except OSError as error:
@@ -361,7 +361,7 @@ class VLLMPolicy:
         """Raises: PolicyError: these answers to the canary are not the adapter's."""
         canary, tolerance = self._canary, self._config.canary_tolerance
         if canary is None:
-            if spoken == replica.base and changes(self._adapters / name / ADAPTER[1]):
+            if spoken == replica.base and changes(self._adapters / name / WEIGHTS):
                 raise PolicyError(
                     f"{replica.url} answers as the base model does, though the adapter {name} "
                     "changes it: its weights' names are not those vLLM looks for"

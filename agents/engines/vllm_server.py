@@ -145,13 +145,6 @@ class Replica:
             text, "vllm:prompt_tokens_total"
         )
 
-    async def cache(self) -> tuple[float, float]:
-        """Tokens of prompts so far: looked up in the prefix cache, and found there."""
-        text = (await self._client.get(f"{self.url}/metrics", timeout=HEALTH_S)).text
-        return tuple(  # pyright: ignore[reportReturnType]
-            metric(text, f"vllm:prefix_cache_{what}_total") for what in ("queries", "hits")
-        )
-
     async def load(self, name: str, folder: Path) -> None:
         """Raises: PolicyError: it refuses, or knows no adapters."""
         try:

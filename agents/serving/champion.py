@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ...core.errors import PolicyError, SelfwrightError
+from ...core.models import ADAPTER
 from ...core.protocols import Policy
 from ...core.rollout import deadline
 from ...core.statistics import Comparison
@@ -154,7 +155,7 @@ class Champion:
         try:
             found = (self._folder / path).resolve()
             inside = found.is_relative_to(self._folder)
-            there = inside and (found / "adapter_config.json").is_file()
+            there = inside and (found / ADAPTER).is_file()
         except (OSError, ValueError, RuntimeError):
             there, found = False, self._folder
         if not there:
