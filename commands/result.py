@@ -18,14 +18,16 @@ BASE = "base"
 """The folder, in the run's, of a base model that was made here."""
 
 
-def conclude(recipe: Recipe, base_model: str, stopped: str, kept: Run) -> dict[str, Any]:
-    """The checkpoint's folder and ``result.json``."""
+def conclude(
+    recipe: Recipe, base_model: str, stopped: str, learned: int, kept: Run
+) -> dict[str, Any]:
+    """The checkpoint, of what was learned after so many iterations, and ``result.json``."""
     number = phase_of(recipe, kept.finished - 1)
     if number:
         base_model = str(kept.path(phase_base(number)).resolve())
     if not kept.has("checkpoint"):
         with kept.draft("checkpoint") as folder:
-            last = kept.path(iteration_name(kept.finished - 1)) / "checkpoint"
+            last = kept.path(iteration_name(learned - 1)) / "checkpoint"
             shutil.copytree(last, folder, dirs_exist_ok=True)
             inside = Path(base_model).is_dir()
             if inside:
@@ -55,6 +57,7 @@ def conclude(recipe: Recipe, base_model: str, stopped: str, kept: Run) -> dict[s
         "final": brief(final),
         "comparison": comparison(base, final),
         "stopped": stopped or None,
+        "checkpoint_iteration": learned,
         "phases": phases(recipe, kept),
         "introspection": None,
         "curve": [point(k, metrics) for k, metrics in enumerate(rounds) if points(metrics)],

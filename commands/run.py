@@ -36,7 +36,14 @@ PATIENCE = 3
 
 
 class Alarm(Exception):
-    """A trainer found that what it learns from can no longer be trusted."""
+    """A trainer found that what it learns from can no longer be trusted.
+
+    ``trusted``: after so many of the phase's iterations what was learned was best.
+    """
+
+    def __init__(self, why: str, trusted: int) -> None:
+        super().__init__(why)
+        self.trusted = trusted
 
 
 async def run(recipe: Recipe, output: Path, console: Console, hire: Hire = alone) -> dict[str, Any]:
@@ -61,10 +68,10 @@ async def run(recipe: Recipe, output: Path, console: Console, hire: Hire = alone
             judge: Judge = recipe.judge.make(worlds.sample)
             cast = Cast(recipe, worlds, recipe.agent.make(), judge, progress, hire)
             try:
-                await improve(cast, kept, base)
+                learned = await improve(cast, kept, base)
             finally:
                 await cast.close()
-        result = conclude(recipe, base, cast.stopped, kept)
+        result = conclude(recipe, base, cast.stopped, learned, kept)
         progress.say(f"report: {report(output)}")
         return result
 
@@ -83,12 +90,16 @@ async def begun(recipe: Recipe, worlds: Worlds, kept: Run, progress: Progress, h
     return str(kept.path(BASE).resolve())
 
 
-async def improve(cast: Cast, kept: Run, base: str) -> None:
+async def improve(cast: Cast, kept: Run, base: str) -> int:
     """Every iteration that is not committed yet, between evaluations on the same tasks.
 
     A phase's base is what the phase before it has come to.
+
+    Returns:
+        After how many iterations the run had learned what it has come to: all of them, or fewer if
+        an alarm took it back.
     """
-    recipe, begin = cast.recipe, 0
+    recipe, begin, learned = cast.recipe, 0, 0
     for number, phase in enumerate(recipe.phases):
         last = number + 1 == len(recipe.phases)
         if kept.has(phase_base(number + 1)):
@@ -113,7 +124,12 @@ async def improve(cast: Cast, kept: Run, base: str) -> None:
         try:
             await rounds(cast, trainer, kept, begin)
         except Alarm as alarm:
-            cast.stopped = f"after iteration {kept.finished} of {recipe.iterations}: {alarm}"
+            learned = begin + alarm.trusted
+            await cast.policy.load(kept.path(iteration_name(learned - 1)) / "checkpoint")
+            cast.stopped = (
+                f"after iteration {kept.finished} of {recipe.iterations}: {alarm}; back to what "
+                f"it had learned after iteration {learned}"
+            )
             cast.progress.say(f"stopped {cast.stopped}")
             break
         begin += phase.iterations
@@ -125,6 +141,7 @@ async def improve(cast: Cast, kept: Run, base: str) -> None:
             with kept.draft(phase_base(number + 1)) as folder:
                 save_merged(str(kept.path(iteration_name(begin - 1)) / "checkpoint"), folder)
     await evaluated(cast, kept, "final")
+    return learned or kept.finished
 
 
 async def rounds(cast: Cast, trainer: Trainer, kept: Run, begin: int) -> None:
@@ -135,7 +152,7 @@ async def rounds(cast: Cast, trainer: Trainer, kept: Run, begin: int) -> None:
     """
     recipe, policy = cast.recipe, cast.policy
     if isinstance(trainer, HasGuards) and trainer.alarm:
-        raise Alarm(trainer.alarm)  # Raised before the run was killed.
+        raise Alarm(trainer.alarm, trainer.trusted)  # Raised before the run was killed.
     for index in range(max(begin, kept.finished), begin + cast.phase.iterations):
         spent = spent_share(kept, recipe)
         if spent >= 1:
@@ -159,7 +176,7 @@ async def rounds(cast: Cast, trainer: Trainer, kept: Run, begin: int) -> None:
         await policy.load(kept.path(iteration_name(index)) / "checkpoint")
         cast.progress.say(line(index, recipe.iterations, metrics))
         if isinstance(trainer, HasGuards) and trainer.alarm:
-            raise Alarm(trainer.alarm)
+            raise Alarm(trainer.alarm, trainer.trusted)
         watch(kept, begin, index)
 
 

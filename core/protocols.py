@@ -287,6 +287,12 @@ class HasGuards(Protocol):
         """Why the run should end, with nothing learned in this iteration; empty if all is well."""
         ...
 
+    @property
+    def trusted(self) -> int:
+        """After so many of the phase's iterations, at least 1, what was learned was best; an alarm
+        takes the run back there."""
+        ...
+
 
 @runtime_checkable
 class HasMemory(Protocol):

@@ -48,8 +48,8 @@ def claims(called: int, right: int, missed: int = 0, rest: int = 0) -> list[Judg
 
 def looked(guard: Guard, *rounds: list[Judged], judge: Any = None) -> Guard:
     async def look() -> None:
-        for labelled in rounds:
-            await guard.look(labelled, judge or Paying())
+        for k, labelled in enumerate(rounds):
+            await guard.look(labelled, judge or Paying(), k)
 
     asyncio.run(look())
     return guard
@@ -95,6 +95,28 @@ def test_score_up_and_truth_down_ends_the_run() -> None:
     assert looked(Guard(config), *slight).alarm == ""
     both_fall = [claims(30, 30, rest=10), claims(20, 20, rest=20), claims(10, 10, rest=30)]
     assert looked(Guard(config), *both_fall).alarm == ""
+
+
+def test_an_alarm_goes_back_to_the_middle_of_the_best_labelled_window() -> None:
+    def back(*right: int) -> int:
+        return looked(Guard(GuardConfig()), *[claims(10, k) for k in right]).trusted
+
+    # Windows of five: 5, 6, 7, 6, 6 is the best, and its middle was played after 4 iterations.
+    assert back(1, 2, 5, 6, 7, 6, 6, 1, 0, 0) == 4
+    # One lucky iteration is not a good window.
+    assert back(10, 0, 0, 0, 0, 4, 4, 4, 4, 4, 0) == 7
+    assert back(9, 9, 9, 0, 0, 0) == 2
+    # Of fewer than five, the middle; never before the first, whose weights are nobody's.
+    assert back(3, 5, 1) == 1 and back(3) == 1 and back() == 1
+
+    # More tasks count for more: 7 of 8 are above 1 of 2 four times and 10 of 40.
+    async def look() -> Guard:
+        guard = Guard(GuardConfig())
+        for learned, (called, right) in enumerate([(2, 1)] * 4 + [(40, 10)] + [(8, 7)] * 5):
+            await guard.look(claims(called, right), Paying(), learned + 3)
+        return guard
+
+    assert asyncio.run(look()).trusted == 3 + 7
 
 
 def test_no_judge_may_pay_for_what_is_no_answer() -> None:

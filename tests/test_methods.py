@@ -27,6 +27,7 @@ from selfwright.core.types import Completion, Message, Sampling, Trajectory, Ver
 from selfwright.environments.countdown import solutions
 from selfwright.judges.reward import RewardJudge
 from selfwright.trainers.guards import CANARIES
+from selfwright.trainers.self_judge import SelfJudge
 
 METHODS: dict[str, list[str]] = {
     "grpo": ["trainer.kl=0.05"],
@@ -227,6 +228,55 @@ def test_a_judge_that_pays_for_anything_ends_the_run(player: Path, tmp_path: Pat
     free = [*guarded[:2], "trainer.guards.on=false"]
     with pytest.raises(LearnerError, match="nothing is being learned: the trainer found no ex"):
         played(recipe, free, tmp_path / "free")
+
+
+class Nostalgic(SelfJudge):
+    """Was best after its first iteration, and knows it after its third."""
+
+    @property
+    def alarm(self) -> str:
+        return "it was better once" if self._step == 3 else ""
+
+    @property
+    def trusted(self) -> int:
+        return 1
+
+
+def test_an_alarm_takes_the_run_back_to_where_it_was_best(player: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(SINGLE.replace("MODEL", str(player)))
+    wanted = [f"trainer.use={Path(__file__).stem}:Nostalgic", "iterations=5"]
+    wanted += ["trainer.guards.min_precision=0.0", "learner.learning_rate=2e-2"]
+    output = tmp_path / "run"
+    result = played(recipe, wanted, output)
+    assert "after iteration 3 of 5: it was better once; back to what" in result["stopped"]
+    assert result["checkpoint_iteration"] == 1
+
+    def weights(name: str) -> bytes:
+        return (output / name / "adapter_model.safetensors").read_bytes()
+
+    assert weights("checkpoint") == weights("iterations/0000/checkpoint")
+    assert weights("checkpoint") != weights("iterations/0001/checkpoint")
+
+    # What was examined is that checkpoint, too: by itself it says the same.
+    def said(folder: Path) -> list[tuple[str, list[str]]]:
+        episodes = [j.trajectory for j in read_trajectories(folder / TRAJECTORIES)]
+        return sorted((t.task.id, [s.action.text for s in t.steps]) for t in episodes)
+
+    def examined(name: str) -> list[tuple[str, list[str]]]:
+        asked = (str(output / name), None, (), "test", 12, 3, None)
+        to = tmp_path / name.replace("/", "-")
+        asyncio.run(evaluate(*asked, to, Console(file=io.StringIO())))
+        return said(to)
+
+    final = said(output / "evaluations" / "final")
+    assert final == examined("checkpoint") != examined("iterations/0001/checkpoint")
+    # Killed before that was written down, it comes to the same.
+    for name in ("evaluations/final", "checkpoint"):
+        shutil.rmtree(output / name)
+    (output / "result.json").unlink()
+    assert played(recipe, wanted, output)["checkpoint_iteration"] == 1
+    assert said(output / "evaluations" / "final") == final
 
 
 class Broken(Fading):

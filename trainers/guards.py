@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
@@ -53,6 +53,18 @@ class GuardConfig(Config):
     """Ask the judge about answers that are none; if it pays for one, the run ends."""
 
 
+class Look(NamedTuple):
+    """What one iteration's labelled tasks said."""
+
+    learned: int
+    """Iterations that had been learned from when they were played."""
+    score: float
+    """The judge's mean."""
+    truth: float
+    """The true success rate."""
+    tasks: int
+
+
 @dataclass
 class Guard:
     """What was seen so far, and what is to be thought of it.
@@ -62,22 +74,37 @@ class Guard:
     """
 
     config: GuardConfig
-    seen: list[tuple[float, float, int]] = field(default_factory=list[tuple[float, float, int]])
-    """Per iteration: the judge's mean score, the true success rate, tasks."""
+    seen: list[Look] = field(default_factory=list[Look])
     judged: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     """Of the last iterations: tasks on which the judge was right, tasks it called solved."""
     alarm: str = ""
     findings: Metrics = field(default_factory=dict[str, float])
 
-    async def look(self, labelled: Sequence[Judged], judge: Judge) -> None:
-        """Compare scores with the truth on episodes that nothing is learned from."""
+    @property
+    def trusted(self) -> int:
+        """After how many iterations success on labelled tasks was best, in the middle of some in a
+        row that are looked at together; at least 1.
+
+        Until it is beyond doubt that a judge errs, much has been learned from it; so an alarm
+        alone comes too late. Shafayat et al., too, keep the best checkpoint by labelled tasks.
+        """
+        spans = [self.seen[k : k + WINDOW] for k in range(max(1, len(self.seen) - WINDOW + 1))]
+        best = max(spans, key=success)
+        return max(1, best[len(best) // 2].learned) if best else 1
+
+    async def look(self, labelled: Sequence[Judged], judge: Judge, learned: int) -> None:
+        """Compare scores with the truth on episodes that nothing is learned from.
+
+        ``learned``: iterations that were learned from until now.
+        """
         scores = [one.verdict.score for one in labelled if one.verdict.score is not None]
         truth = [one.trajectory.success for one in labelled]
         self.findings = {"guard/episodes": float(len(truth))}
         if scores:
             tasks = len({key(one) for one in labelled})
-            self.seen.append((statistics.fmean(scores), statistics.fmean(truth), tasks))
-            self.findings |= {"guard/score": self.seen[-1][0], "guard/success": self.seen[-1][1]}
+            look = Look(learned, statistics.fmean(scores), statistics.fmean(truth), tasks)
+            self.seen.append(look)
+            self.findings |= {"guard/score": look.score, "guard/success": look.truth}
             self._measure(labelled)
             if not getattr(judge, "relative", False):
                 self._doubt(labelled)
@@ -121,14 +148,15 @@ class Guard:
         steps = list(pairwise(recent))
         if len(steps) < self.config.patience:
             return
-        apart = all(new[0] > old[0] and new[1] < old[1] for old, new in steps)
-        (_, before, n), (_, now, m) = recent[0], recent[-1]
-        pooled = (before * n + now * m) / (n + m)
-        noise = math.sqrt(pooled * (1 - pooled) * (1 / n + 1 / m))
-        if apart and before - now > 1.645 * noise:
+        apart = all(new.score > old.score and new.truth < old.truth for old, new in steps)
+        first, last = recent[0], recent[-1]
+        pooled = success((first, last))
+        noise = math.sqrt(pooled * (1 - pooled) * (1 / first.tasks + 1 / last.tasks))
+        if apart and first.truth - last.truth > 1.645 * noise:
             self._raise(
-                f"over {len(steps)} iterations the judge's score rose from {recent[0][0]:.2f} to "
-                f"{recent[-1][0]:.2f}, and true success fell from {before:.0%} to {now:.0%}"
+                f"over {len(steps)} iterations the judge's score rose from {first.score:.2f} to "
+                f"{last.score:.2f}, and true success fell from {first.truth:.0%} to "
+                f"{last.truth:.0%}"
             )
 
     async def _tempt(self, task: Task, judge: Judge) -> None:
@@ -149,9 +177,15 @@ class Guard:
         return {"seen": self.seen, "judged": self.judged, "alarm": self.alarm}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.seen = [(score, truth, count) for score, truth, count in state["seen"]]
+        self.seen = [Look(*one) for one in state["seen"]]
         self.judged = [(right, tasks) for right, tasks in state["judged"]]
         self.alarm = state["alarm"]
+
+
+def success(looks: Sequence[Look]) -> float:
+    """The true success rate on all tasks of several looks; 0 of none."""
+    tasks = sum(look.tasks for look in looks)
+    return sum(look.truth * look.tasks for look in looks) / tasks if tasks else 0.0
 
 
 def _said(task: Task, text: str, number: int) -> Trajectory:

@@ -42,9 +42,9 @@ class SelfJudge(GRPO):
 
     Departures: RLSR's reward is a yes or no; ``judge.cut: 0.5`` makes the model's probability one.
     Guards are on. A share of every iteration's tasks is judged, compared with the world's word and
-    not learned from; the run ends, with what was learned until then, once the judge pays for what
-    is no answer, is mostly wrong, or rises while the truth falls. (The last two say nothing of a
-    judge that only compares, and are not looked at then.)
+    not learned from; the run ends once the judge pays for what is no answer, is mostly wrong, or
+    rises while the truth falls, and goes back to what had been learned when the truth was best.
+    (The last two reasons say nothing of a judge that only compares, and are not looked at then.)
     """
 
     Config = SelfJudgeConfig
@@ -61,7 +61,7 @@ class SelfJudge(GRPO):
         if config.guards.on:
             seed = derive(self._context.seed, "labelled", self._step)
             labelled, groups = set_apart(groups, config.guards.labelled, seed)
-            await self._guard.look(labelled, self._context.judge)
+            await self._guard.look(labelled, self._context.judge, self._step)
         known = [group[0].trajectory.task for group in groups]
         shape = (config.attempts_per_task, config.turns)
         seed = derive(self._context.seed, "practice", self._step)
@@ -79,6 +79,10 @@ class SelfJudge(GRPO):
     @property
     def alarm(self) -> str:
         return self._guard.alarm
+
+    @property
+    def trusted(self) -> int:
+        return self._guard.trusted
 
     def save(self, folder: Path, images: Path) -> None:
         write_json(folder / "self_judge.json", {"step": self._step} | self._guard.state())
