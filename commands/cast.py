@@ -20,7 +20,7 @@ from ..core.protocols import (
 )
 from ..core.recipe import Phase, Recipe, Section
 from ..core.rollout import ExpertPlayer, Player, rollouts
-from ..core.types import Completion, Judged, Sampling, Start, Task
+from ..core.types import Completion, Judged, Sampling, Start, Task, Trajectory
 from ..core.worlds import Worlds, open_worlds
 from .evaluate import Exam, player_of, sampling_of
 from .progress import Progress
@@ -29,6 +29,8 @@ BASE = "base"
 """What the model that a phase began with is called."""
 POLICY = "policy"
 """What the policy in training is called."""
+EXPERT = "expert"
+"""What the world's own is called."""
 
 
 @dataclass
@@ -57,10 +59,12 @@ class Cast:
     """Worlds that never say whether an attempt was right; opened when first asked for."""
     seed: int = 0
     """Of the iteration in hand."""
+    version: int = 0
+    """How many of the run's iterations the policy has learned from."""
     played: list[Judged] = field(default_factory=list[Judged])
     """Every episode of the iteration in hand."""
     asked: int = 0
-    """Tokens that were sampled in it outside of episodes."""
+    """Tokens that were sampled outside of episodes, and not told of yet."""
     stopped: str = ""
     """Why the run ended before its last iteration."""
 
@@ -69,11 +73,16 @@ class Cast:
         config = self.recipe.policy.config
         assert isinstance(config, PolicyConfig)
         heat = config.temperature if temperature is None else temperature
-        return player_of(config, self.agent, self.policy, heat)
+        return player_of(config, self.agent, self.policy, heat, lambda: self.version)
 
-    @property
-    def expert(self) -> Player:
-        return ExpertPlayer(timeout_s=self.recipe.fleet.step_timeout_s)
+    def called(self, name: str) -> Player:
+        """Who plays by that name, as ``Context.play_as`` has it, or ``policy``."""
+        if name == POLICY:
+            return self.player()
+        if name == EXPERT:
+            return ExpertPlayer(timeout_s=self.recipe.fleet.step_timeout_s)
+        config = self.config(name)
+        return player_of(config, self.agent, self.find(name), config.temperature)
 
     @property
     def exam(self) -> Exam:
@@ -143,17 +152,29 @@ class Cast:
             self.opened[name] = section.make(self.model_of(name), self.recipe.seed)
         return self.opened[name]
 
+    async def round(
+        self, player: Player, begin: Sequence[Start], seed: int, what: str
+    ) -> list[Judged]:
+        """Play what an iteration begins with, and judge it."""
+        with self.progress.stage(what, len(begin)) as tell:
+            patience = self.recipe.rollout
+            played = await rollouts(player, self.worlds, begin, seed, tell, patience)
+        return await self.judged(played)
+
     async def attempt(
         self, player: Player, begin: Sequence[Start], what: str, worlds: Worlds | None = None
     ) -> list[Judged]:
-        """Play and judge; the episodes join the iteration's."""
+        """Play more, and judge it; the episodes join the iteration's."""
         with self.progress.stage(what, len(begin)) as tell:
             played = await rollouts(player, worlds or self.worlds, begin, self.seed, tell)
-        config = self.phase.judge.config
-        assert isinstance(config, JudgeConfig)
-        given = await judged(self.judge, played, config)
+        given = await self.judged(played)
         self.played += given
         return given
+
+    async def judged(self, played: Sequence[Trajectory]) -> list[Judged]:
+        config = self.phase.judge.config
+        assert isinstance(config, JudgeConfig)
+        return await judged(self.judge, played, config)
 
     def _means(self) -> Context:
         """What the phase's trainer may use."""
@@ -177,10 +198,7 @@ class Cast:
             return patient(self.find(name), self.config(name).timeout_s, count)
 
         async def play_as(name: str) -> Attempt:
-            player: Player = self.expert
-            if name != "expert":
-                config = self.config(name)
-                player = player_of(config, self.agent, self.find(name), config.temperature)
+            player = self.called(name)
 
             async def teach(begin: Sequence[Start]) -> list[Judged]:
                 return await self.attempt(player, begin, f"{name} playing on")

@@ -396,10 +396,16 @@ def opener(
     return open
 
 
-def player_of(config: Config, agent: Any, policy: Any, temperature: float) -> PolicyPlayer:
+def player_of(
+    config: Config,
+    agent: Any,
+    policy: Any,
+    temperature: float,
+    version: Callable[[], int] = lambda: -1,
+) -> PolicyPlayer:
     assert isinstance(config, PolicyConfig)
     sampling = sampling_of(config, temperature)
-    return PolicyPlayer(agent, policy, sampling, config.timeout_s, config.listed)
+    return PolicyPlayer(agent, policy, sampling, config.timeout_s, config.listed, version)
 
 
 def sampling_of(config: PolicyConfig, temperature: float) -> Sampling:

@@ -3,7 +3,7 @@
 import asyncio
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..core.errors import LearnerError
 from ..core.files import read_json, write_json
 from ..core.judging import BROKEN
 from ..core.models import save_merged
-from ..core.protocols import HasFindings, HasGuards, HasMemory, Hire, Judge, Trainer, alone
+from ..core.protocols import HasFindings, HasGuards, HasMemory, Hire, Judge, Plan, Trainer, alone
 from ..core.recipe import Recipe, differences
 from ..core.rollout import failures_by_name, rollouts
 from ..core.run import Run, iteration_name
@@ -150,34 +150,84 @@ async def rounds(cast: Cast, trainer: Trainer, kept: Run, begin: int) -> None:
     Raises:
         Alarm: the trainer's. The iteration it was raised in is kept, but nothing was learned in it.
     """
-    recipe, policy = cast.recipe, cast.policy
+    recipe = cast.recipe
     if isinstance(trainer, HasGuards) and trainer.alarm:
         raise Alarm(trainer.alarm, trainer.trusted)  # Raised before the run was killed.
-    for index in range(max(begin, kept.finished), begin + cast.phase.iterations):
-        spent = spent_share(kept, recipe)
-        if spent >= 1:
-            break
-        done = max((index - begin) / cast.phase.iterations, spent)
-        with kept.draft(iteration_name(index)) as folder:
-            metrics = await iterate(cast, trainer, index, done)
-            clock = Clock()
-            cast.learner.export(folder / "checkpoint")
-            cast.learner.save(folder / "learner")
-            images = kept.folder / "images"
-            write_trajectories(folder / TRAJECTORIES, cast.played, images)
-            if isinstance(trainer, HasMemory):
-                (folder / "trainer").mkdir()
-                trainer.save(folder / "trainer", images)
-            metrics["time/store_s"] = clock.lap()
-            await policy.load(folder / "checkpoint")
-            metrics |= await validated(cast, index)
-            write_json(folder / "metrics.json", metrics)
-        # The draft has its final name now; the weights are to be known by that.
-        await policy.load(kept.path(iteration_name(index)) / "checkpoint")
-        cast.progress.say(line(index, recipe.iterations, metrics))
-        if isinstance(trainer, HasGuards) and trainer.alarm:
-            raise Alarm(trainer.alarm, trainer.trusted)
-        watch(kept, begin, index)
+    cast.version, cast.asked = kept.finished, 0
+    ahead = Ahead(cast, trainer, begin + cast.phase.iterations)
+    try:
+        for index in range(max(begin, kept.finished), begin + cast.phase.iterations):
+            spent = spent_share(kept, recipe)
+            if spent >= 1:
+                break
+            done = max((index - begin) / cast.phase.iterations, spent)
+            ahead.begin(index, spent)
+            await iteration(cast, trainer, kept, index, done, ahead.rounds[index])
+            del ahead.rounds[index]
+            if isinstance(trainer, HasGuards) and trainer.alarm:
+                raise Alarm(trainer.alarm, trainer.trusted)
+            watch(kept, begin, index)
+    finally:
+        await ahead.end()
+
+
+class Ahead:
+    """The rounds of episodes in play, by the index of their iteration."""
+
+    def __init__(self, cast: Cast, trainer: Trainer, end: int) -> None:
+        self.rounds: dict[int, asyncio.Task[list[Judged]]] = {}
+        self._cast = cast
+        self._trainer = trainer
+        self._end = end
+
+    def begin(self, index: int, spent: float) -> None:
+        """Play what is not in play yet: this round, and as many after it as the recipe allows.
+
+        ``spent``: the budget's share that all before ``index`` have cost.
+        """
+        each = spent / index if index else 0.0
+        for more in range(self._cast.recipe.rollout.max_staleness + 1):
+            number = index + more
+            # None that the budget, as far as can be told, will not come to.
+            if number < self._end and number not in self.rounds and spent + more * each < 1:
+                played = play(self._cast, self._trainer.plan, number)
+                self.rounds[number] = asyncio.create_task(played)
+
+    async def end(self) -> None:
+        """Whatever is still in play is given up."""
+        for one in self.rounds.values():
+            one.cancel()
+        await asyncio.gather(*self.rounds.values(), return_exceptions=True)
+
+
+async def iteration(
+    cast: Cast,
+    trainer: Trainer,
+    kept: Run,
+    index: int,
+    done: float,
+    played: Awaitable[list[Judged]],
+) -> None:
+    """Learn from what is being played, and commit it."""
+    recipe, policy = cast.recipe, cast.policy
+    with kept.draft(iteration_name(index)) as folder:
+        metrics = await iterate(cast, trainer, index, done, played)
+        clock = Clock()
+        cast.learner.export(folder / "checkpoint")
+        cast.learner.save(folder / "learner")
+        images = kept.folder / "images"
+        write_trajectories(folder / TRAJECTORIES, cast.played, images)
+        if isinstance(trainer, HasMemory):
+            (folder / "trainer").mkdir()
+            trainer.save(folder / "trainer", images)
+        metrics["time/store_s"] = clock.lap()
+        await policy.load(folder / "checkpoint")
+        cast.version = index + 1
+        metrics |= await validated(cast, index)
+        write_json(folder / "metrics.json", metrics)
+    # The draft has its final name now; the weights are to be known by that.
+    await policy.load(kept.path(iteration_name(index)) / "checkpoint")
+    cast.progress.say(line(index, recipe.iterations, metrics))
 
 
 def spent_share(kept: Run, recipe: Recipe) -> float:
@@ -189,23 +239,29 @@ def spent_share(kept: Run, recipe: Recipe) -> float:
     return recipe.budget.share(*costs)
 
 
-async def iterate(cast: Cast, trainer: Trainer, index: int, progress: float = 0.0) -> Metrics:
-    """Play, judge, learn once. The episodes are left in ``cast.played``."""
-    recipe, plan = cast.recipe, trainer.plan
-    cast.played, cast.asked = [], 0
-    cast.seed = derive(recipe.seed, "iteration", index)
+async def play(cast: Cast, plan: Plan, index: int) -> list[Judged]:
+    """The episodes that iteration ``index`` begins with, judged."""
+    if not plan.tasks:
+        return []
+    seed = derive(cast.recipe.seed, "iteration", index)
+    tasks = draw(cast.worlds.tasks("train"), plan.tasks, derive(seed, "tasks"))
+    begin = starts(tasks, plan.attempts, seed, plan.turns)
+    what = f"iteration {index + 1}: playing"
+    return await cast.round(cast.called(plan.player), begin, seed, what)
+
+
+async def iterate(
+    cast: Cast, trainer: Trainer, index: int, progress: float, played: Awaitable[list[Judged]]
+) -> Metrics:
+    """Have played, learn once. All of the iteration's episodes are left in ``cast.played``."""
     clock = Clock()
-    given: list[Judged] = []
-    if plan.tasks:
-        tasks = draw(cast.worlds.tasks("train"), plan.tasks, derive(cast.seed, "tasks"))
-        begin = starts(tasks, plan.attempts, cast.seed, plan.turns)
-        what = f"iteration {index + 1}: playing"
-        if plan.player == "policy":
-            given = await cast.attempt(cast.player(), begin, what)
-        else:
-            given = await (await cast.means.play_as(plan.player))(begin)
+    given = await played
+    cast.seed = derive(cast.recipe.seed, "iteration", index)
+    cast.played = [*given]
     batches = await trainer.batches(given)
     metrics = {"time/rollout_s": clock.lap()} | summary(cast.played, cast.asked)
+    metrics |= staleness(cast.played, cast.version)
+    cast.asked = 0
     if isinstance(trainer, HasFindings):
         metrics |= trainer.findings
     if isinstance(trainer, HasGuards) and trainer.alarm:
@@ -219,6 +275,19 @@ async def iterate(cast: Cast, trainer: Trainer, index: int, progress: float = 0.
                 update = loop.run_in_executor(None, cast.learner.update, batch, progress)
                 learned.append(await update)
     return metrics | together(learned) | {"time/learn_s": clock.lap()}
+
+
+def staleness(played: Sequence[Judged], version: int) -> Metrics:
+    """How many iterations the policy has learned from since it said what it learns from now."""
+    own = [
+        version - step.action.completion.version
+        for one in played
+        for step in one.trajectory.steps[one.trajectory.replayed :]
+        if step.action.completion.version >= 0
+    ]
+    if not own:
+        return {}
+    return {"rollout/staleness": sum(own) / len(own), "rollout/staleness_max": float(max(own))}
 
 
 COUNTED = ("train/examples", "train/rows", "train/updates", "train/tokens", "train/prefix_breaks")

@@ -49,6 +49,20 @@ class JudgeConfig(Config):
     """The share of groups that the judge may fail on, in one round, before the run stops."""
 
 
+class Rollout(Config):
+    """How the episodes of training are waited for."""
+
+    enough: float = Field(default=1.0, gt=0, le=1)
+    """A task's attempts are closed once this share of them has ended well; those still in play are
+    stored as far as they came, as failed, and not learned from. Below 1 it favours short ones."""
+    group_timeout_s: float | None = Field(default=None, gt=0)
+    """They are also closed so long after the first of them began."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Up to so many iterations are played ahead, while the one before is learned from: what is
+    learned was sampled by weights at most so many iterations old. Above 0 runs do not repeat
+    exactly, and wall-clock time decides who samples what."""
+
+
 class Evaluation(Config):
     """How checkpoints are compared: the same tasks for all, never trained on."""
 

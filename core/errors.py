@@ -21,6 +21,10 @@ class WorkerLost(WorldError):
     """A worker that hosted worlds on a cluster is gone: no fault of the world's."""
 
 
+class Late(SelfwrightError, TimeoutError):
+    """The group of an episode was closed before its end."""
+
+
 class TooManyFailures(SelfwrightError, RuntimeError):
     """More episodes failed than the recipe allows. Carries the first traceback."""
 

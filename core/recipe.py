@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 from pydantic import Field
 
 from . import strict_yaml
-from .config import Budget, Config, Evaluation, Fleet, JudgeConfig, PolicyConfig
+from .config import Budget, Config, Evaluation, Fleet, JudgeConfig, PolicyConfig, Rollout
 from .errors import PluginError, RecipeError
 from .faults import show, validate
 from .plugins import load, nearest
@@ -53,6 +53,7 @@ class Top(Config):
     iterations: int = Field(default=10, ge=1)
     """Rounds of playing and learning, at most."""
     budget: Budget = Budget()
+    rollout: Rollout = Field(default_factory=lambda: Rollout.model_validate({}))
     evaluation: Evaluation = Field(default_factory=lambda: Evaluation.model_validate({}))
 
 
@@ -103,6 +104,7 @@ class Recipe:
     policies: Mapping[str, Section]
     """Others, by the names that trainers and judges call them by: teachers, refiners, judges."""
     budget: Budget
+    rollout: Rollout
     environment: Section
     agent: Section
     policy: Section
@@ -141,6 +143,7 @@ class Recipe:
         if self.policies:
             plain["policies"] = {name: one.dump() for name, one in self.policies.items()}
         plain["budget"] = self.budget.model_dump(mode="json")
+        plain["rollout"] = self.rollout.model_dump(mode="json")
         plain["evaluation"] = self.evaluation.model_dump(mode="json")
         return plain
 
@@ -177,6 +180,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         phases=phases,
         policies=policies,
         budget=top.budget,
+        rollout=top.rollout,
         evaluation=top.evaluation,
         fleet=fleet,
         notes=tuple(draft.notes),

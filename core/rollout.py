@@ -1,16 +1,17 @@
 """Episodes: many at once, every wait under a deadline, every failure data."""
 
 import asyncio
+import math
 import random
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from .config import Fleet
-from .errors import TooManyFailures, WorkerLost, WorldError
+from .config import Fleet, Rollout
+from .errors import Late, TooManyFailures, WorkerLost, WorldError
 from .protocols import Agent, Policy
 from .seeds import derive
 from .types import (
@@ -56,6 +57,8 @@ class PolicyPlayer:
     timeout_s: float = 600.0
     listed: bool = False
     """Restrict completions to the actions a world lists."""
+    version: Callable[[], int] = lambda: -1
+    """From how many iterations the policy has learned by now; -1: unknown."""
 
     @property
     def name(self) -> str:
@@ -88,8 +91,10 @@ class PolicyPlayer:
                 observation.actions,
             )
         prompt = self.agent.prompt(task, history, observation)
+        version = self.version()
         async with deadline(self.timeout_s, "the policy's completion"):
             completion = await self.policy.complete(prompt, sampling, seed)
+        completion = replace(completion, version=version)
         return Action(self.agent.parse(completion.text), completion)
 
 
@@ -271,19 +276,85 @@ def over(last: TimeStep | None) -> bool:
     return last is not None and (last.terminated or last.truncated)
 
 
+@dataclass
+class Group:
+    """A task's attempts: closed when enough of them have ended, or when it is time."""
+
+    size: int
+    enough: int
+    timeout_s: float | None
+    ended: int = 0
+    due: float | None = None
+    """On the event loop's clock, known once the first has begun."""
+    playing: set[asyncio.Timeout] = field(default_factory=set[asyncio.Timeout])
+
+    @property
+    def closed(self) -> bool:
+        late = self.due is not None and asyncio.get_running_loop().time() >= self.due
+        return late or self.ended >= self.enough
+
+    @asynccontextmanager
+    async def member(self) -> AsyncGenerator[None]:
+        """While one is played. Raises: Late: it was not at its end when the group closed."""
+        if self.due is None and self.timeout_s is not None:
+            self.due = asyncio.get_running_loop().time() + self.timeout_s
+        limit = asyncio.timeout_at(self.due)
+        try:
+            async with limit:
+                self.playing.add(limit)
+                try:
+                    yield
+                finally:
+                    self.playing.discard(limit)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            why = f"{self.ended} of {self.size} attempts had ended well"
+            if self.ended < self.enough:
+                why += f" after {self.timeout_s:g} s"
+            raise Late(why) from None
+
+    def end(self) -> None:
+        """One has ended well."""
+        self.ended += 1
+        if self.ended == self.enough:
+            for limit in self.playing:
+                if not limit.expired():
+                    limit.reschedule(asyncio.get_running_loop().time())
+
+
+PATIENT = Rollout.model_validate({})
+
+
+def grouped(starts: Sequence[Start], patience: Rollout) -> list[Group]:
+    """The group of each start: those of one task with one seed share it."""
+    keys = [(start.task.id, start.seed) for start in starts]
+    made = {
+        key: Group(size, math.ceil(patience.enough * size), patience.group_timeout_s)
+        for key, size in Counter(keys).items()
+    }
+    return [made[key] for key in keys]
+
+
 async def rollouts(
     player: Player,
     worlds: Worlds,
     starts: Sequence[Start],
     seed: int,
     done: Callable[[int], None] = lambda _: None,
+    patience: Rollout = PATIENT,
 ) -> list[Trajectory]:
     """Play every start, at most ``fleet.parallel`` at once; results in the order of ``starts``.
+
+    Several such rounds may be in play: a later one has its turn as an earlier one's last episodes
+    are waited for.
 
     A world that breaks, hangs or returns rubbish gives a trajectory with ``Stop.FAILED`` and the
     error's name and words; that instance is thrown away. An episode whose worker on a cluster was
     lost is played again from its start elsewhere, with the same actions so far; lost once more
-    after ``LOSSES`` times, it has failed. ``done`` is told how many have ended.
+    after ``LOSSES`` times, it has failed. ``done`` is told how many have ended. Where ``patience``
+    closes a group, those still in play come back with ``Stop.FAILED`` and ``Late``, which is not
+    counted as a failure, and those that had not begun do not come at all.
 
     Raises:
         TooManyFailures: more than ``fleet.max_failures`` of the starts failed; holds the first
@@ -291,6 +362,7 @@ async def rollouts(
     """
     fleet = worlds.fleet
     results: list[Trajectory | None] = [None] * len(starts)
+    groups = grouped(starts, patience)
     queue = iter(enumerate(starts))
     failures = Failures(
         len(starts),
@@ -301,17 +373,38 @@ async def rollouts(
     )
     ended = 0
 
-    async def slot(seat: ExitStack) -> None:
+    async def slot(seat: ExitStack | None) -> None:
         nonlocal ended
+        if seat is None:
+            await worlds.slots.acquire()
+            seat = seated()
         # The seat is held across episodes: between two of them a policy still waits for us.
         with seat:
             for index, start in queue:
-                results[index] = await attempt(start)
+                if not groups[index].closed:
+                    results[index] = await member(groups[index], start)
                 ended += 1
                 done(ended)
 
-    async def attempt(start: Start) -> Trajectory:
+    def seated() -> ExitStack:
+        """In a slot that was got; both are given back when it closes."""
+        seat = ExitStack()
+        seat.callback(worlds.slots.release)
+        seat.enter_context(player.seat())
+        return seat
+
+    async def member(group: Group, start: Start) -> Trajectory:
         steps: list[Step] = []
+        try:
+            async with group.member():
+                trajectory = await attempt(start, steps)
+        except Late as late:
+            return failed(start, steps, player.name, late)
+        if trajectory.stop != Stop.FAILED:
+            group.end()
+        return trajectory
+
+    async def attempt(start: Start, steps: list[Step]) -> Trajectory:
         chosen: list[tuple[Observation, Action]] = []
         losses = 0
         while True:
@@ -330,19 +423,24 @@ async def rollouts(
                 failures.add(cause)
                 return failed(start, steps, player.name, cause)
 
-    # All seats are taken before the first slot runs, so that the first batch is a full one.
-    seats = [ExitStack() for _ in range(min(fleet.parallel, len(starts)))]
-    for seat in seats:
-        seat.enter_context(player.seat())
+    # All seats are taken before the first slot runs, so that the first batch is a full one. Those
+    # that other rounds have still to leave are taken later: a policy would wait for them in vain.
+    seats: list[ExitStack | None] = [None] * min(fleet.parallel, len(starts))
     try:
-        async with asyncio.TaskGroup() as group:
+        for k in range(len(seats)):
+            if worlds.slots.locked():
+                break
+            await worlds.slots.acquire()  # At once, so nobody else comes between.
+            seats[k] = seated()
+        async with asyncio.TaskGroup() as several:
             for seat in seats:
-                group.create_task(slot(seat))
+                several.create_task(slot(seat))
     except* TooManyFailures as several:
         raise several.exceptions[0] from None
     finally:
         for seat in seats:
-            seat.close()
+            if seat is not None:
+                seat.close()
     return [result for result in results if result is not None]
 
 

@@ -11,7 +11,7 @@ The columns, nested as in ``core.types``; nothing is null but an undecided score
                 observation: OBSERVATION,
                 action: struct<text: string, completion: struct<
                     text: string, token_ids: list<int32>, logprobs: list<float>, finish: string,
-                    tokenizer: string>>,
+                    tokenizer: string, version: int32>>,
                 reward: double>>
     final     OBSERVATION
     stop      string          terminated, truncated or failed
@@ -58,7 +58,7 @@ from .types import (
 if TYPE_CHECKING:
     import datasets
 
-VERSION = 1
+VERSION = 2
 TRAJECTORIES = "trajectories.parquet"
 """What an iteration's trajectories are called in its folder."""
 
@@ -73,6 +73,7 @@ _COMPLETION = pa.struct(
         "logprobs": pa.list_(pa.float32()),
         "finish": pa.string(),
         "tokenizer": pa.string(),
+        "version": pa.int32(),
     }
 )
 _STEP = pa.struct(
@@ -286,6 +287,7 @@ def _step_row(step: Step, put: Callable[[bytes], str]) -> dict[str, Any]:
         "logprobs": said.logprobs,
         "finish": said.finish,
         "tokenizer": said.tokenizer,
+        "version": said.version,
     }
     return {
         "observation": _observation_row(step.observation, put),
@@ -326,6 +328,7 @@ def _step(row: dict[str, Any], get: Callable[[str], bytes]) -> Step:
         tuple(said["logprobs"]),
         said["finish"],
         said["tokenizer"],
+        said["version"],
     )
     return Step(
         _observation(row["observation"], get), Action(action["text"], completion), row["reward"]

@@ -60,6 +60,9 @@ class Completion:
     tokenizer: str = ""
     """Fingerprint of the vocabulary that ``token_ids`` belong to: to any other they mean nothing,
     and ``text`` stands for them. Empty: the reader's own."""
+    version: int = -1
+    """From how many of its run's iterations the policy had learned when it was asked; -1: unknown.
+    What answered had learned from as many or, if weights were loaded meanwhile, from more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,8 @@ class Stop(StrEnum):
     TRUNCATED = "truncated"
     """A limit on steps cut it."""
     FAILED = "failed"
-    """Something broke; ``error`` says what. Not the agent's doing."""
+    """Something broke, or the episode's group closed without it; ``error`` says what. Not the
+    agent's doing."""
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,8 @@ class Worlds:
         self._host = host
         self._free: list[World] = []
         self._room = asyncio.Semaphore(fleet.parallel)
+        self.slots = asyncio.Semaphore(fleet.parallel)
+        """One for each episode that may be in play; all rounds of rollouts share them."""
         self._closed = False
 
     @property
