@@ -40,8 +40,8 @@ def open_model(
     return weights, open_tokens(model, trust_remote_code)
 
 
-def open_tokens(model: str, trust_remote_code: bool = False) -> ChatTokens:
-    """The tokenizer alone. Raises: ModelError: as ``open_model``."""
+def open_tokens(model: str, trust_remote_code: bool = False, pictures: bool = False) -> ChatTokens:
+    """The tokenizer alone; ``pictures``: as in ``ChatTokens``. Raises: ModelError: as above."""
     # Untyped: their from_pretrained is only partly known to a type checker.
     from transformers import AutoTokenizer
 
@@ -51,7 +51,19 @@ def open_tokens(model: str, trust_remote_code: bool = False) -> ChatTokens:
         tokenizer = tokenizers.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as cause:
         raise _cannot_open(model, cause) from cause
-    return ChatTokens(tokenizer)
+    return ChatTokens(tokenizer, pictures=pictures)
+
+
+def reads_images(model: str) -> bool:
+    """Raises: ModelError: it is not there."""
+    from transformers import AutoConfig
+
+    configs: Any = AutoConfig
+    model, _ = parts_of(model)
+    try:
+        return hasattr(configs.from_pretrained(model), "vision_config")
+    except Exception as cause:
+        raise _cannot_open(model, cause) from cause
 
 
 def same_vocabulary(model: str, other: str) -> None:

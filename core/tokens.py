@@ -29,11 +29,14 @@ class ChatTokens:
     text; ``breaks`` counts those prompts, ``prompts`` all of them.
     """
 
-    def __init__(self, tokenizer: Any, remember: int = 1 << 22) -> None:
+    def __init__(self, tokenizer: Any, remember: int = 1 << 22, pictures: bool = False) -> None:
         """``tokenizer``: a transformers tokenizer with a chat template.
 
         ``remember``: how many ids of prompts are kept, so that a conversation is not rendered
         anew from its beginning every turn.
+
+        ``pictures``: its template knows images. Each is one placeholder among the ids, which
+        whoever samples makes as many of as the image has patches.
 
         Raises:
             ModelError: it has no chat template, or no end token.
@@ -62,6 +65,7 @@ class ChatTokens:
         self._controls = {i: one.content for i, one in added.items() if one.special}
         self.breaks = 0
         self.prompts = 0
+        self._pictures = pictures
         self._remember = remember
         self._remembered = 0
         self._known: OrderedDict[tuple[Message, ...], Rendered] = OrderedDict()
@@ -72,7 +76,7 @@ class ChatTokens:
         Raises:
             PromptError: there are images, or the template refuses these messages.
         """
-        if any(message.images for message in messages):
+        if not self._pictures and any(message.images for message in messages):
             raise PromptError("this model reads text only, but the prompt holds images")
         rendered = self._prompt(tuple(messages))
         self.prompts += 1
@@ -164,7 +168,7 @@ class ChatTokens:
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         try:
             return self.tokenizer.apply_chat_template(
-                [{"role": message.role, "content": message.text} for message in messages],
+                [{"role": m.role, "content": self._content(m)} for m in messages],
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
@@ -174,6 +178,11 @@ class ChatTokens:
                 f"the chat template of {self.tokenizer.name_or_path!r} refuses a conversation of "
                 f"{roles}: {cause}"
             ) from cause
+
+    def _content(self, message: Message) -> Any:
+        if not self._pictures:
+            return message.text
+        return [{"type": "image"}] * len(message.images) + [{"type": "text", "text": message.text}]
 
     def _encode(self, text: str) -> tuple[int, ...]:
         if self._fast is not None:

@@ -1,6 +1,7 @@
 """A policy served by vLLM: servers of our own, or running ones, with adapters swapped in live."""
 
 import asyncio
+import base64
 import hashlib
 import os
 import shutil
@@ -20,13 +21,17 @@ from ...core.canary import Canary, canary_ids, distance
 from ...core.config import PolicyConfig
 from ...core.errors import DiskError, PolicyError
 from ...core.files import DRAFT, hard_link
-from ...core.models import ADAPTER, open_tokens, parts_of, save_merged
+from ...core.models import ADAPTER, open_tokens, parts_of, reads_images, save_merged
 from ...core.types import Completion, Message, Sampling
 from .vllm_server import MODEL, Gone, Replica, launched
 
 WEIGHTS = "adapter_model.safetensors"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can be told to make room for."""
+PICTURED = "/inference/v1/generate"
+"""Where it is asked about images: ids go in and come out, and pictures go in beside them."""
+SCORING = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+"""How to ask for log-probabilities of what is there already."""
 MISSED = 3
 """A request whose server went away is asked so many times in all."""
 
@@ -109,7 +114,7 @@ class VLLMPolicy:
     def __init__(self, config: VLLMConfig, model: str, seed: int) -> None:
         """Raises: ModelError: no such model, or no chat template. PolicyError: cannot start."""
         self._config = config
-        self.tokens = open_tokens(model)
+        self.tokens = open_tokens(model, pictures=reads_images(model))
         self.checkpoint = "base"
         self._ids = canary_ids(self.tokens.tokenizer)
         self._mark = uuid.uuid4().hex[:8]
@@ -177,9 +182,16 @@ class VLLMPolicy:
             # A choice is never cut, neither by length nor by a stop text inside it.
             most = max(len(tokens.completion(text)) for text in sampling.choices) + 1
         await self._fit(len(ids), most)
-        asked = {"prompt": list(ids), "logprobs": 0, **self._sampling(sampling, seed, most)}
-        choice = (await self._ask("/v1/completions", asked, home(prompt)))["choices"][0]
-        said = self._completion(choice, choice["logprobs"]["token_logprobs"], sampling)
+        how = self._sampling(sampling, seed, most)
+        if images := pictures(prompt):
+            answer = await self._ask(PICTURED, pictured(ids, images, how), home(prompt))
+            choice = answer["choices"][0]
+            logprobs = [float(one["logprob"]) for one in choice["logprobs"]["content"]]
+        else:
+            asked = {"prompt": list(ids), "logprobs": 0, "return_token_ids": True, **how}
+            choice = (await self._ask("/v1/completions", asked, home(prompt)))["choices"][0]
+            logprobs = choice["logprobs"]["token_logprobs"]
+        said = self._completion(choice, logprobs, sampling)
         # Held to choices, it tells the log-probabilities that are left after all else is ruled out.
         return await self.score(prompt, said) if sampling.choices else said
 
@@ -191,7 +203,6 @@ class VLLMPolicy:
             "max_tokens": most,
             "seed": seed % 2**31,
             "stop_token_ids": sorted({tokens.end, tokens.eos}),
-            "return_token_ids": True,
         }
         if sampling.choices:
             asked["structured_outputs"] = {"choice": list(sampling.choices)}
@@ -217,9 +228,13 @@ class VLLMPolicy:
     async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
         before, ids = self.tokens.prompt(prompt), self.tokens.answer(said)
         await self._fit(len(before), len(ids) + 1)  # It has to sample one more.
-        asked = scoring((*before, *ids))
-        choice = (await self._ask("/v1/completions", asked, home(prompt)))["choices"][0]
-        logprobs = scores(choice, (*before, *ids))[-len(ids) :]
+        if images := pictures(prompt):
+            asked = pictured((*before, *ids), images, SCORING)
+            told = await self._ask(PICTURED, asked, home(prompt))
+        else:
+            asked = {"prompt": [*before, *ids], **SCORING}
+            told = (await self._ask("/v1/completions", asked, home(prompt)))["choices"][0]
+        logprobs = scores(told, ids)
         return Completion(said.text, ids, logprobs, said.finish, self.tokens.fingerprint)
 
     async def _fit(self, prompt: int, more: int) -> None:
@@ -387,9 +402,9 @@ class VLLMPolicy:
 
     async def _spoken(self, replica: Replica, name: str) -> tuple[float, ...]:
         """What the canary's tokens are worth there; also a proof that it knows our tokens."""
-        asked = {"model": name or MODEL, **scoring(self._ids)}
+        asked = {"model": name or MODEL, "prompt": list(self._ids), **SCORING}
         choice = (await replica.post("/v1/completions", asked, first=True))["choices"][0]
-        return scores(choice, self._ids)
+        return scores(choice, self._ids[1:])
 
     async def _drop(self, name: str) -> None:
         """Unload once nobody is being answered by it; its files go too."""
@@ -419,15 +434,26 @@ def home(prompt: Sequence[Message]) -> int:
     return zlib.crc32("\0".join(message.text for message in prompt[: said + 1]).encode())
 
 
-def scoring(ids: Sequence[int]) -> dict[str, Any]:
-    """What to ask for the log-probabilities of these tokens."""
-    return {"prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+def scores(told: Mapping[str, Any], ids: Sequence[int]) -> tuple[float, ...]:
+    """(T,) nats, of these tokens at the end of what was asked about."""
+    last = told["prompt_logprobs"][-len(ids) :]
+    return tuple(float(one[str(k)]["logprob"]) for one, k in zip(last, ids, strict=True))
 
 
-def scores(choice: Mapping[str, Any], ids: Sequence[int]) -> tuple[float, ...]:
-    """(T - 1,) nats, of all tokens but the first."""
-    told = choice["prompt_logprobs"][1:]
-    return tuple(float(one[str(k)]["logprob"]) for one, k in zip(told, ids[1:], strict=True))
+def pictures(prompt: Sequence[Message]) -> list[bytes]:
+    return [image for message in prompt for image in message.images]
+
+
+def pictured(
+    ids: Sequence[int], images: Sequence[bytes], sampling: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What to ask where ``ids`` hold a placeholder for each of the images."""
+    urls = ["data:image/png;base64," + base64.b64encode(image).decode() for image in images]
+    return {
+        "token_ids": list(ids),
+        "content_parts": [{"type": "image_url", "url": url} for url in urls],
+        "sampling_params": {"logprobs": 0, **sampling},
+    }
 
 
 def room_for(rank: int) -> int:
