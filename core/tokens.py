@@ -49,6 +49,7 @@ class ChatTokens:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"the tokenizer of {tokenizer.name_or_path!r} has no end token")
         self.tokenizer = tokenizer
+        self._pictures = pictures
         # What is inside does the same at a fifth of the cost; a copy, which nobody else sets up.
         self._fast: Any = copy.deepcopy(getattr(tokenizer, "backend_tokenizer", None))
         if self._fast is not None:
@@ -65,7 +66,6 @@ class ChatTokens:
         self._controls = {i: one.content for i, one in added.items() if one.special}
         self.breaks = 0
         self.prompts = 0
-        self._pictures = pictures
         self._remember = remember
         self._remembered = 0
         self._known: OrderedDict[tuple[Message, ...], Rendered] = OrderedDict()

@@ -184,6 +184,7 @@ def test_playing_ahead_is_bounded_and_told(player: Path, tmp_path: Path) -> None
     assert all(m["rollout/staleness_max"] == 0 for m in metrics_of(tmp_path / "now"))
     output = tmp_path / "ahead"
     wanted = ["rollout.max_staleness=2", "iterations=5", "learner.learning_rate=5e-3"]
+    wanted.append("learner.batch_size=1024")  # One step an iteration: what it meets is unchanged.
     result = played(recipe, wanted, output)
     assert len(result["costs"]) == 5
     told = metrics_of(output)

@@ -154,9 +154,9 @@ def test_a_flipped_byte_is_seen(tmp_path: Path) -> None:
 def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.parquet"
     with monkeypatch.context() as patch:
-        patch.setattr(store, "VERSION", 2)
+        patch.setattr(store, "VERSION", 3)
         write_trajectories(path, [episode()], tmp_path / "images")
-    with pytest.raises(StoreError, match=r"has schema version 2.* reads 1"):
+    with pytest.raises(StoreError, match=r"has schema version 3.* reads 2"):
         read_trajectories(path)
     table = pq.read_table(path)
     pq.write_table(table.replace_schema_metadata(None), path)
