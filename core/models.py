@@ -40,8 +40,10 @@ def open_model(
     return weights, open_tokens(model, trust_remote_code)
 
 
-def open_tokens(model: str, trust_remote_code: bool = False, pictures: bool = False) -> ChatTokens:
-    """The tokenizer alone; ``pictures``: as in ``ChatTokens``. Raises: ModelError: as above."""
+def open_tokens(
+    model: str, trust_remote_code: bool = False, placeholder: int | None = None
+) -> ChatTokens:
+    """The tokenizer alone; ``placeholder``: as in ``ChatTokens``. Raises: ModelError: as above."""
     # Untyped: their from_pretrained is only partly known to a type checker.
     from transformers import AutoTokenizer
 
@@ -51,17 +53,17 @@ def open_tokens(model: str, trust_remote_code: bool = False, pictures: bool = Fa
         tokenizer = tokenizers.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as cause:
         raise _cannot_open(model, cause) from cause
-    return ChatTokens(tokenizer, pictures=pictures)
+    return ChatTokens(tokenizer, placeholder=placeholder)
 
 
-def reads_images(model: str) -> bool:
-    """Raises: ModelError: it is not there."""
+def placeholder_of(model: str) -> int | None:
+    """The id that stands for an image; None if it reads none. Raises: ModelError: no such model."""
     from transformers import AutoConfig
 
     configs: Any = AutoConfig
     model, _ = parts_of(model)
     try:
-        return hasattr(configs.from_pretrained(model), "vision_config")
+        return getattr(configs.from_pretrained(model), "image_token_id", None)
     except Exception as cause:
         raise _cannot_open(model, cause) from cause
 

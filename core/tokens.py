@@ -29,14 +29,16 @@ class ChatTokens:
     text; ``breaks`` counts those prompts, ``prompts`` all of them.
     """
 
-    def __init__(self, tokenizer: Any, remember: int = 1 << 22, pictures: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Any, remember: int = 1 << 22, placeholder: int | None = None
+    ) -> None:
         """``tokenizer``: a transformers tokenizer with a chat template.
 
         ``remember``: how many ids of prompts are kept, so that a conversation is not rendered
         anew from its beginning every turn.
 
-        ``pictures``: its template knows images. Each is one placeholder among the ids, which
-        whoever samples makes as many of as the image has patches.
+        ``placeholder``: the id that stands for an image, one for each, in models that read images;
+        whoever samples makes as many of it as the image is worth.
 
         Raises:
             ModelError: it has no chat template, or no end token.
@@ -49,7 +51,7 @@ class ChatTokens:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"the tokenizer of {tokenizer.name_or_path!r} has no end token")
         self.tokenizer = tokenizer
-        self._pictures = pictures
+        self._placeholder = placeholder
         # What is inside does the same at a fifth of the cost; a copy, which nobody else sets up.
         self._fast: Any = copy.deepcopy(getattr(tokenizer, "backend_tokenizer", None))
         if self._fast is not None:
@@ -74,11 +76,19 @@ class ChatTokens:
         """The ids a model sees before it answers.
 
         Raises:
-            PromptError: there are images, or the template refuses these messages.
+            PromptError: there are images, and not as many placeholders in the template's words;
+                or the template refuses these messages.
         """
-        if not self._pictures and any(message.images for message in messages):
+        images = sum(len(message.images) for message in messages)
+        if images and self._placeholder is None:
             raise PromptError("this model reads text only, but the prompt holds images")
         rendered = self._prompt(tuple(messages))
+        places = rendered.ids.count(self._placeholder)
+        if self._placeholder is not None and places != images:
+            raise PromptError(
+                f"the prompt holds {images} images, but {places} times "
+                f"{self.tokenizer.convert_ids_to_tokens(self._placeholder)!r}, which stands for one"
+            )
         self.prompts += 1
         self.breaks += rendered.broken
         return rendered.ids
@@ -180,7 +190,7 @@ class ChatTokens:
             ) from cause
 
     def _content(self, message: Message) -> Any:
-        if not self._pictures:
+        if self._placeholder is None:
             return message.text
         return [{"type": "image"}] * len(message.images) + [{"type": "text", "text": message.text}]
 

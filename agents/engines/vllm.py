@@ -21,7 +21,7 @@ from ...core.canary import Canary, canary_ids, distance
 from ...core.config import PolicyConfig
 from ...core.errors import DiskError, PolicyError
 from ...core.files import DRAFT, hard_link
-from ...core.models import ADAPTER, open_tokens, parts_of, reads_images, save_merged
+from ...core.models import ADAPTER, open_tokens, parts_of, placeholder_of, save_merged
 from ...core.types import Completion, Message, Sampling
 from .vllm_server import MODEL, Gone, Replica, launched
 
@@ -114,7 +114,8 @@ class VLLMPolicy:
     def __init__(self, config: VLLMConfig, model: str, seed: int) -> None:
         """Raises: ModelError: no such model, or no chat template. PolicyError: cannot start."""
         self._config = config
-        self.tokens = open_tokens(model, pictures=reads_images(model))
+        self._placeholder = placeholder_of(model)
+        self.tokens = open_tokens(model, placeholder=self._placeholder)
         self.checkpoint = "base"
         self._ids = canary_ids(self.tokens.tokenizer)
         self._mark = uuid.uuid4().hex[:8]
@@ -149,6 +150,8 @@ class VLLMPolicy:
             "max-lora-rank": room_for(config.max_rank),
             "max-loras": 2,
             "max-cpu-loras": 4,
+            # Else it takes no ids with pictures beside them.
+            **({} if self._placeholder is None else {"enable-scale-out": True}),
             **({"max-model-len": config.context} if config.context else {}),
             **config.arguments,
         }
