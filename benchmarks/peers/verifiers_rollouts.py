@@ -2,13 +2,12 @@
 
     PYTHON benchmarks/peers/verifiers_rollouts.py SETTINGS.json
 
-PYTHON is that of an environment with verifiers 0.4; SETTINGS.json is written by ``served.py``. The
-world is the simulated user of ``Env.run``, as in verifiers' own games; the harness is a chat in
-this process, so no episode starts any. This file is also the plug-in that verifiers loads by name.
-The last line printed is what was measured, as JSON; it fails if any episode did.
+PYTHON has verifiers 0.4; ``served.py`` writes SETTINGS.json. The world is the user in ``Env.run``,
+as in verifiers' own games; the harness is a chat inside this process, so no episode starts another.
+verifiers loads this file by name, too, as its plug-in. The last line printed is what was measured.
 """
 
-# Checked without verifiers, which lives in an environment of its own.
+# Checked without verifiers, which has an environment of its own.
 # pyright: basic, reportMissingImports=false
 
 import asyncio
@@ -24,9 +23,9 @@ import verifiers.v1 as vf
 
 LIMIT_S = 600
 TRIES = 3
-"""As often as OpenAI's client asks; on the way to the server verifiers leaves this to harnesses."""
+"""As many as OpenAI's client makes; verifiers leaves it to the harness to ask again."""
 MULTIPLEX = 8
-"""Episodes that share a pool of connections: the default of 32 costs a third more CPU."""
+"""Episodes that share connections to the server; the default of 32 costs more CPU here."""
 __all__ = ["WordsEnv", "WordsHarness", "WordsTaskset"]
 
 
@@ -34,46 +33,40 @@ class WordsData(vf.TaskData):
     replies: list[str]
 
 
-class WordsTask(vf.Task[WordsData, vf.State, vf.TaskConfig]):
-    pass
-
-
 class WordsTasksetConfig(vf.TasksetConfig):
     settings: Path
 
 
-class WordsTaskset(vf.Taskset[WordsTask, WordsTasksetConfig]):
-    def load(self) -> Iterator[WordsTask]:
+class WordsTaskset(vf.Taskset[vf.Task, WordsTasksetConfig]):
+    def load(self) -> Iterator[vf.Task]:
         for one in json.loads(self.config.settings.read_text())["tasks"]:
-            yield WordsTask(WordsData(prompt=one["opening"], replies=one["replies"]))
+            yield vf.Task(WordsData(prompt=one["opening"], replies=one["replies"]))
 
 
 class WordsSession(vf.HarnessSession):
     """One episode's chat, which keeps what was said instead of reading it off the trace."""
 
-    def __init__(self, *told: Any, **more: Any) -> None:
-        super().__init__(*told, **more)
+    def __init__(self, *told: Any) -> None:
+        super().__init__(*told)
         self._said: list[dict[str, Any]] = []
-        self._http = aiohttp.ClientSession(
-            headers={"Authorization": f"Bearer {self.secret}"},
-            timeout=aiohttp.ClientTimeout(total=LIMIT_S),
-        )
+        self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=LIMIT_S))
 
     async def _run(self, messages: vf.Messages | None) -> vf.ProgramResult:
         heard = messages or [vf.UserMessage(content=self.data.prompt)]
         self._said += [{"role": one.role, "content": one.content} for one in heard]
         asked = {"model": self.ctx.model, "messages": self._said}
-        status, text = 0, ""
+        url, headers = (
+            f"{self.endpoint}/chat/completions",
+            {"Authorization": f"Bearer {self.secret}"},
+        )
         for k in range(TRIES):
-            # So marked, an answer that was lost on its way back is not sampled again.
-            again = {"x-stainless-retry-count": str(k)}
-            url = f"{self.endpoint}/chat/completions"
-            async with self._http.post(url, json=asked, headers=again) as response:
-                status, text = response.status, await response.text()
-            if status < 500:
+            headers["x-stainless-retry-count"] = str(k)  # An answer lost on its way is told again.
+            async with self._http.post(url, json=asked, headers=headers) as response:
+                text = await response.text()
+            if response.status < 500:
                 break
-        if status != 200:
-            return vf.ProgramResult(1, "", f"{status} {text}")
+        if response.status != 200:
+            return vf.ProgramResult(1, "", f"{response.status} {text}")
         answer = json.loads(text)["choices"][0]["message"]["content"]
         self._said.append({"role": "assistant", "content": answer or ""})
         return vf.ProgramResult(0, "", "")
@@ -87,10 +80,10 @@ class WordsHarness(vf.Harness[vf.HarnessConfig]):
     EXECUTES_CODE = False
     NEEDS_CONTAINER = False
 
-    async def session(self, *told: Any, **more: Any) -> WordsSession:
-        return WordsSession(self, *told, **more)
+    async def session(self, *told: Any) -> WordsSession:
+        return WordsSession(self, *told)
 
-    async def launch(self, *told: Any, **more: Any) -> vf.ProgramResult:
+    async def launch(self, *told: Any) -> vf.ProgramResult:
         raise NotImplementedError("its sessions launch nothing")
 
 
@@ -100,11 +93,11 @@ class WordsEnvConfig(vf.EnvConfig):
 
 
 class WordsEnv(vf.Env[WordsEnvConfig]):
-    async def run(self, task: WordsTask, agents: vf.Agents) -> None:
+    async def run(self, task: vf.Task, agents: vf.Agents) -> None:
         async with agents.player.interaction(task) as talk:
-            for reply in (None, *task.data.replies):  # It is the prompt that opens.
+            for reply in (None, *task.data.replies):  # The prompt has opened it.
                 if (await talk.turn(reply)).terminated:
-                    raise RuntimeError("the episode ended early")
+                    return  # Its trace says why.
                 await asyncio.sleep(self.config.step_s)
         talk.trace.record_reward("reward", 0.0)
 
@@ -115,44 +108,38 @@ async def measured(file: Path) -> dict[str, float]:
     pool = {"type": "elastic", "multiplex": MULTIPLEX}
     config = {"taskset": taskset, "step_s": told["step_s"], "interception": pool}
     env = vf.load_environment(vf.resolve_env_config(config))
-    # Of its two clients the one that this server answers: for the other's requests (clients/train)
-    # vLLM gives log-probabilities in a form that renderers 0.1.12 refuses.
+    # Not the client for training: vLLM's /inference/v1/generate is off unless asked for, and gives
+    # log-probabilities in a form that renderers 0.1.12 refuses.
     client = vf.EvalClientConfig(base_url=f"{told['url']}/v1", api_key_var="VLLM_API_KEY")
     sampling = vf.Sampling(temperature=1.0, max_tokens=told["max_tokens"])
     context = vf.ModelContext("base", client, sampling)
     gate = asyncio.Semaphore(told["at_once"])
 
-    async def played(tasks: Sequence[WordsTask], attempts: int) -> list[vf.ModelCall]:
-        """The completions of as many episodes of each."""
+    async def played(tasks: Sequence[vf.Task], attempts: int, turns: int) -> int:
+        """Tokens sampled in as many episodes of each."""
         slots = [slot for task in tasks for slot in env.slots(task, attempts)]
         episodes = await asyncio.gather(*(env.run_slot(slot, context, gate) for slot in slots))
-        for one in episodes:
-            if not one.ok:
-                raise RuntimeError(f"failed: {[*one.errors, *(t.errors for t in one.traces)]}")
-        calls = [call for one in episodes for trace in one.traces for call in trace.calls]
-        return [call for call in calls if call.error is None]  # Not those that were asked again.
+        traces = [trace for one in episodes for trace in one.traces]
+        wrong = [error.message for one in (*episodes, *traces) for error in one.errors]
+        said = [call for trace in traces for call in trace.calls if call.error is None]
+        if wrong or not all(one.ok for one in episodes) or len(said) != len(slots) * turns:
+            raise RuntimeError(f"{len(said)} completions in {len(slots)} episodes: {wrong[:3]}")
+        return sum(call.usage.completion_tokens for call in said)
 
     async with env.serving():
         tasks = list(env.taskset)
-        await played([tasks[0].with_data(prompt="warm up", replies=[])], told["at_once"])
+        await played([tasks[0].with_data(prompt="warm up", replies=[])], told["at_once"], 1)
         began = time.perf_counter()
-        calls = await played(tasks, told["attempts"])
+        tokens = await played(tasks, told["attempts"], told["turns"])
         seconds = time.perf_counter() - began
-    if len(calls) != (wanted := len(tasks) * told["attempts"] * told["turns"]):
-        raise RuntimeError(f"wanted {wanted} completions, got {len(calls)}")
-    tokens = sum(call.usage.completion_tokens for call in calls)
+    requests = len(tasks) * told["attempts"] * told["turns"]
     return {
-        "requests": len(calls),
-        "answer_tokens": round(tokens / len(calls), 1),
+        "requests": requests,
+        "answer_tokens": round(tokens / requests, 1),
         "seconds": round(seconds, 2),
         "tokens_per_s": round(tokens / seconds, 1),
     }
 
 
-async def main(file: Path) -> None:
-    async with asyncio.timeout(LIMIT_S):
-        print(json.dumps(await measured(file)))
-
-
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1])))
+    print(json.dumps(asyncio.run(asyncio.wait_for(measured(Path(sys.argv[1])), LIMIT_S))))
