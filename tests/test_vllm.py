@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from test_supervised import within
 
 from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
 from selfwright.agents.engines.vllm import RANKS, VLLMConfig, VLLMPolicy, room_for
+from selfwright.agents.engines.vllm_server import metric
 from selfwright.core.canary import Canary
 from selfwright.core.errors import DiskError, PolicyError, RecipeError
 from selfwright.core.files import read_json
@@ -106,9 +107,9 @@ def gap(one: Completion, other: Completion) -> float:
     return max(abs(a - b) for a, b in zip(one.logprobs, other.logprobs, strict=True))
 
 
-async def served(policy: VLLMPolicy) -> set[str]:
+async def served(policy: VLLMPolicy, number: int = 0) -> set[str]:
     """Names of the adapters that the server holds."""
-    (replica,) = policy._replicas  # pyright: ignore[reportPrivateUsage]
+    replica = policy._replicas[number]  # pyright: ignore[reportPrivateUsage]
     async with httpx2.AsyncClient() as client:
         told = (await client.get(f"{replica.url}/v1/models")).json()
     return {one["id"] for one in told["data"]} - {"base"}
@@ -360,6 +361,42 @@ def test_a_server_that_dies_or_hangs_is_started_again_but_not_for_ever(
     assert within(10, lambda: not everybody(replica.process.pid))
 
 
+@pytest.mark.timeout(600)
+def test_replicas_share_the_work_and_have_the_same_adapter(
+    run: Run, model_folder: Folder, checkpoints: list[Path]
+) -> None:
+    made = run(policy_of(model_folder("vllm"), replicas=2))
+    try:
+        run(made.load(checkpoints[0]))
+        run(made.load(checkpoints[1]))
+        held = [run(served(made, number)) for number in (0, 1)]
+        assert len(held[0]) == 1 and held[0] == held[1]
+        mine = in_process(model_folder("vllm"), checkpoints[1])
+
+        def right(said: Sequence[Completion]) -> None:
+            for prompt, one in zip(PROMPTS, said, strict=True):
+                assert gap(asyncio.run(mine.score(prompt, one)), one) < 1e-3
+
+        right(run(ask(made, Sampling(max_tokens=6))))
+
+        async def answered(url: str) -> float:
+            async with httpx2.AsyncClient() as client:
+                told = (await client.get(f"{url}/metrics")).text
+            return metric(told, "vllm:request_success_total")
+
+        # Some of the prompts are at home with either, beside the canary's three questions.
+        replicas = made._replicas  # pyright: ignore[reportPrivateUsage]
+        assert all(run(answered(one.url)) > 3 for one in replicas)
+        # One is lost; it comes back with the adapter.
+        for process in everybody(replicas[1].process.pid):
+            process.kill()
+        right(run(ask(made, Sampling(max_tokens=6))))
+        assert run(served(made, 1)) == held[0]
+    finally:
+        run(made.close())
+    assert within(10, lambda: not any(everybody(one.process.pid) for one in replicas))
+
+
 def everybody(group: int) -> list[psutil.Process]:
     """The server's processes; not the one that watches over them."""
     found: list[psutil.Process] = []
@@ -379,10 +416,13 @@ def test_a_run_learns_from_what_vllm_samples(
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(SINGLE.replace("MODEL", str(player)))
     overrides = ["policy.use=vllm", f"policy.python={PYTHON}", "policy.memory_gb=0.25"]
-    result = played(recipe, [*overrides, "iterations=2"], tmp_path / "run")
+    # Two iterations, of which the second is played while the first is learned and loaded.
+    overrides += ["iterations=2", "rollout.max_staleness=1"]
+    result = played(recipe, overrides, tmp_path / "run")
     assert result["final"]["tasks"] == 12 and result["stopped"] is None
     metrics = [read_json(f) for f in sorted((tmp_path / "run").glob("iterations/*/metrics.json"))]
     assert len(metrics) == 2 and all(m["rollout/failed"] == 0 for m in metrics)
+    assert [m["rollout/staleness_max"] for m in metrics] == [0, 1]
     # The first update sees the very weights that sampled: their ratio is 1.
     assert abs(metrics[0]["train/ratio"] - 1) < 0.2 and metrics[0]["train/tokens"] > 0
     canary = Canary.of(tmp_path / "run" / "iterations" / "0001" / "checkpoint")
