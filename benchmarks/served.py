@@ -145,7 +145,7 @@ async def measured(arguments: argparse.Namespace) -> dict[str, Any]:
                 long.append(await replay(policy, arguments.long, TURNS, STEP_S, seed=k))
                 console.print(f"round {k}: ours {long[-1]}")
                 if arguments.verifiers:
-                    peer.append(await verified(arguments, replica.url, room, k))
+                    peer.append(await verified(arguments, replica.url, room, 1000 + k))
                     console.print(f"round {k}: verifiers {peer[-1]}")
         finally:
             await policy.close()
@@ -263,7 +263,7 @@ async def generated(url: str, model: Path, requests: int, like: dict[str, Any]) 
 
 
 async def verified(arguments: argparse.Namespace, url: str, room: str, seed: int) -> dict[str, Any]:
-    """The same world and as many episodes by verifiers."""
+    """The same world and as many episodes by verifiers, of other tasks: none is cached."""
     groups = arguments.long // ATTEMPTS
     settings = {"turns": TURNS, "step_s": STEP_S}
     async with await open_worlds(
