@@ -3,7 +3,9 @@
 import asyncio
 import os
 import socket
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,11 @@ class Replica:
         self.generation = 0
         """How often it was mended."""
         self.mending = asyncio.Lock()
+        self._made: float | None = None
+        """Tokens it had read and made when it was last looked at."""
+        self._moved = 0.0
+        """When it was last known to have done something, on the monotonic clock."""
+        self._looking: asyncio.Task[None] | None = None
         self._start_timeout_s = start_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self._client = httpx2.AsyncClient(
@@ -101,20 +108,23 @@ class Replica:
         if body.get("model") == MODEL:
             body = {**body, "model": self.model}
         asked = asyncio.create_task(self._client.post(f"{self.url}{path}", json=body))
-        made = -1.0
         stall_s = max(self._stall_timeout_s, self._start_timeout_s if first else 0.0)
+        begun = time.monotonic()
         try:
             while True:
-                done, _ = await asyncio.wait({asked}, timeout=stall_s)
+                quiet = time.monotonic() - max(begun, self._moved)
+                done, _ = await asyncio.wait({asked}, timeout=max(0.0, stall_s - quiet))
                 if done:
                     break
-                before, made = made, await self._made()
-                if made == before:
+                if time.monotonic() - max(begun, self._moved) >= stall_s:
+                    await self._look(stall_s)
+                if time.monotonic() - max(begun, self._moved) >= stall_s:
                     raise Gone(
                         f"{self.url} has made no token for {stall_s:g} s (stall_timeout_s)"
                         + self.words()
                     )
             response = asked.result()
+            self._moved = time.monotonic()
         except httpx2.TransportError as error:
             raise Gone(
                 f"{self.url} hung up: {type(error).__name__} {error}{self.words()}"
@@ -135,15 +145,26 @@ class Replica:
         except ValueError:
             return response.text
 
-    async def _made(self) -> float:
-        """Tokens read and made since it began; the same number as before if it does not say."""
-        try:
-            text = (await self._client.get(f"{self.url}/metrics", timeout=HEALTH_S)).text
-        except httpx2.TransportError:
-            return -1.0
-        return metric(text, "vllm:generation_tokens_total") + metric(
-            text, "vllm:prompt_tokens_total"
-        )
+    async def _look(self, timeout_s: float) -> None:
+        """See whether it has done something since the last look; the first one counts as such.
+
+        All that wait share one look: thousands of questions at once would be what it hangs on.
+        """
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._count(timeout_s))
+            self._looking.add_done_callback(self._looked)
+        await asyncio.shield(self._looking)
+
+    def _looked(self, _: object) -> None:
+        self._looking = None
+
+    async def _count(self, timeout_s: float) -> None:
+        with suppress(httpx2.TransportError):  # It says nothing: it has not moved.
+            text = (await self._client.get(f"{self.url}/metrics", timeout=timeout_s)).text
+            names = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total")
+            made = sum(metric(text, name) for name in names)
+            if made != self._made:
+                self._made, self._moved = made, time.monotonic()
 
     async def load(self, name: str, folder: Path) -> None:
         """Raises: PolicyError: it refuses, or knows no adapters."""
@@ -190,8 +211,9 @@ class Launched(Replica):
         self._command = [*command, "--host", "127.0.0.1", "--port", str(self._port)]
         self._environment = environment
         self._log = log
-        self._left = restarts
         self._allowed = restarts
+        self._restarted: list[str] = []
+        """Why, each time."""
         self.process = self._launch()
 
     def _launch(self) -> Supervised:
@@ -217,12 +239,13 @@ class Launched(Replica):
     async def again(self, gone: Gone) -> None:
         if self.process.alive and await self.healthy() and "hung up" in str(gone):
             return
-        if not self._left:
+        if len(self._restarted) >= self._allowed:
+            why = "; ".join(self._restarted) or "never"
             raise PolicyError(
                 f"{gone}\nit was started again {self._allowed} times already, as often as "
-                "policy.restarts allows"
+                f"policy.restarts allows: {why}"
             )
-        self._left -= 1
+        self._restarted.append(str(gone).splitlines()[0].removesuffix("; its last words:"))
         await asyncio.to_thread(self.process.stop)
         self.process = self._launch()
 
