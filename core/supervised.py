@@ -5,6 +5,7 @@ whole process group as soon as its standard input closes, which the death of the
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -50,6 +51,14 @@ class Supervised:
             text = self.log.read_bytes()[-SHOWN:].decode(errors="replace")
             return "\n".join(text.splitlines()[-lines:])
         return ""
+
+    def errors(self, most: int = 3) -> list[str]:
+        """The first errors that its log names, near its end; what follows them is mostly noise."""
+        with suppress(OSError):
+            text = self.log.read_bytes()[-16 * SHOWN :].decode(errors="replace")
+            found = re.findall(r"\b\w*(?:Error|Exception): .+", text)
+            return [line[:SHOWN] for line in dict.fromkeys(found)][:most]
+        return []
 
     def stop(self) -> None:
         """End it, and wait until it has ended."""

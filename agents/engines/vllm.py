@@ -154,8 +154,7 @@ class VLLMPolicy:
             "max-cpu-loras": 4,
             # Else it takes no ids with pictures beside them.
             **({} if self._placeholder is None else {"enable-scale-out": True}),
-            # Only whole blocks of a prompt are remembered: on a CPU 128 tokens, left to itself.
-            **({} if torch.cuda.is_available() else {"block-size": 32}),
+            **({} if torch.cuda.is_available() else cautious(model)),
             **({"max-model-len": config.context} if config.context else {}),
             **config.arguments,
         }
@@ -466,6 +465,30 @@ def pictured(
 def room_for(rank: int) -> int:
     """The least rank that vLLM can be told which holds ``rank``."""
     return next((most for most in RANKS if most >= rank), RANKS[-1])
+
+
+def cautious(model: str) -> dict[str, Any]:
+    """What vLLM has to be told on a CPU."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    configs: Any = AutoConfig
+    models: Any = AutoModel
+    with torch.device("meta"):
+        headless = models.from_config(configs.from_pretrained(model))
+    layers = {
+        name.rpartition(".")[2]
+        for name, module in headless.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    return {
+        # Only whole blocks of a prompt are remembered, and left to itself one has 128 tokens.
+        "block-size": 32,
+        # It breaks on a prompt that is read in parts while its answer has a seed.
+        "no-enable-chunked-prefill": True,
+        # And, where it is ready for adapters on the head, on prompts scored beside others.
+        "lora-target-modules": sorted(layers),
+    }
 
 
 def changes(weights: Path) -> bool:

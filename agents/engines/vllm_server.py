@@ -55,7 +55,8 @@ class Replica:
         self._start_timeout_s = start_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self._client = httpx2.AsyncClient(
-            timeout=httpx2.Timeout(None, connect=HEALTH_S),
+            # Thousands that ask at once have to wait for one another.
+            timeout=httpx2.Timeout(None, connect=stall_timeout_s),
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
             trust_env=False,
         )
@@ -233,7 +234,7 @@ class Launched(Replica):
             raise PolicyError(f"the vLLM server ended before it answered{hint}{self.words()}")
 
     def words(self) -> str:
-        said = self.process.last_words()
+        said = "\n".join([*self.process.errors(), self.process.last_words()]).strip()
         return f"; its last words:\n{said}" if said else ""
 
     async def again(self, gone: Gone) -> None:
@@ -268,7 +269,8 @@ def launched(
     command += ["--served-model-name", MODEL, "--enable-lora", "--generation-config", "vllm"]
     command += ["--uvicorn-log-level", "warning"]
     for key, value in arguments.items():
-        command += [f"--{key}"] if value is True else [f"--{key}", str(value)]
+        values: list[Any] = value if isinstance(value, list) else [value]
+        command += [f"--{key}", *(str(one) for one in values if one is not True)]
     environment = os.environ | QUIET
     if device is not None:
         environment |= {"CUDA_VISIBLE_DEVICES": device}
