@@ -43,11 +43,14 @@ class Outpost:
         try:
             worker = self._workers[number] = LocalWorker(name, opening)
         except OSError as error:
-            return {"error": told(error)}
-        return await answered(asyncio.wrap_future(worker.opened))
+            return {"error": told(error), "dead": f"{name} could not be started: {error}"}
+        answer = await answered(asyncio.wrap_future(worker.opened))
+        return answer | {"dead": worker.dead}
 
     async def ask(self, number: int, what: str, details: dict[str, Any]) -> dict[str, Any]:
-        return await answered(self._workers[number].ask(what, **details))
+        worker = self._workers[number]
+        answer = await answered(worker.ask(what, **details))
+        return answer | {"dead": worker.dead}
 
     async def kill(self, number: int, reason: str) -> None:
         if worker := self._workers.pop(number, None):
@@ -78,7 +81,8 @@ class Post:
         remote: Any = ray.remote
         kind: Any = remote(**settings, scheduling_strategy="SPREAD")
         self.actor: Any = kind(Outpost).remote(sys.path)
-        self.workers = 0
+        self.workers = set[int]()
+        """The numbers of those that are alive, as far as is known here."""
         self.lost = ""
         """How it was lost; empty while it is there."""
         self._name = name
@@ -104,7 +108,7 @@ class RayWorker:
         self._number = number
         self._name = name
         self._dead: str | None = None
-        post.workers += 1
+        post.workers.add(number)
         self.opened: Future[list[str]] = self._send("begin", name, opening)
 
     @property
@@ -122,9 +126,10 @@ class RayWorker:
         return await asyncio.wrap_future(self.call(what, **details))
 
     def kill(self, reason: str) -> None:
+        # Also called by the thread that hears Ray's answers; said twice does no harm.
         if self._dead is None:
             self._dead = reason
-            self._post.workers -= 1
+            self._post.workers.discard(self._number)
             self._post.actor.kill.remote(self._number, reason)
 
     async def stop(self) -> None:
@@ -153,7 +158,12 @@ class RayWorker:
             self._post.lose(cause)
             answer, error = {}, WorkerLost(self._post.lost)
         except Exception as cause:
-            answer, error = {}, WorldError(f"Ray could not ask {self._name}: {cause}")
+            said = self._dead or f"Ray could not ask {self._name}: {cause}"
+            answer, error = {}, WorldError(said)
+        # Its process may die while the outpost lives on; before the answer, so that whoever asks
+        # again finds another one.
+        if dead := answer.get("dead"):
+            self.kill(dead)
         if not future.set_running_or_notify_cancel():
             return
         if error is not None:
@@ -188,7 +198,8 @@ class Cluster:
         if len(self._posts) < self.posts:
             self._posts.append(Post(self._name))
         self._made += 1
-        return RayWorker(min(self._posts, key=lambda post: post.workers), self._made, name, opening)
+        fewest = min(self._posts, key=lambda post: len(post.workers))
+        return RayWorker(fewest, self._made, name, opening)
 
     async def close(self) -> None:
         if not self._open:

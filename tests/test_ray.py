@@ -19,7 +19,7 @@ from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariable
 
 from selfwright.core import recipe as recipes
 from selfwright.core.config import Fleet
-from selfwright.core.errors import RecipeError
+from selfwright.core.errors import RecipeError, WorldError
 from selfwright.core.files import read_json
 from selfwright.core.ray_worlds import Cluster, RayWorker
 from selfwright.core.rollout import ExpertPlayer, rollouts
@@ -194,6 +194,37 @@ def test_a_broken_world_is_no_lost_worker() -> None:
         there = episodes("ray", "faulty_worlds:Apart", player, {"fault": fault}, **settings)
         assert [one.error for one in here] == [one.error for one in there]
         assert all(one.stop == Stop.FAILED and not one.steps for one in there)
+
+
+def test_a_process_that_dies_at_a_living_outpost_is_replaced() -> None:
+    async def use(world: World, task: Task, word: str) -> float:
+        await world.reset(task, 0)
+        return (await world.step(word)).reward
+
+    async def run() -> None:
+        parallel = 2 * len(os.sched_getaffinity(0))  # so that two share a process
+        fleet = Fleet.model_validate({"parallel": parallel, "on": "ray"})
+        name = "faulty_worlds:Together"
+        async with await open_worlds(name, {"fault": "exit"}, fleet) as worlds:
+            task = worlds.tasks("train")[0]
+            for split in ("validation", "test"):
+                async with worlds.lease() as world, worlds.lease() as sibling:
+                    assert isinstance(world, RemoteWorld) and isinstance(sibling, RemoteWorld)
+                    assert world.worker is sibling.worker
+                    assert await use(sibling, task, "right") == 1
+                    host = outpost(world)
+                    with pytest.raises(WorldError, match=r"died \(exit code 7\)"):
+                        await use(world, task, "fault")
+                    with pytest.raises(WorldError, match=r"died \(exit code 7\)"):
+                        await use(sibling, task, "right")
+                    assert world.gone and sibling.gone
+                    assert psutil.pid_exists(host)
+                if split == "test":
+                    assert worlds.tasks(split)[1].id == "test 1"
+                async with worlds.lease() as other:
+                    assert await use(other, task, "right") == 1
+
+    asyncio.run(run())
 
 
 class Says(Player):
