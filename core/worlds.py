@@ -198,10 +198,7 @@ async def open_worlds(
     elif isolation == "inline":
         host = InlineHost(name, plugin, settings, without_oracle)
     else:
-        # Worlds that never block lose nothing by sharing a process.
-        shared = fleet.parallel if getattr(plugin, "isolation", "") == "inline" else 1
-        per_process = getattr(plugin, "per_process", shared)
-        host = ProcessHost(name, opening, per_process, fleet, Here())
+        host = ProcessHost(name, opening, _per_process(plugin, fleet), fleet, Here())
     try:
         await host.open()
     except BaseException:
@@ -215,9 +212,15 @@ def _on_ray(name: str, plugin: type[Any], opening: dict[str, Any], fleet: Fleet)
 
     cluster = Cluster(name, fleet.parallel)
     # Those that may share a process do so, but are still spread over all of the cluster.
-    inline = getattr(plugin, "isolation", "") == "inline"
-    shared = math.ceil(fleet.parallel / cluster.posts) if inline else 1
-    return ProcessHost(name, opening, getattr(plugin, "per_process", shared), fleet, cluster)
+    share = math.ceil(fleet.parallel / cluster.posts)
+    per_process = min(_per_process(plugin, fleet), share)
+    return ProcessHost(name, opening, per_process, fleet, cluster)
+
+
+def _per_process(plugin: type[Any], fleet: Fleet) -> int:
+    # Worlds that never block lose nothing by sharing a process.
+    shared = fleet.parallel if getattr(plugin, "isolation", "") == "inline" else 1
+    return getattr(plugin, "per_process", shared)
 
 
 @contextmanager

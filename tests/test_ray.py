@@ -129,9 +129,10 @@ def test_plays_as_here(name: str) -> None:
     assert len({one.steps for one in here}) > 1
 
 
-def test_workers_are_spread_and_listen_on_loopback_only() -> None:
+@pytest.mark.parametrize("name", ["countdown", "faulty_worlds:Together"])
+def test_workers_are_spread_and_listen_on_loopback_only(name: str) -> None:
     hosts = set[int]()
-    episodes("ray", "countdown", Player(lambda world, task, at: hosts.add(outpost(world))))
+    episodes("ray", name, Player(lambda world, task, at: hosts.add(outpost(world))))
     assert len(hosts) == min(4, len(os.sched_getaffinity(0)))
     listening: list[str] = []
     for one in ray_processes():
