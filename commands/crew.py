@@ -54,6 +54,10 @@ LEAVE_S = 30.0
 GONE = "process 0, or what launched all of them, is gone"
 """Said when nobody holds the store any more."""
 
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+"""Names the running kernel: unlike a host's name, and the number of its first PID namespace, no two
+machines share it."""
+
 T = TypeVar("T")
 
 
@@ -81,6 +85,7 @@ class Crew:
         self._group: Any = dist.new_group(backend="gloo")
         store: Any = _get_default_store()
         self._store: Any = store.clone()
+        self._store.set(f"host/{self.rank}", socket.gethostname())
         self._store.set(f"place/{self.rank}", f"{_place()} {os.getpid()}")
         self._watch = threading.Thread(target=self._keep_watch, daemon=True)
         self._watch.start()
@@ -211,7 +216,7 @@ class Crew:
             if heard.setdefault(rank, (beat, now))[0] != beat:
                 heard[rank] = (beat, now)
             elif now - heard[rank][1] > SILENT_S:
-                where = f"(pid {pid} on {place.split()[0]})"
+                where = f"(pid {pid} on {store.get(f'host/{rank}').decode()})"
                 return f"{who} {where} has given no sign of life for {SILENT_S:g} s"
         return ""
 
@@ -314,7 +319,7 @@ def _refuse_lonely(name: str, plugin: type[Any]) -> None:
 def _place() -> str:
     """This machine; in a container, its processes."""
     with suppress(OSError):
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+        return f"{BOOT.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
 
 

@@ -15,10 +15,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from casting import SINGLE, played
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
+from selfwright.commands import crew
 from selfwright.commands.cli import call
+from selfwright.commands.crew import Crew
 from selfwright.core.files import read_json
 from selfwright.trainers.critic import Critic, CriticConfig
 
@@ -208,6 +211,30 @@ def test_a_follower_does_not_outlive_its_leader(recipe: Path, tmp_path: Path) ->
             run.kill()
     assert code == 1, said
     assert "process 1 of 2: process 0" in said or "process 1 of 2 ends: process 0" in said
+
+
+def test_a_process_of_another_machine_is_not_looked_for_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machines may have the same name, and their first PID namespaces have the same number."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait(30)
+    store = dist.HashStore()
+    leader = Crew.__new__(Crew)
+    leader.rank, leader.size = 0, 2
+    store.set("host/1", "elsewhere")
+    (tmp_path / "boot_id").write_text("e8b1d1ee-97fb-4b4c-a3a0-2d2b1c1f6b5e\n")
+    found: list[str] = []
+    for boot in (crew.BOOT, tmp_path / "boot_id"):
+        with monkeypatch.context() as there:
+            there.setattr(crew, "BOOT", boot)
+            place = crew._place()  # pyright: ignore[reportPrivateUsage]
+        store.set("place/1", f"{place} {ended.pid}")
+        found.append(leader._found(store, {}))  # pyright: ignore[reportPrivateUsage]
+    assert found == [f"process 1 of 2 (pid {ended.pid}) has died", ""]
+    heard: dict[int, tuple[bytes, float]] = {1: (b"", time.monotonic() - 2 * crew.SILENT_S)}
+    silent = leader._found(store, heard)  # pyright: ignore[reportPrivateUsage]
+    assert f"(pid {ended.pid} on elsewhere) has given no sign of life" in silent
 
 
 def test_what_cannot_be_shared_is_refused(
