@@ -87,8 +87,11 @@ class Crew:
         self._store: Any = store.clone()
         self._store.set(f"host/{self.rank}", socket.gethostname())
         self._store.set(f"place/{self.rank}", f"{_place()} {os.getpid()}")
+        self._rounds = 0
+        """Of the watch; they stop when the store does not answer."""
         self._watch = threading.Thread(target=self._keep_watch, daemon=True)
         self._watch.start()
+        threading.Thread(target=self._mind_watch, daemon=True).start()
 
     def hire(self, plugin: type[Any], config: Config, model: str, seed: int) -> Learner:
         """A learner that all processes share from now on, in place of the one before."""
@@ -198,6 +201,18 @@ class Crew:
                 found = GONE if missed > 1 else ""
             if found and not self._over.is_set():
                 self._lost(found)
+                return
+            self._rounds += 1
+
+    def _mind_watch(self) -> None:
+        """A store whose host has left the network lets the watch wait until TCP gives up."""
+        rounds, waited = 0, 0.0
+        while not self._over.wait(BEAT_S) and self._watch.is_alive():
+            # Counted, not read from a clock, which runs on while all of this process is stopped.
+            waited = waited + BEAT_S if self._rounds == rounds else 0.0
+            rounds = self._rounds
+            if waited > SILENT_S:
+                self._lost(GONE)
                 return
 
     def _found(self, store: Any, heard: dict[int, tuple[bytes, float]]) -> str:

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +34,12 @@ PHASES = SINGLE.replace(
     "- {trainer: {use: moment_matching, teacher: MODEL, tasks_per_iteration: 6}, iterations: 1}",
 ).replace("iterations: 3\n", "", 1)
 """Ends with critics, networks of a loss's own."""
+IMPATIENT = """
+import sys
+from selfwright.commands import cli, crew
+crew.SILENT_S = 10.0
+sys.exit(cli.call(sys.argv[1:]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +92,9 @@ class Launched:
         for one in self.of.values():
             eventually(lambda one=one: not one.is_running(), 20)
         return self._process.returncode, said
+
+    def pause(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
 
     def kill(self) -> None:
         with_children = [self._process.pid]
@@ -185,7 +195,8 @@ def test_an_error_of_the_leader_ends_all(
     assert "\nnothing is being learned: the trainer found no example in 3 iterations" in said
 
 
-def test_a_follower_does_not_outlive_its_leader(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fate", ["killed", "unreachable"])
+def test_a_follower_does_not_outlive_its_leader(fate: str, recipe: Path, tmp_path: Path) -> None:
     """Started by hand: no launcher looks after them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -194,7 +205,7 @@ def test_a_follower_does_not_outlive_its_leader(recipe: Path, tmp_path: Path) ->
     arguments = ["run", str(recipe), "--output", str(tmp_path / "run")]
     runs = [
         Launched(
-            [sys.executable, "-P", "-m", "selfwright", *arguments],
+            [sys.executable, "-P", "-c", IMPATIENT, *arguments],
             **shared,
             MASTER_PORT=port,
             RANK=str(rank),
@@ -204,8 +215,12 @@ def test_a_follower_does_not_outlive_its_leader(recipe: Path, tmp_path: Path) ->
     ]
     try:
         eventually((tmp_path / "run/iterations/0000").exists)
-        runs[0].kill()
-        code, said = runs[1].end(timeout_s=30)
+        if fate == "killed":
+            runs[0].kill()
+        else:
+            # It holds the store, which takes questions still, but answers none of them.
+            runs[0].pause()
+        code, said = runs[1].end(timeout_s=60)
     finally:
         for run in runs:
             run.kill()
