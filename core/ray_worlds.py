@@ -15,6 +15,7 @@ import asyncio
 import logging
 import os
 import sys
+import threading
 from collections.abc import Awaitable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -177,21 +178,28 @@ class Cluster:
 
     _users: ClassVar[int] = 0
     _ours: ClassVar[bool] = False
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+    """Nobody joins while the last one leaves; of threads, for event loops come and go."""
 
-    def __init__(self, name: str, parallel: int) -> None:
-        """Join the cluster at ``RAY_ADDRESS``, or start a small one on this machine.
-
-        Raises:
-            WorldError: Ray is not installed, or neither could be done.
-        """
+    def __init__(self, name: str) -> None:
+        self.posts = 0
+        """How many outposts there are at most, once it is joined."""
         self._name = name
         self._posts: list[Post] = []
         self._made = 0
         self._open = True
-        _join()
-        Cluster._users += 1
-        self.posts: int = min(parallel, _cpus())
-        """How many outposts there are at most."""
+
+    def join(self, parallel: int) -> None:
+        """Join the cluster at ``RAY_ADDRESS``, or start a small one on this machine; takes seconds.
+
+        Raises:
+            WorldError: Ray is not installed, or neither could be done.
+        """
+        with Cluster._lock:
+            if self._open:  # Whoever waited for it may have given up.
+                _join()
+                self.posts = min(parallel, _cpus())
+                Cluster._users += 1
 
     def start(self, name: str, opening: dict[str, Any]) -> RayWorker:
         self._posts = [post for post in self._posts if not post.lost]
@@ -202,19 +210,24 @@ class Cluster:
         return RayWorker(fewest, self._made, name, opening)
 
     async def close(self) -> None:
-        if not self._open:
-            return
-        import ray
+        if self._open:
+            self._open = False
+            await asyncio.to_thread(self._leave)
 
-        whole: Any = ray
-        self._open = False
-        for post in self._posts:
-            if not post.lost:
-                post.end()
-        Cluster._users -= 1
-        if not Cluster._users and Cluster._ours:
-            await asyncio.to_thread(whole.shutdown)
-            Cluster._ours = False
+    def _leave(self) -> None:
+        with Cluster._lock:
+            if not self.posts:
+                return
+            import ray
+
+            whole: Any = ray
+            for post in self._posts:
+                if not post.lost:
+                    post.end()
+            Cluster._users -= 1
+            if not Cluster._users and Cluster._ours:
+                whole.shutdown()
+                Cluster._ours = False
 
 
 def _join() -> None:

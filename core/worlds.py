@@ -194,7 +194,7 @@ async def open_worlds(
     host: Host
     opening = {"name": name, "config": text, "without_oracle": without_oracle}
     if fleet.on == "ray":
-        host = _on_ray(name, plugin, opening, fleet)
+        host = await _on_ray(name, plugin, opening, fleet)
     elif isolation == "inline":
         host = InlineHost(name, plugin, settings, without_oracle)
     else:
@@ -207,10 +207,17 @@ async def open_worlds(
     return Worlds(name, fleet, host)
 
 
-def _on_ray(name: str, plugin: type[Any], opening: dict[str, Any], fleet: Fleet) -> "ProcessHost":
+async def _on_ray(
+    name: str, plugin: type[Any], opening: dict[str, Any], fleet: Fleet
+) -> "ProcessHost":
     from .ray_worlds import Cluster
 
-    cluster = Cluster(name, fleet.parallel)
+    cluster = Cluster(name)
+    try:
+        await asyncio.to_thread(cluster.join, fleet.parallel)
+    except BaseException:
+        await cluster.close()
+        raise
     # Those that may share a process do so, but are still spread over all of the cluster.
     share = math.ceil(fleet.parallel / cluster.posts)
     per_process = min(_per_process(plugin, fleet), share)

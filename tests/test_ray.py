@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -44,7 +45,8 @@ def _one_cluster() -> Generator[None]:  # pyright: ignore[reportUnusedFunction]
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setattr(sys, "path", [*sys.path, str(HERE), str(HERE / "plugin_world")])
-        kept = Cluster("tests", 1)
+        kept = Cluster("tests")
+        kept.join(1)
         yield
         ours = ray_processes()
         assert ours
@@ -270,6 +272,76 @@ def test_a_run_is_the_same(player: Path, tmp_path: Path) -> None:
         assert {k: v for k, v in one.items() if not k.startswith("time/")} == {
             k: v for k, v in two.items() if not k.startswith("time/")
         }
+
+
+ALONE = """
+import asyncio, sys
+from selfwright.core.config import Fleet
+from selfwright.core.ray_worlds import Cluster
+from selfwright.core.worlds import open_worlds
+
+FLEET = Fleet(parallel=1, on="ray")
+
+def started():
+    ready = getattr(sys.modules.get("ray"), "is_initialized", None)
+    return ready is not None and ready()
+
+def starting():
+    return "ray" in sys.modules and not started()
+
+async def play():
+    async with await open_worlds("countdown", {}, FLEET) as worlds, worlds.lease() as world:
+        await world.reset(worlds.tasks("train")[0], 0)
+
+async def played_meanwhile():
+    playing, turns = asyncio.create_task(play()), 0
+    while not started() and not playing.done():
+        turns += starting()
+        await asyncio.sleep(0.01)
+    await playing
+    return turns
+
+async def played_while_the_last_one_leaves():
+    cluster = Cluster("first")
+    await asyncio.to_thread(cluster.join, 1)
+    closing = asyncio.create_task(cluster.close())
+    await asyncio.sleep(0)
+    await play()
+    await closing
+
+async def given_up():
+    joining = asyncio.create_task(play())
+    while not starting():
+        await asyncio.sleep(0.01)
+    joining.cancel()
+    await asyncio.wait([joining])
+    return joining.cancelled()
+"""
+"""For a process in which nobody else uses Ray."""
+
+
+def alone(asked: str) -> str:
+    """What a coroutine of ``ALONE`` comes to; it leaves no Ray behind."""
+    code = f"{ALONE}\nprint(asyncio.run({asked}()), started())"
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert told.returncode == 0, told.stderr
+    answer, left_running = told.stdout.split()
+    assert left_running == "False"
+    return answer
+
+
+def test_others_go_on_while_ray_starts() -> None:
+    assert int(alone("played_meanwhile")) > 0
+
+
+def test_worlds_are_opened_while_the_last_ones_are_closed() -> None:
+    assert alone("played_while_the_last_one_leaves") == "None"
+
+
+def test_a_cluster_that_nobody_waits_for_any_more_is_left() -> None:
+    assert alone("given_up") == "True"
 
 
 def test_what_cannot_be_is_refused_with_the_recipe(
