@@ -433,6 +433,9 @@ class ProcessHost:
         self._per_process = min(per_process, fleet.parallel)
         self._deadline_s = fleet.reset_timeout_s
         self._workers: list[Worker] = []
+        self._lock = threading.RLock()
+        """Of ``_workers``, which those who ask now look through, too, and from any thread."""
+        self._open = True
         self._tasks: dict[str, RemoteTasks] = {}
         self._sample: RemoteSample | None = None
         self._made = 0
@@ -458,8 +461,9 @@ class ProcessHost:
         """Ask any instance, and wait: for what answers at once."""
         losses = 0
         while True:
-            living = self._living()
-            worker = living[0] if living else self._start()
+            with self._lock:
+                living = self._living()
+                worker = living[0] if living else self._start()
             try:
                 worker.opened.result(self._deadline_s)
                 return worker.call(what, **details).result(self._deadline_s)
@@ -473,8 +477,9 @@ class ProcessHost:
                 ) from None
 
     async def add(self) -> World:
-        worker = next((w for w in self._living() if w.instances < self._per_process), None)
-        worker = worker or self._start()
+        with self._lock:
+            worker = next((w for w in self._living() if w.instances < self._per_process), None)
+            worker = worker or self._start()
         worker.instances += 1  # at once: others are asking, too
         self._made += 1
         number = self._made
@@ -506,16 +511,22 @@ class ProcessHost:
             pass
 
     async def close(self) -> None:
+        with self._lock:
+            self._open = False
         await asyncio.gather(*(worker.stop() for worker in self._workers))
         await self._site.close()
 
     def _living(self) -> list[Worker]:
-        self._workers = [worker for worker in self._workers if worker.dead is None]
-        return self._workers
+        with self._lock:
+            self._workers = [worker for worker in self._workers if worker.dead is None]
+            return list(self._workers)
 
     def _start(self) -> Worker:
-        worker = self._site.start(self._name, self._opening)
-        self._workers.append(worker)
+        with self._lock:
+            if not self._open:
+                raise WorldError(f"the worlds of {self._name} are closed; open them again")
+            worker = self._site.start(self._name, self._opening)
+            self._workers.append(worker)
         return worker
 
     async def _opened(self, worker: Worker) -> list[str]:
