@@ -260,6 +260,10 @@ def test_a_run_is_the_same(player: Path, tmp_path: Path) -> None:
     file.write_text(SINGLE.replace("MODEL", str(player)))
     for on in ("local", "ray"):
         played(file, [f"environment.on={on}", "iterations=2"], tmp_path / on)
+        # Whoever plays the checkpoint later need not have a cluster.
+        card = read_json(tmp_path / on / "checkpoint/selfwright.json")
+        recipe = read_json(tmp_path / on / "recipe.json")
+        assert (recipe["environment"]["on"], card["environment"]["on"]) == (on, "local")
     here, there = (
         load_file(tmp_path / on / "checkpoint/adapter_model.safetensors") for on in ("local", "ray")
     )
