@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-import torch.distributed as dist
 from casting import SINGLE, played
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+from torch._C._distributed_c10d import HashStore
 
 from selfwright.commands import crew
 from selfwright.commands.cli import call
@@ -234,7 +234,7 @@ def test_a_process_of_another_machine_is_not_looked_for_here(
     """Machines may have the same name, and their first PID namespaces have the same number."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait(30)
-    store = dist.HashStore()
+    store = HashStore()
     leader = Crew.__new__(Crew)
     leader.rank, leader.size = 0, 2
     store.set("host/1", "elsewhere")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import psutil
 import pytest
@@ -359,13 +359,16 @@ def test_a_killed_parent_leaves_nothing_behind(
 
 
 class Pondering(LocalWorker):
-    """Has its death, or that it lives, told by a function."""
+    """Takes its time, when a visitor asks, to say whether it is dead."""
 
-    ponder: Callable[[], object] = staticmethod(lambda: None)
+    looks: ClassVar[threading.Event] = threading.Event()
+    started: ClassVar[threading.Event] = threading.Event()
 
     def __getattribute__(self, name: str) -> Any:
-        if name == "dead":
-            Pondering.ponder()
+        if name == "dead" and threading.current_thread().name == "visitor":
+            Pondering.looks.set()
+            # Nobody who waits for the visitor's look can start one in the midst of it.
+            Pondering.started.wait(1)
         return super().__getattribute__(name)
 
 
@@ -374,29 +377,18 @@ class Ponderers(Here):
         return Pondering(name, opening)
 
 
-def test_a_process_that_is_started_while_a_thread_looks_at_the_others_is_known(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    looks, started = threading.Event(), threading.Event()
-
-    def ponder() -> None:
-        if threading.current_thread().name == "visitor":
-            looks.set()
-            # Whoever waits for this thread's look cannot start one in the midst of it.
-            started.wait(1)
-
+def test_a_process_that_is_started_while_a_thread_looks_at_the_others_is_known() -> None:
     async def run() -> None:
         opening = {"name": "faulty_worlds:Apart", "config": "{}", "without_oracle": False}
         host = ProcessHost("faulty_worlds:Apart", opening, 1, fleet(), Ponderers())
         await host.open()
         await host.add()
         visitor = threading.Thread(target=lambda: host.processes, name="visitor")
-        monkeypatch.setattr(Pondering, "ponder", staticmethod(ponder))
         visitor.start()
-        assert looks.wait(GONE_S)
+        assert Pondering.looks.wait(GONE_S)
         adding = asyncio.create_task(host.add())
         await asyncio.sleep(0)  # It has started one, or has waited for the visitor.
-        started.set()
+        Pondering.started.set()
         visitor.join(GONE_S)
         await adding
         processes = host.processes
