@@ -54,6 +54,10 @@ LEAVE_S = 30.0
 GONE = "process 0, or what launched all of them, is gone"
 """Said when nobody holds the store any more."""
 
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+"""Names the running kernel: unlike a host's name, and the number of its first PID namespace, no two
+machines share it."""
+
 T = TypeVar("T")
 
 
@@ -81,9 +85,13 @@ class Crew:
         self._group: Any = dist.new_group(backend="gloo")
         store: Any = _get_default_store()
         self._store: Any = store.clone()
+        self._store.set(f"host/{self.rank}", socket.gethostname())
         self._store.set(f"place/{self.rank}", f"{_place()} {os.getpid()}")
+        self._rounds = 0
+        """Of the watch; they stop when the store does not answer."""
         self._watch = threading.Thread(target=self._keep_watch, daemon=True)
         self._watch.start()
+        threading.Thread(target=self._mind_watch, daemon=True).start()
 
     def hire(self, plugin: type[Any], config: Config, model: str, seed: int) -> Learner:
         """A learner that all processes share from now on, in place of the one before."""
@@ -194,6 +202,18 @@ class Crew:
             if found and not self._over.is_set():
                 self._lost(found)
                 return
+            self._rounds += 1
+
+    def _mind_watch(self) -> None:
+        """A store whose host has left the network lets the watch wait until TCP gives up."""
+        rounds, waited = 0, 0.0
+        while not self._over.wait(BEAT_S) and self._watch.is_alive():
+            # Counted, not read from a clock, which runs on while all of this process is stopped.
+            waited = waited + BEAT_S if self._rounds == rounds else 0.0
+            rounds = self._rounds
+            if waited > SILENT_S:
+                self._lost(GONE)
+                return
 
     def _found(self, store: Any, heard: dict[int, tuple[bytes, float]]) -> str:
         """What is wrong with the processes that this one depends on; empty if nothing is."""
@@ -211,7 +231,7 @@ class Crew:
             if heard.setdefault(rank, (beat, now))[0] != beat:
                 heard[rank] = (beat, now)
             elif now - heard[rank][1] > SILENT_S:
-                where = f"(pid {pid} on {place.split()[0]})"
+                where = f"(pid {pid} on {store.get(f'host/{rank}').decode()})"
                 return f"{who} {where} has given no sign of life for {SILENT_S:g} s"
         return ""
 
@@ -314,7 +334,7 @@ def _refuse_lonely(name: str, plugin: type[Any]) -> None:
 def _place() -> str:
     """This machine; in a container, its processes."""
     with suppress(OSError):
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+        return f"{BOOT.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
 
 

@@ -36,6 +36,8 @@ def conclude(
                 shutil.copytree(base_model, folder / "base", copy_function=put)
             card: dict[str, Any] = recipe.dump()
             card |= {"base": "base" if inside else base_model, "base_inside": inside}
+            # Of the run, not of the checkpoint: who plays it elsewhere has no such cluster.
+            card["environment"]["on"] = "local"
             write_card(folder, card)
     exams = {path.name: files.read(path) for path in kept.path("evaluations").glob("[!.]*")}
     base, final = exams["base"], exams["final"]

@@ -15,6 +15,7 @@ import asyncio
 import logging
 import os
 import sys
+import threading
 from collections.abc import Awaitable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -43,11 +44,14 @@ class Outpost:
         try:
             worker = self._workers[number] = LocalWorker(name, opening)
         except OSError as error:
-            return {"error": told(error)}
-        return await answered(asyncio.wrap_future(worker.opened))
+            return {"error": told(error), "dead": f"{name} could not be started: {error}"}
+        answer = await answered(asyncio.wrap_future(worker.opened))
+        return answer | {"dead": worker.dead}
 
     async def ask(self, number: int, what: str, details: dict[str, Any]) -> dict[str, Any]:
-        return await answered(self._workers[number].ask(what, **details))
+        worker = self._workers[number]
+        answer = await answered(worker.ask(what, **details))
+        return answer | {"dead": worker.dead}
 
     async def kill(self, number: int, reason: str) -> None:
         if worker := self._workers.pop(number, None):
@@ -78,7 +82,8 @@ class Post:
         remote: Any = ray.remote
         kind: Any = remote(**settings, scheduling_strategy="SPREAD")
         self.actor: Any = kind(Outpost).remote(sys.path)
-        self.workers = 0
+        self.workers = set[int]()
+        """The numbers of those that are alive, as far as is known here."""
         self.lost = ""
         """How it was lost; empty while it is there."""
         self._name = name
@@ -104,7 +109,7 @@ class RayWorker:
         self._number = number
         self._name = name
         self._dead: str | None = None
-        post.workers += 1
+        post.workers.add(number)
         self.opened: Future[list[str]] = self._send("begin", name, opening)
 
     @property
@@ -122,9 +127,10 @@ class RayWorker:
         return await asyncio.wrap_future(self.call(what, **details))
 
     def kill(self, reason: str) -> None:
+        # Also called by the thread that hears Ray's answers; said twice does no harm.
         if self._dead is None:
             self._dead = reason
-            self._post.workers -= 1
+            self._post.workers.discard(self._number)
             self._post.actor.kill.remote(self._number, reason)
 
     async def stop(self) -> None:
@@ -153,7 +159,12 @@ class RayWorker:
             self._post.lose(cause)
             answer, error = {}, WorkerLost(self._post.lost)
         except Exception as cause:
-            answer, error = {}, WorldError(f"Ray could not ask {self._name}: {cause}")
+            said = self._dead or f"Ray could not ask {self._name}: {cause}"
+            answer, error = {}, WorldError(said)
+        # Its process may die while the outpost lives on; before the answer, so that whoever asks
+        # again finds another one.
+        if dead := answer.get("dead"):
+            self.kill(dead)
         if not future.set_running_or_notify_cancel():
             return
         if error is not None:
@@ -167,43 +178,56 @@ class Cluster:
 
     _users: ClassVar[int] = 0
     _ours: ClassVar[bool] = False
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+    """Nobody joins while the last one leaves; of threads, for event loops come and go."""
 
-    def __init__(self, name: str, parallel: int) -> None:
-        """Join the cluster at ``RAY_ADDRESS``, or start a small one on this machine.
-
-        Raises:
-            WorldError: Ray is not installed, or neither could be done.
-        """
+    def __init__(self, name: str) -> None:
+        self.posts = 0
+        """How many outposts there are at most, once it is joined."""
         self._name = name
         self._posts: list[Post] = []
         self._made = 0
         self._open = True
-        _join()
-        Cluster._users += 1
-        self.posts: int = min(parallel, _cpus())
-        """How many outposts there are at most."""
+
+    def join(self, parallel: int) -> None:
+        """Join the cluster at ``RAY_ADDRESS``, or start a small one on this machine; takes seconds.
+
+        Raises:
+            WorldError: Ray is not installed, or neither could be done.
+        """
+        with Cluster._lock:
+            if self._open:  # Whoever waited for it may have given up.
+                _join()
+                self.posts = min(parallel, _cpus())
+                Cluster._users += 1
 
     def start(self, name: str, opening: dict[str, Any]) -> RayWorker:
         self._posts = [post for post in self._posts if not post.lost]
         if len(self._posts) < self.posts:
             self._posts.append(Post(self._name))
         self._made += 1
-        return RayWorker(min(self._posts, key=lambda post: post.workers), self._made, name, opening)
+        fewest = min(self._posts, key=lambda post: len(post.workers))
+        return RayWorker(fewest, self._made, name, opening)
 
     async def close(self) -> None:
-        if not self._open:
-            return
-        import ray
+        if self._open:
+            self._open = False
+            await asyncio.to_thread(self._leave)
 
-        whole: Any = ray
-        self._open = False
-        for post in self._posts:
-            if not post.lost:
-                post.end()
-        Cluster._users -= 1
-        if not Cluster._users and Cluster._ours:
-            await asyncio.to_thread(whole.shutdown)
-            Cluster._ours = False
+    def _leave(self) -> None:
+        with Cluster._lock:
+            if not self.posts:
+                return
+            import ray
+
+            whole: Any = ray
+            for post in self._posts:
+                if not post.lost:
+                    post.end()
+            Cluster._users -= 1
+            if not Cluster._users and Cluster._ours:
+                whole.shutdown()
+                Cluster._ours = False
 
 
 def _join() -> None:

@@ -26,6 +26,7 @@ class Supervised:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         """Raises: OSError: it cannot be started, or the log cannot be written."""
         self.log = log
+        self._swept = False
         with log.open("ab") as out:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", __file__, *command],
@@ -43,7 +44,10 @@ class Supervised:
 
     @property
     def alive(self) -> bool:
-        return self._process.poll() is None
+        if self._process.poll() is None:
+            return True
+        self._sweep()
+        return False
 
     def last_words(self, lines: int = 12) -> str:
         """The end of the log."""
@@ -70,6 +74,16 @@ class Supervised:
         except subprocess.TimeoutExpired:
             end(self._process.pid)
             self._process.wait()
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """End the group of what stood between, which may have died before it could do so.
+
+        Once, as soon as its death is known: later the number may be somebody else's.
+        """
+        if not self._swept:
+            self._swept = True
+            end(self._process.pid)
 
 
 def end(group: int) -> None:

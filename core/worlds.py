@@ -194,14 +194,11 @@ async def open_worlds(
     host: Host
     opening = {"name": name, "config": text, "without_oracle": without_oracle}
     if fleet.on == "ray":
-        host = _on_ray(name, plugin, opening, fleet)
+        host = await _on_ray(name, plugin, opening, fleet)
     elif isolation == "inline":
         host = InlineHost(name, plugin, settings, without_oracle)
     else:
-        # Worlds that never block lose nothing by sharing a process.
-        shared = fleet.parallel if getattr(plugin, "isolation", "") == "inline" else 1
-        per_process = getattr(plugin, "per_process", shared)
-        host = ProcessHost(name, opening, per_process, fleet, Here())
+        host = ProcessHost(name, opening, _per_process(plugin, fleet), fleet, Here())
     try:
         await host.open()
     except BaseException:
@@ -210,14 +207,27 @@ async def open_worlds(
     return Worlds(name, fleet, host)
 
 
-def _on_ray(name: str, plugin: type[Any], opening: dict[str, Any], fleet: Fleet) -> "ProcessHost":
+async def _on_ray(
+    name: str, plugin: type[Any], opening: dict[str, Any], fleet: Fleet
+) -> "ProcessHost":
     from .ray_worlds import Cluster
 
-    cluster = Cluster(name, fleet.parallel)
+    cluster = Cluster(name)
+    try:
+        await asyncio.to_thread(cluster.join, fleet.parallel)
+    except BaseException:
+        await cluster.close()
+        raise
     # Those that may share a process do so, but are still spread over all of the cluster.
-    inline = getattr(plugin, "isolation", "") == "inline"
-    shared = math.ceil(fleet.parallel / cluster.posts) if inline else 1
-    return ProcessHost(name, opening, getattr(plugin, "per_process", shared), fleet, cluster)
+    share = math.ceil(fleet.parallel / cluster.posts)
+    per_process = min(_per_process(plugin, fleet), share)
+    return ProcessHost(name, opening, per_process, fleet, cluster)
+
+
+def _per_process(plugin: type[Any], fleet: Fleet) -> int:
+    # Worlds that never block lose nothing by sharing a process.
+    shared = fleet.parallel if getattr(plugin, "isolation", "") == "inline" else 1
+    return getattr(plugin, "per_process", shared)
 
 
 @contextmanager
@@ -423,6 +433,9 @@ class ProcessHost:
         self._per_process = min(per_process, fleet.parallel)
         self._deadline_s = fleet.reset_timeout_s
         self._workers: list[Worker] = []
+        self._lock = threading.RLock()
+        """Of ``_workers``, which those who ask now look through, too, and from any thread."""
+        self._open = True
         self._tasks: dict[str, RemoteTasks] = {}
         self._sample: RemoteSample | None = None
         self._made = 0
@@ -448,8 +461,9 @@ class ProcessHost:
         """Ask any instance, and wait: for what answers at once."""
         losses = 0
         while True:
-            living = self._living()
-            worker = living[0] if living else self._start()
+            with self._lock:
+                living = self._living()
+                worker = living[0] if living else self._start()
             try:
                 worker.opened.result(self._deadline_s)
                 return worker.call(what, **details).result(self._deadline_s)
@@ -463,8 +477,9 @@ class ProcessHost:
                 ) from None
 
     async def add(self) -> World:
-        worker = next((w for w in self._living() if w.instances < self._per_process), None)
-        worker = worker or self._start()
+        with self._lock:
+            worker = next((w for w in self._living() if w.instances < self._per_process), None)
+            worker = worker or self._start()
         worker.instances += 1  # at once: others are asking, too
         self._made += 1
         number = self._made
@@ -496,16 +511,22 @@ class ProcessHost:
             pass
 
     async def close(self) -> None:
+        with self._lock:
+            self._open = False
         await asyncio.gather(*(worker.stop() for worker in self._workers))
         await self._site.close()
 
     def _living(self) -> list[Worker]:
-        self._workers = [worker for worker in self._workers if worker.dead is None]
-        return self._workers
+        with self._lock:
+            self._workers = [worker for worker in self._workers if worker.dead is None]
+            return list(self._workers)
 
     def _start(self) -> Worker:
-        worker = self._site.start(self._name, self._opening)
-        self._workers.append(worker)
+        with self._lock:
+            if not self._open:
+                raise WorldError(f"the worlds of {self._name} are closed; open them again")
+            worker = self._site.start(self._name, self._opening)
+            self._workers.append(worker)
         return worker
 
     async def _opened(self, worker: Worker) -> list[str]:

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -17,8 +18,11 @@ import pytest
 import torch
 from casting import SINGLE, played
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+from torch._C._distributed_c10d import HashStore
 
+from selfwright.commands import crew
 from selfwright.commands.cli import call
+from selfwright.commands.crew import Crew
 from selfwright.core.files import read_json
 from selfwright.trainers.critic import Critic, CriticConfig
 
@@ -30,6 +34,12 @@ PHASES = SINGLE.replace(
     "- {trainer: {use: moment_matching, teacher: MODEL, tasks_per_iteration: 6}, iterations: 1}",
 ).replace("iterations: 3\n", "", 1)
 """Ends with critics, networks of a loss's own."""
+IMPATIENT = """
+import sys
+from selfwright.commands import cli, crew
+crew.SILENT_S = 10.0
+sys.exit(cli.call(sys.argv[1:]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +92,9 @@ class Launched:
         for one in self.of.values():
             eventually(lambda one=one: not one.is_running(), 20)
         return self._process.returncode, said
+
+    def pause(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
 
     def kill(self) -> None:
         with_children = [self._process.pid]
@@ -182,7 +195,8 @@ def test_an_error_of_the_leader_ends_all(
     assert "\nnothing is being learned: the trainer found no example in 3 iterations" in said
 
 
-def test_a_follower_does_not_outlive_its_leader(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fate", ["killed", "unreachable"])
+def test_a_follower_does_not_outlive_its_leader(fate: str, recipe: Path, tmp_path: Path) -> None:
     """Started by hand: no launcher looks after them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -191,7 +205,7 @@ def test_a_follower_does_not_outlive_its_leader(recipe: Path, tmp_path: Path) ->
     arguments = ["run", str(recipe), "--output", str(tmp_path / "run")]
     runs = [
         Launched(
-            [sys.executable, "-P", "-m", "selfwright", *arguments],
+            [sys.executable, "-P", "-c", IMPATIENT, *arguments],
             **shared,
             MASTER_PORT=port,
             RANK=str(rank),
@@ -201,13 +215,41 @@ def test_a_follower_does_not_outlive_its_leader(recipe: Path, tmp_path: Path) ->
     ]
     try:
         eventually((tmp_path / "run/iterations/0000").exists)
-        runs[0].kill()
-        code, said = runs[1].end(timeout_s=30)
+        if fate == "killed":
+            runs[0].kill()
+        else:
+            # It holds the store, which takes questions still, but answers none of them.
+            runs[0].pause()
+        code, said = runs[1].end(timeout_s=60)
     finally:
         for run in runs:
             run.kill()
     assert code == 1, said
     assert "process 1 of 2: process 0" in said or "process 1 of 2 ends: process 0" in said
+
+
+def test_a_process_of_another_machine_is_not_looked_for_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machines may have the same name, and their first PID namespaces have the same number."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait(30)
+    store = HashStore()
+    leader = Crew.__new__(Crew)
+    leader.rank, leader.size = 0, 2
+    store.set("host/1", "elsewhere")
+    (tmp_path / "boot_id").write_text("e8b1d1ee-97fb-4b4c-a3a0-2d2b1c1f6b5e\n")
+    found: list[str] = []
+    for boot in (crew.BOOT, tmp_path / "boot_id"):
+        with monkeypatch.context() as there:
+            there.setattr(crew, "BOOT", boot)
+            place = crew._place()  # pyright: ignore[reportPrivateUsage]
+        store.set("place/1", f"{place} {ended.pid}")
+        found.append(leader._found(store, {}))  # pyright: ignore[reportPrivateUsage]
+    assert found == [f"process 1 of 2 (pid {ended.pid}) has died", ""]
+    heard: dict[int, tuple[bytes, float]] = {1: (b"", time.monotonic() - 2 * crew.SILENT_S)}
+    silent = leader._found(store, heard)  # pyright: ignore[reportPrivateUsage]
+    assert f"(pid {ended.pid} on elsewhere) has given no sign of life" in silent
 
 
 def test_what_cannot_be_shared_is_refused(

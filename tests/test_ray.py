@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariable
 
 from selfwright.core import recipe as recipes
 from selfwright.core.config import Fleet
-from selfwright.core.errors import RecipeError
+from selfwright.core.errors import RecipeError, WorldError
 from selfwright.core.files import read_json
 from selfwright.core.ray_worlds import Cluster, RayWorker
 from selfwright.core.rollout import ExpertPlayer, rollouts
@@ -44,7 +45,8 @@ def _one_cluster() -> Generator[None]:  # pyright: ignore[reportUnusedFunction]
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setattr(sys, "path", [*sys.path, str(HERE), str(HERE / "plugin_world")])
-        kept = Cluster("tests", 1)
+        kept = Cluster("tests")
+        kept.join(1)
         yield
         ours = ray_processes()
         assert ours
@@ -129,9 +131,10 @@ def test_plays_as_here(name: str) -> None:
     assert len({one.steps for one in here}) > 1
 
 
-def test_workers_are_spread_and_listen_on_loopback_only() -> None:
+@pytest.mark.parametrize("name", ["countdown", "faulty_worlds:Together"])
+def test_workers_are_spread_and_listen_on_loopback_only(name: str) -> None:
     hosts = set[int]()
-    episodes("ray", "countdown", Player(lambda world, task, at: hosts.add(outpost(world))))
+    episodes("ray", name, Player(lambda world, task, at: hosts.add(outpost(world))))
     assert len(hosts) == min(4, len(os.sched_getaffinity(0)))
     listening: list[str] = []
     for one in ray_processes():
@@ -196,6 +199,37 @@ def test_a_broken_world_is_no_lost_worker() -> None:
         assert all(one.stop == Stop.FAILED and not one.steps for one in there)
 
 
+def test_a_process_that_dies_at_a_living_outpost_is_replaced() -> None:
+    async def use(world: World, task: Task, word: str) -> float:
+        await world.reset(task, 0)
+        return (await world.step(word)).reward
+
+    async def run() -> None:
+        parallel = 2 * len(os.sched_getaffinity(0))  # so that two share a process
+        fleet = Fleet.model_validate({"parallel": parallel, "on": "ray"})
+        name = "faulty_worlds:Together"
+        async with await open_worlds(name, {"fault": "exit"}, fleet) as worlds:
+            task = worlds.tasks("train")[0]
+            for split in ("validation", "test"):
+                async with worlds.lease() as world, worlds.lease() as sibling:
+                    assert isinstance(world, RemoteWorld) and isinstance(sibling, RemoteWorld)
+                    assert world.worker is sibling.worker
+                    assert await use(sibling, task, "right") == 1
+                    host = outpost(world)
+                    with pytest.raises(WorldError, match=r"died \(exit code 7\)"):
+                        await use(world, task, "fault")
+                    with pytest.raises(WorldError, match=r"died \(exit code 7\)"):
+                        await use(sibling, task, "right")
+                    assert world.gone and sibling.gone
+                    assert psutil.pid_exists(host)
+                if split == "test":
+                    assert worlds.tasks(split)[1].id == "test 1"
+                async with worlds.lease() as other:
+                    assert await use(other, task, "right") == 1
+
+    asyncio.run(run())
+
+
 class Says(Player):
     def __init__(self, word: str) -> None:
         super().__init__()
@@ -226,6 +260,10 @@ def test_a_run_is_the_same(player: Path, tmp_path: Path) -> None:
     file.write_text(SINGLE.replace("MODEL", str(player)))
     for on in ("local", "ray"):
         played(file, [f"environment.on={on}", "iterations=2"], tmp_path / on)
+        # Whoever plays the checkpoint later need not have a cluster.
+        card = read_json(tmp_path / on / "checkpoint/selfwright.json")
+        recipe = read_json(tmp_path / on / "recipe.json")
+        assert (recipe["environment"]["on"], card["environment"]["on"]) == (on, "local")
     here, there = (
         load_file(tmp_path / on / "checkpoint/adapter_model.safetensors") for on in ("local", "ray")
     )
@@ -238,6 +276,76 @@ def test_a_run_is_the_same(player: Path, tmp_path: Path) -> None:
         assert {k: v for k, v in one.items() if not k.startswith("time/")} == {
             k: v for k, v in two.items() if not k.startswith("time/")
         }
+
+
+ALONE = """
+import asyncio, sys
+from selfwright.core.config import Fleet
+from selfwright.core.ray_worlds import Cluster
+from selfwright.core.worlds import open_worlds
+
+FLEET = Fleet(parallel=1, on="ray")
+
+def started():
+    ready = getattr(sys.modules.get("ray"), "is_initialized", None)
+    return ready is not None and ready()
+
+def starting():
+    return "ray" in sys.modules and not started()
+
+async def play():
+    async with await open_worlds("countdown", {}, FLEET) as worlds, worlds.lease() as world:
+        await world.reset(worlds.tasks("train")[0], 0)
+
+async def played_meanwhile():
+    playing, turns = asyncio.create_task(play()), 0
+    while not started() and not playing.done():
+        turns += starting()
+        await asyncio.sleep(0.01)
+    await playing
+    return turns
+
+async def played_while_the_last_one_leaves():
+    cluster = Cluster("first")
+    await asyncio.to_thread(cluster.join, 1)
+    closing = asyncio.create_task(cluster.close())
+    await asyncio.sleep(0)
+    await play()
+    await closing
+
+async def given_up():
+    joining = asyncio.create_task(play())
+    while not starting():
+        await asyncio.sleep(0.01)
+    joining.cancel()
+    await asyncio.wait([joining])
+    return joining.cancelled()
+"""
+"""For a process in which nobody else uses Ray."""
+
+
+def alone(asked: str) -> str:
+    """What a coroutine of ``ALONE`` comes to; it leaves no Ray behind."""
+    code = f"{ALONE}\nprint(asyncio.run({asked}()), started())"
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert told.returncode == 0, told.stderr
+    answer, left_running = told.stdout.split()
+    assert left_running == "False"
+    return answer
+
+
+def test_others_go_on_while_ray_starts() -> None:
+    assert int(alone("played_meanwhile")) > 0
+
+
+def test_worlds_are_opened_while_the_last_ones_are_closed() -> None:
+    assert alone("played_while_the_last_one_leaves") == "None"
+
+
+def test_a_cluster_that_nobody_waits_for_any_more_is_left() -> None:
+    assert alone("given_up") == "True"
 
 
 def test_what_cannot_be_is_refused_with_the_recipe(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 from selfwright.core.supervised import Supervised
 
@@ -43,6 +44,19 @@ def test_stopping_ends_everybody(tmp_path: Path) -> None:
     assert one.alive
     one.stop()
     assert not one.alive
+    assert within(5, lambda: not group(one.pid))
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_stopping_ends_everybody_although_who_stands_between_is_dead(
+    asked: bool, tmp_path: Path
+) -> None:
+    one = Supervised(["bash", "-c", STUBBORN], os.environ, tmp_path / "log")
+    assert within(10, lambda: len(group(one.pid)) >= 3)
+    os.kill(one.pid, signal.SIGKILL)
+    if asked:
+        assert within(10, lambda: not one.alive)
+    one.stop()
     assert within(5, lambda: not group(one.pid))
 
 

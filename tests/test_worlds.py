@@ -5,11 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import psutil
 import pytest
@@ -19,6 +20,9 @@ from selfwright.core.errors import PluginError, WorldError
 from selfwright.core.protocols import HasAttempts, HasExpert, HasRandom
 from selfwright.core.types import Observation, TimeStep
 from selfwright.core.worlds import (
+    Here,
+    LocalWorker,
+    ProcessHost,
     World,
     Worlds,
     checked_observation,
@@ -352,6 +356,50 @@ def test_a_killed_parent_leaves_nothing_behind(
         parent.send_signal(signal.SIGKILL)
         parent.communicate()
     asyncio.run(gone(*children))
+
+
+class Pondering(LocalWorker):
+    """Takes its time, when a visitor asks, to say whether it is dead."""
+
+    looks: ClassVar[threading.Event] = threading.Event()
+    started: ClassVar[threading.Event] = threading.Event()
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "dead" and threading.current_thread().name == "visitor":
+            Pondering.looks.set()
+            # Nobody who waits for the visitor's look can start one in the midst of it.
+            Pondering.started.wait(1)
+        return super().__getattribute__(name)
+
+
+class Ponderers(Here):
+    def start(self, name: str, opening: dict[str, Any]) -> LocalWorker:
+        return Pondering(name, opening)
+
+
+def test_a_process_that_is_started_while_a_thread_looks_at_the_others_is_known() -> None:
+    async def run() -> None:
+        opening = {"name": "faulty_worlds:Apart", "config": "{}", "without_oracle": False}
+        host = ProcessHost("faulty_worlds:Apart", opening, 1, fleet(), Ponderers())
+        await host.open()
+        await host.add()
+        visitor = threading.Thread(target=lambda: host.processes, name="visitor")
+        visitor.start()
+        assert Pondering.looks.wait(GONE_S)
+        adding = asyncio.create_task(host.add())
+        await asyncio.sleep(0)  # It has started one, or has waited for the visitor.
+        Pondering.started.set()
+        visitor.join(GONE_S)
+        await adding
+        processes = host.processes
+        assert len(processes) == 2
+        await host.close()
+        await gone(*processes)
+        with pytest.raises(WorldError, match="are closed"):
+            host.tasks("train")
+        assert host.processes == []
+
+    asyncio.run(run())
 
 
 async def nothing(worlds: Worlds) -> None:
