@@ -231,7 +231,9 @@ def _iteration_card(folder: Path) -> dict[str, Any] | None:
         base = str(folder)
     else:
         return None
-    return read_json(recipe) | {"base": base, "base_inside": False, "folder": str(folder)}
+    card: dict[str, Any] = read_json(recipe)
+    card["environment"]["on"] = "local"
+    return card | {"base": base, "base_inside": False, "folder": str(folder)}
 
 
 def settle(

@@ -298,9 +298,9 @@ class VLLMPolicy:
         async with replica.mending:
             if replica.generation != known:
                 return
-            await replica.again(gone)
-            await self._begin(replica)
-            if self._serving:
+            if await replica.again(gone):
+                await self._begin(replica)
+            if self._serving and self._serving not in await replica.names():
                 await self._give(replica, self._serving)
             replica.generation += 1
 

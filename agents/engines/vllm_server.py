@@ -1,6 +1,7 @@
 """One vLLM server: started here and watched, or somebody else's. Never imports vllm."""
 
 import asyncio
+import json
 import os
 import socket
 import time
@@ -9,15 +10,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import httpx2
+import aiohttp
 
 from ...core.errors import PolicyError
 from ...core.supervised import Supervised
 
 MODEL = "base"
 """What our servers call their model."""
-HEALTH_S = 5.0
+SHORT = aiohttp.ClientTimeout(10.0)
 """Deadline of a question that any server that lives can answer."""
+UNHEARD = (aiohttp.ClientError, TimeoutError)
+"""What is raised where no answer comes."""
 SHOWN = 300
 """Characters of a server's answer that an error shows."""
 QUIET = {
@@ -54,12 +57,20 @@ class Replica:
         self._looking: asyncio.Task[None] | None = None
         self._start_timeout_s = start_timeout_s
         self._stall_timeout_s = stall_timeout_s
-        self._client = httpx2.AsyncClient(
-            # Thousands that ask at once have to wait for one another.
-            timeout=httpx2.Timeout(None, connect=stall_timeout_s),
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
-            trust_env=False,
-        )
+        self._opened: aiohttp.ClientSession | None = None
+
+    @property
+    def _client(self) -> aiohttp.ClientSession:
+        # Made late: it belongs to the event loop in which it is made. Not httpx2: a pool of theirs
+        # looks at every connection for every request, and hundreds are in use.
+        if self._opened is None:
+            # Thousands that ask at once have to wait for one another. Unused connections are let
+            # go before the server, after five seconds, does so.
+            self._opened = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._stall_timeout_s),
+            )
+        return self._opened
 
     async def up(self) -> None:
         """Wait until it answers. Raises: PolicyError: it does not, within its deadline."""
@@ -81,8 +92,9 @@ class Replica:
 
     async def healthy(self) -> bool:
         try:
-            return (await self._client.get(f"{self.url}/health", timeout=HEALTH_S)).is_success
-        except httpx2.TransportError:
+            async with self._client.get(f"{self.url}/health", timeout=SHORT) as response:
+                return response.ok
+        except UNHEARD:
             return False
 
     def check(self) -> None:
@@ -92,10 +104,15 @@ class Replica:
         """The end of its log, for errors; empty if it keeps one elsewhere."""
         return ""
 
-    async def again(self, gone: Gone) -> None:
-        """See that it can be asked again. Raises: PolicyError: it cannot."""
+    async def again(self, gone: Gone) -> bool:
+        """See that it can be asked again; whether it was started anew for that.
+
+        Raises:
+            PolicyError: it cannot.
+        """
         if not await self.healthy():
             raise PolicyError(f"{gone}; it was not started here: start it again, and then the run")
+        return False
 
     async def post(self, path: str, body: Mapping[str, Any], first: bool = False) -> Any:
         """Its answer, however long it takes, as long as it makes tokens.
@@ -108,7 +125,7 @@ class Replica:
         """
         if body.get("model") == MODEL:
             body = {**body, "model": self.model}
-        asked = asyncio.create_task(self._client.post(f"{self.url}{path}", json=body))
+        asked = asyncio.create_task(self._asked(path, body))
         stall_s = max(self._stall_timeout_s, self._start_timeout_s if first else 0.0)
         begun = time.monotonic()
         try:
@@ -124,27 +141,26 @@ class Replica:
                         f"{self.url} has made no token for {stall_s:g} s (stall_timeout_s)"
                         + self.words()
                     )
-            response = asked.result()
+            status, text = asked.result()
             self._moved = time.monotonic()
-        except httpx2.TransportError as error:
+        except UNHEARD as error:
             raise Gone(
                 f"{self.url} hung up: {type(error).__name__} {error}{self.words()}"
             ) from error
         finally:
             asked.cancel()
-        if response.status_code >= 500:
-            raise Gone(
-                f"{self.url} is broken: {response.status_code} {response.text[:SHOWN]}"
-                + self.words()
-            )
-        if not response.is_success:
-            raise PolicyError(
-                f"{self.url}{path} refused: {response.status_code} {response.text[:SHOWN]}"
-            )
+        if status >= 500:
+            raise Gone(f"{self.url} is broken: {status} {text[:SHOWN]}{self.words()}")
+        if status >= 400:
+            raise PolicyError(f"{self.url}{path} refused: {status} {text[:SHOWN]}")
         try:
-            return response.json()
+            return json.loads(text)
         except ValueError:
-            return response.text
+            return text
+
+    async def _asked(self, path: str, body: Mapping[str, Any]) -> tuple[int, str]:
+        async with self._client.post(f"{self.url}{path}", json=body) as response:
+            return response.status, await response.text()
 
     async def _look(self, timeout_s: float) -> None:
         """See whether it has done something since the last look; the first one counts as such.
@@ -160,12 +176,18 @@ class Replica:
         self._looking = None
 
     async def _count(self, timeout_s: float) -> None:
-        with suppress(httpx2.TransportError):  # It says nothing: it has not moved.
-            text = (await self._client.get(f"{self.url}/metrics", timeout=timeout_s)).text
+        within = aiohttp.ClientTimeout(timeout_s)
+        with suppress(*UNHEARD):  # It says nothing: it has not moved.
+            async with self._client.get(f"{self.url}/metrics", timeout=within) as response:
+                text = await response.text()
             names = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total")
             made = sum(metric(text, name) for name in names)
             if made != self._made:
                 self._made, self._moved = made, time.monotonic()
+
+    async def names(self) -> set[str]:
+        """Of the models and adapters that it answers by."""
+        return {str(one["id"]) for one in (await self._get("/v1/models"))["data"]}
 
     async def load(self, name: str, folder: Path) -> None:
         """Raises: PolicyError: it refuses, or knows no adapters."""
@@ -187,13 +209,15 @@ class Replica:
 
     async def _get(self, path: str) -> Any:
         try:
-            response = await self._client.get(f"{self.url}{path}", timeout=HEALTH_S)
-            return response.raise_for_status().json()
-        except (httpx2.HTTPError, ValueError) as error:
+            async with self._client.get(f"{self.url}{path}", timeout=SHORT) as response:
+                response.raise_for_status()
+                return await response.json()
+        except (*UNHEARD, ValueError) as error:
             raise PolicyError(f"{self.url}{path} does not answer: {error}{self.words()}") from error
 
     async def close(self) -> None:
-        await self._client.aclose()
+        if self._opened is not None:
+            await self._opened.close()
 
 
 class Launched(Replica):
@@ -237,9 +261,9 @@ class Launched(Replica):
         said = "\n".join([*self.process.errors(), self.process.last_words()]).strip()
         return f"; its last words:\n{said}" if said else ""
 
-    async def again(self, gone: Gone) -> None:
-        if self.process.alive and await self.healthy() and "hung up" in str(gone):
-            return
+    async def again(self, gone: Gone) -> bool:
+        if self.process.alive and "hung up" in str(gone) and await self.healthy():
+            return False
         if len(self._restarted) >= self._allowed:
             why = "; ".join(self._restarted) or "never"
             raise PolicyError(
@@ -249,6 +273,7 @@ class Launched(Replica):
         self._restarted.append(str(gone).splitlines()[0].removesuffix("; its last words:"))
         await asyncio.to_thread(self.process.stop)
         self.process = self._launch()
+        return True
 
     async def close(self) -> None:
         await super().close()
