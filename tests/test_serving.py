@@ -218,6 +218,21 @@ def test_a_body_of_50_mb_is_refused(announced: bool) -> None:
     with_server(use)
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/metrics"])
+def test_paths_that_are_always_answered_keep_no_body(path: str) -> None:
+    async def use(client: httpx2.AsyncClient) -> None:
+        async def parts() -> AsyncGenerator[bytes]:
+            for _ in range(3):
+                yield b"x"
+
+        for content in (b"xxx", parts()):
+            response = await client.request("GET", path, content=content)
+            assert refusal(response) == (413, "body_too_large")
+        assert (await client.get(path)).status_code == 200
+
+    with_server(use)
+
+
 def test_a_body_that_does_not_come_is_not_waited_for() -> None:
     async def use(client: httpx2.AsyncClient) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)

@@ -17,7 +17,8 @@ from .metrics import Metrics
 OPEN = ("/", "/health")
 """Paths that need no token: the page holds nothing, and asks for one."""
 UNCOUNTED = ("/", "/health", "/metrics")
-"""Paths that are answered however busy the server is."""
+"""Paths that are answered however busy the server is. They take no body: nothing would bound how
+many are held at once."""
 DRAINED = 8
 """A body that is refused is still read up to so many times its limit: whoever sends it then meets
 an answer and no broken connection."""
@@ -92,7 +93,7 @@ class Guard:
             raise Refusal(429, said, "busy", retry_s=1)
         try:
             async with asyncio.timeout(self._limits.body_s):
-                body = await self._body(headers, receive)
+                body = await self._body(headers, receive, counted)
         except TimeoutError:
             said = f"the request did not arrive within {self._limits.body_s:g} s"
             raise Refusal(408, said, "too_slow") from None
@@ -125,11 +126,10 @@ class Guard:
             said = "wanted the header Authorization: Bearer TOKEN, with this server's token"
             raise Refusal(401, said, "wrong_token")
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes:
-        most = int(self._limits.body_mb * 1e6)
-        refusal = Refusal(
-            413, f"the request is larger than {self._limits.body_mb:g} MB", "body_too_large"
-        )
+    async def _body(self, headers: Headers, receive: Receive, counted: bool) -> bytes:
+        most = int(self._limits.body_mb * 1e6) if counted else 0
+        said = f"the request is larger than {self._limits.body_mb:g} MB"
+        refusal = Refusal(413, said if counted else "this path takes no body", "body_too_large")
         announced = headers.get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > DRAINED * most:
             raise refusal
