@@ -41,6 +41,7 @@ try:
     import uvicorn
 
     from ..agents.serving.app import Served, make_app
+    from ..agents.serving.connections import protocol
     from ..agents.serving.limits import Limits
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] not in ("fastapi", "prometheus_client", "uvicorn"):
@@ -50,6 +51,8 @@ except ModuleNotFoundError as error:
     ) from None
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from ..agents.serving.games import Opener
 
 TOKEN = "SELFWRIGHT_TOKEN"
@@ -119,17 +122,7 @@ async def serve(asked: Asked, console: Console) -> dict[str, Any]:
             app = make_app(served, limits, token=token, hosts=hosts)
             address = f"http://{_shown(asked.host)}:{listening.getsockname()[1]}"
             progress.say(f"serving {served.name} at {address}/")
-            server = Server(
-                uvicorn.Config(
-                    app,
-                    log_level="warning",
-                    access_log=False,
-                    server_header=False,
-                    ws="none",
-                    timeout_graceful_shutdown=limits.drain_s,
-                )
-            )
-            await server.serve([listening])
+            await Server(app, limits).serve([listening])
         finally:
             await policy.close()
     progress.say("stopped")
@@ -138,6 +131,18 @@ async def serve(asked: Asked, console: Console) -> dict[str, Any]:
 
 class Server(uvicorn.Server):
     """Ends well when it is told to end; uvicorn would then raise the signal again."""
+
+    def __init__(self, app: "FastAPI", limits: Limits) -> None:
+        config = uvicorn.Config(
+            app,
+            http=protocol(limits),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            ws="none",
+            timeout_graceful_shutdown=limits.drain_s,
+        )
+        super().__init__(config)
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:

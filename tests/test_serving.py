@@ -5,8 +5,9 @@ import base64
 import io
 import json
 import re
+import socket
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,83 @@ def test_a_body_that_does_not_come_is_not_waited_for() -> None:
         writer.close()
 
     with_server(use, bounds=limits(body_s=0.2))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\nhost: localhost\r\nx-",
+        # One whole request, then the beginning of another.
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\nGET",
+        # The rest of a body that was refused.
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{",
+    ],
+    ids=["nothing", "half a head", "half another", "half a body"],
+)
+def test_a_connection_without_a_head_is_closed_however_much_trickles_in(said: bytes) -> None:
+    policy = Echo()
+
+    async def use(client: httpx2.AsyncClient) -> None:
+        policy.free.clear()
+        slow = asyncio.create_task(client.post("/v1/chat/completions", json=talk("x")))
+        await policy.begun.wait()
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+        writer.write(said)
+
+        async def trickle() -> None:
+            with suppress(ConnectionError):
+                while said:
+                    writer.write(b"x")
+                    await writer.drain()
+                    await asyncio.sleep(0.05)
+
+        trickling = asyncio.create_task(trickle())
+        with suppress(ConnectionError):
+            while await asyncio.wait_for(reader.read(1000), 20):
+                pass
+        writer.close()
+        await trickling
+        # An answer may take as long as it takes.
+        policy.free.set()
+        assert (await slow).status_code == 200
+
+    with_server(use, lambda: policy, limits(body_s=0.3))
+
+
+def test_who_does_not_read_the_answers_is_cut_off() -> None:
+    async def use(client: httpx2.AsyncClient) -> None:
+        asks = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n" * 200_000
+        port = client.base_url.port
+
+        def talk_on() -> None:
+            with socket.create_connection(("127.0.0.1", port or 0), 20) as deaf:
+                deaf.sendall(asks)
+
+        with pytest.raises(ConnectionError):
+            await asyncio.to_thread(talk_on)
+
+    with_server(use, bounds=limits(body_s=0.3))
+
+
+def test_only_so_many_connections_are_held() -> None:
+    async def use(client: httpx2.AsyncClient) -> None:
+        held = [await asyncio.open_connection("127.0.0.1", client.base_url.port) for _ in range(3)]
+        with pytest.raises(httpx2.TransportError):
+            await client.get("/health")
+        held[0][1].close()
+
+        async def answered() -> bool:
+            try:
+                return (await client.get("/health")).status_code == 200
+            except httpx2.TransportError:
+                return False
+
+        await until(answered)
+        for _, writer in held:
+            writer.close()
+
+    with_server(use, bounds=limits(connections=3))
 
 
 def test_ten_thousand_sessions_are_refused_and_those_that_are_there_go_on() -> None:
