@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -18,7 +18,7 @@ from ..core import strict_yaml
 from ..core.config import Fleet
 from ..core.errors import ModelError, RecipeError
 from ..core.faults import validate
-from ..core.models import open_tokens
+from ..core.models import ADAPTER, open_tokens
 from ..core.protocols import HasTokens, Judge, Policy
 from ..core.recipe import Section, section
 from ..core.statistics import Comparison, compare_outcomes
@@ -43,6 +43,7 @@ try:
     from ..agents.serving.app import Served, make_app
     from ..agents.serving.connections import protocol
     from ..agents.serving.limits import Limits
+    from ..agents.serving.shelf import Shelf
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] not in ("fastapi", "prometheus_client", "uvicorn"):
         raise
@@ -104,7 +105,10 @@ async def serve(asked: Asked, console: Console) -> dict[str, Any]:
     heat = asked.temperature
     if heat is None:
         heat = exam.temperature if exam else 0.0
-    with bound(asked.host, asked.port) as listening:
+    with bound(asked.host, asked.port) as listening, closing(Shelf()) as shelf:
+        if weights is not None and asked.adapters is not None and (weights / ADAPTER).is_file():
+            # They are loaded again when others win, or fail: they had better be the same then.
+            weights = shelf.keep(weights)
         with progress.stage(f"opening {asked.checkpoint}"):
             policy: Policy = engine.make(base, asked.seed)
         try:

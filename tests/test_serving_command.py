@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from test_serving_swap import adapter
 
 from selfwright.commands.cli import call
 from selfwright.commands.evaluate import read_card
@@ -78,6 +79,22 @@ def test_told_to_stop_it_finishes_what_it_has_begun(model_folder: Callable[[str]
         told: dict[str, Any] = json.loads(out)
         assert told == {"model": "qwen3", "address": url}
         assert "Traceback" not in err and err.rstrip().endswith("stopped")
+
+
+def test_the_weights_it_began_with_can_be_loaded_again_though_their_files_are_lost(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    first = adapter(model_folder("qwen3"), tmp_path / "adapters" / "first", 1.0)
+    (tmp_path / "adapters" / "broken").mkdir()
+    (tmp_path / "adapters" / "broken" / "adapter_config.json").write_text("{}")
+    with server(str(first), "--adapters", str(tmp_path / "adapters")) as (url, _):
+        (first / "adapter_model.safetensors").unlink()
+        offer = {"path": "broken", "force": True}
+        told = httpx2.post(f"{url}/v1/adapters", json=offer, timeout=60).json()
+        assert told["status"] == "failed"
+        assert httpx2.get(f"{url}/health").status_code == 200
+        now = httpx2.get(f"{url}/v1/adapters").json()["checkpoint"]
+        assert now.endswith(str(first))
 
 
 @pytest.mark.parametrize(

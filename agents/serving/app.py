@@ -28,7 +28,7 @@ from ...core.seeds import derive
 from ...core.tokens import ChatTokens
 from ...core.types import Action, Completion, Message, Observation, Sampling, Step, Task
 from . import bodies
-from .champion import Champion, Gate, Offer, Trial
+from .champion import Champion, Offer, Trial
 from .desk import Desk
 from .games import Arena, Game, Opener
 from .guard import Guard
@@ -111,13 +111,12 @@ class Room:
         self.served = served
         self.limits = limits
         self.metrics = Metrics()
-        gate = Gate()
         policy = served.player.policy
-        self.desk = Desk(policy, served.tokens, gate, limits, self.metrics)
-        self.player = replace(served.player, policy=self.desk)
         self.champion = Champion(
-            policy, served.weights, served.adapters, served.trial, gate, limits, self.metrics
+            policy, served.weights, served.adapters, served.trial, limits, self.metrics
         )
+        self.desk = Desk(policy, served.tokens, self.champion, limits, self.metrics)
+        self.player = replace(served.player, policy=self.desk)
         self.sessions: Keeper[Session] = Keeper(
             "session", limits.sessions, limits.idle_s, clock, lambda _: None
         )
@@ -197,8 +196,7 @@ def _add_talk(app: FastAPI, room: Room) -> None:
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        if room.champion.broken:
-            raise Refusal(503, room.champion.broken, "no_weights")
+        room.champion.check()
         return {"status": "ok", "model": name}
 
     @app.get(

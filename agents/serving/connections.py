@@ -18,7 +18,7 @@ def protocol(limits: Limits) -> type[H11Protocol]:
         _late: asyncio.TimerHandle | None = None
         """Set while they are waited for: no request is being answered, or no answer is read."""
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
             if len(self.connections) > limits.connections:
                 # Not even a refusal is said: whoever has come to hold connections would not read.
