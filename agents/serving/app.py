@@ -221,11 +221,17 @@ def _add_talk(app: FastAPI, room: Room) -> None:
             said = f"there is no model {asked.model[:80]!r} here; there is {name!r}"
             raise Refusal(404, said, "model_not_found", "model")
         sampling = _sampling(asked, room.player.sampling, limits)
-        messages = [await _message(one, k, room) for k, one in enumerate(asked.messages)]
-        pictured = sum(len(message.images) for message in messages)
+        # Before any is looked at: to inflate an image is far more work than to send it.
+        pictured = sum(
+            isinstance(part, bodies.ImagePart)
+            for one in asked.messages
+            if not isinstance(one.content, str)
+            for part in one.content
+        )
         if pictured > limits.images:
             said = f"wanted at most {limits.images} images, got {pictured}"
             raise Refusal(400, said, "too_many_images", "messages")
+        messages = [await _message(one, k, room) for k, one in enumerate(asked.messages)]
         seed = secrets.randbits(62) if asked.seed is None else derive(asked.seed)
         async with deadline(room.player.timeout_s, "the completion"):
             said = await room.desk.complete(messages, sampling, seed)
