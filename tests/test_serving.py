@@ -6,7 +6,7 @@ import io
 import json
 import re
 import socket
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from selfwright.core.draw import draw, starts
 from selfwright.core.errors import PolicyError
 from selfwright.core.models import open_tokens
 from selfwright.core.rollout import rollouts
-from selfwright.core.types import Message, Sampling
+from selfwright.core.types import Completion, Message, Sampling
 from selfwright.core.worlds import open_worlds
 
 WORLD: dict[str, Any] = {"numbers": 2, "largest": 9, "attempts": 3}
@@ -492,6 +492,36 @@ def test_a_picture_is_taken_whole_and_with_any_byte_changed_not_at_all(
     spoilt[at] ^= data.draw(st.integers(1, 255))
     with pytest.raises(Refusal):
         checked_images([b64(bytes(spoilt))], Limits(), "image")
+
+
+def test_images_are_counted_over_all_messages_before_any_is_opened() -> None:
+    async def use(client: httpx2.AsyncClient) -> None:
+        part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,!"}}
+        one = {"role": "user", "content": [part]}
+        for count, code in ((8, "bad_image"), (9, "too_many_images")):
+            response = await client.post("/v1/chat/completions", json={"messages": [one] * count})
+            assert refusal(response) == (400, code)
+
+    with_server(use)
+
+
+def test_what_nobody_foresaw_is_a_500_with_the_headers_of_every_answer() -> None:
+    class Broken(Echo):
+        async def complete(
+            self, prompt: Sequence[Message], sampling: Sampling, seed: int
+        ) -> Completion:
+            raise ZeroDivisionError("a secret of the inside")
+
+    async def use(client: httpx2.AsyncClient) -> None:
+        response = await client.post("/v1/chat/completions", json=talk("x"))
+        assert refusal(response) == (500, "internal") and "secret" not in response.text
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert response.headers["cache-control"] == "no-store"
+        text = (await client.get("/metrics")).text
+        assert 'selfwright_refusals_total{reason="internal"} 1.0' in text
+        assert 'route="/v1/chat/completions",status="500"} 1.0' in text
+
+    with_server(use, Broken)
 
 
 def test_paths_from_nowhere_tell_nothing() -> None:

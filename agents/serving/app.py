@@ -186,10 +186,6 @@ def _tell_errors(app: FastAPI, metrics: Metrics) -> None:
         log.error("the policy failed: %s", error)
         return told(Refusal(503, "the policy could not answer", "policy_failed", retry_s=5))
 
-    @app.exception_handler(Exception)
-    async def _(request: Request, error: Exception) -> JSONResponse:
-        return told(Refusal(500, "something broke here", "internal"))
-
 
 def _add_talk(app: FastAPI, room: Room) -> None:
     name, limits = room.served.name, room.limits

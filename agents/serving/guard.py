@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import json
+import logging
 import time
 from collections.abc import Collection
 from typing import Any
@@ -13,6 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .limits import Limits, Refusal
 from .metrics import Metrics
+
+log = logging.getLogger(__name__)
 
 OPEN = ("/", "/health")
 """Paths that need no token: the page holds nothing, and asks for one."""
@@ -29,7 +32,7 @@ SAFE = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-"""Headers of every answer."""
+"""Headers of every answer; uvicorn itself answers what is no HTTP."""
 
 
 class Guard:
@@ -54,7 +57,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 500
+        began, status = time.perf_counter(), 0
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -73,13 +76,19 @@ class Guard:
             await self._app(scope, await self._admitted(scope, receive, counted), answer)
         except Refusal as refusal:
             await refused(refusal, self._metrics, answer)
+        except Exception:
+            if status:
+                raise  # The answer has begun: only to break off tells that it is not whole.
+            log.exception("a request broke")
+            broke = Refusal(500, "something broke here", "internal")
+            await refused(broke, self._metrics, answer)
         finally:
             self._busy -= counted
             self._metrics.busy.set(self._busy)
             # The pattern, not the path: strangers choose paths.
             route = getattr(scope.get("route"), "path", "other")
             method = scope["method"] if scope["method"] in METHODS else "other"
-            self._metrics.requests.labels(method, route, str(status)).inc()
+            self._metrics.requests.labels(method, route, str(status or 500)).inc()
             self._metrics.seconds.labels(route).observe(time.perf_counter() - began)
 
     async def _admitted(self, scope: Scope, receive: Receive, counted: bool) -> Receive:
