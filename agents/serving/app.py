@@ -45,6 +45,8 @@ PIECE = 400
 """Characters of one chunk of a stream."""
 SHOWN = 100
 """Tasks that the playground lists at once."""
+SWEEP_S = 30.0
+"""So often idle sessions and games are looked for, though nobody asks."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ def make_app(
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncGenerator[None]:
+        sweeping = asyncio.create_task(room.sweep())
         yield
+        sweeping.cancel()
         await room.close()
 
     app = FastAPI(
@@ -129,6 +133,13 @@ class Room:
         leaving = asyncio.create_task(game.lease.aclose())
         self._leaving.add(leaving)
         leaving.add_done_callback(self._leaving.discard)
+
+    async def sweep(self) -> None:
+        """End what is idle for too long, for ever: its worlds are worth more than its id."""
+        while True:
+            await asyncio.sleep(min(self.limits.idle_s, SWEEP_S))
+            self.sessions.sweep()
+            self.games.sweep()
 
     async def close(self) -> None:
         await self.champion.close()
