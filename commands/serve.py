@@ -92,7 +92,8 @@ async def serve(asked: Asked, console: Console) -> dict[str, Any]:
     progress = Progress(console)
     mine = by_section(asked.checkpoint, asked.overrides, KEYS, "serve")
     limits = limits_of(mine.pop("limits"))
-    token = os.environ.get(asked.token_env, "")
+    # What is read from a file ends with a newline, which no header can hold.
+    token = os.environ.get(asked.token_env, "").strip()
     hosts = hosts_of(asked.host, asked.token_env, token)
     if asked.adapters is not None and not asked.adapters.is_dir():
         raise RecipeError(f"--adapters {asked.adapters}: no such folder")

@@ -184,6 +184,19 @@ def test_without_the_token_nothing_but_health_and_the_page_is_told() -> None:
     with_server(use, token="sesame")
 
 
+def test_a_token_may_be_any_text() -> None:
+    # The last byte of the last letter would be a space, were it a letter of Latin-1.
+    token = "s\u00e9same \u00e0"
+
+    async def use(http: httpx2.AsyncClient) -> None:
+        async with Client(str(http.base_url), f"{token}\n") as client:
+            await (await client.session("a")).end()
+        wrong = {"authorization": "Bearer s\u00e9same \u00e1".encode()}
+        assert refusal(await http.get("/v1/models", headers=wrong)) == (401, "wrong_token")
+
+    with_server(use, token=token)
+
+
 def test_a_page_elsewhere_cannot_drive_a_server_on_loopback() -> None:
     async def use(client: httpx2.AsyncClient) -> None:
         port = client.base_url.port

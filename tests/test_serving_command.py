@@ -87,13 +87,20 @@ def test_the_weights_it_began_with_can_be_loaded_again_though_their_files_are_lo
     first = adapter(model_folder("qwen3"), tmp_path / "adapters" / "first", 1.0)
     (tmp_path / "adapters" / "broken").mkdir()
     (tmp_path / "adapters" / "broken" / "adapter_config.json").write_text("{}")
-    with server(str(first), "--adapters", str(tmp_path / "adapters")) as (url, _):
+    line = (str(first), "--adapters", str(tmp_path / "adapters"))
+    with (
+        # As `$(cat FILE)` does not leave it, but a container's secret may.
+        server(*line, SELFWRIGHT_TOKEN="sesame\n") as (url, _),
+        httpx2.Client(
+            base_url=url, headers={"authorization": "Bearer sesame"}, timeout=60
+        ) as client,
+    ):
         (first / "adapter_model.safetensors").unlink()
         offer = {"path": "broken", "force": True}
-        told = httpx2.post(f"{url}/v1/adapters", json=offer, timeout=60).json()
+        told = client.post("/v1/adapters", json=offer).json()
         assert told["status"] == "failed"
-        assert httpx2.get(f"{url}/health").status_code == 200
-        now = httpx2.get(f"{url}/v1/adapters").json()["checkpoint"]
+        assert client.get("/health").status_code == 200
+        now = client.get("/v1/adapters").json()["checkpoint"]
         assert now.endswith(str(first))
 
 

@@ -30,7 +30,7 @@ class Client:
 
     def __init__(self, url: str, token: str = "", timeout_s: float = 600.0) -> None:
         """``timeout_s``: of one answer, waiting for a busy server included."""
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        headers = {"Authorization": f"Bearer {token.strip()}".encode()} if token else {}
         self._url = url.rstrip("/")
         self._timeout_s = timeout_s
         self._http = httpx2.AsyncClient(

@@ -130,7 +130,8 @@ class Guard:
         if not self._token:
             return
         kind, _, given = headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode(), self._token)
+        # Starlette reads headers as Latin-1, which gives back the bytes that were sent.
+        right = hmac.compare_digest(given.encode("latin-1").strip(), self._token)
         if kind.lower() != "bearer" or not right:
             said = "wanted the header Authorization: Bearer TOKEN, with this server's token"
             raise Refusal(401, said, "wrong_token")
