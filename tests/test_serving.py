@@ -20,12 +20,12 @@ from serving import Echo, limits, png, running, served, transformers_policy, unt
 from selfwright.agents.serving.client import Client, ServedPlayer
 from selfwright.agents.serving.images import checked_images
 from selfwright.agents.serving.limits import Limits, Refusal
-from selfwright.core.config import Fleet
+from selfwright.core.config import Config, Fleet
 from selfwright.core.draw import draw, starts
 from selfwright.core.errors import PolicyError
 from selfwright.core.models import open_tokens
 from selfwright.core.rollout import rollouts
-from selfwright.core.types import Completion, Message, Sampling
+from selfwright.core.types import Completion, Message, Observation, Sampling, Task, TimeStep
 from selfwright.core.worlds import open_worlds
 
 WORLD: dict[str, Any] = {"numbers": 2, "largest": 9, "attempts": 3}
@@ -191,7 +191,7 @@ def test_a_token_may_be_any_text() -> None:
     async def use(http: httpx2.AsyncClient) -> None:
         async with Client(str(http.base_url), f"{token}\n") as client:
             await (await client.session("a")).end()
-        wrong = {"authorization": "Bearer s\u00e9same \u00e1".encode()}
+        wrong = {b"authorization": "Bearer s\u00e9same \u00e1".encode()}
         assert refusal(await http.get("/v1/models", headers=wrong)) == (401, "wrong_token")
 
     with_server(use, token=token)
@@ -664,6 +664,66 @@ def test_the_client_waits_for_a_busy_server_and_tells_a_refusal() -> None:
                 await nowhere.session("d")
 
     with_server(use, lambda: policy, limits(parallel=1), token="sesame")
+
+
+def test_the_clients_time_is_of_the_whole_answer() -> None:
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\n")
+        with suppress(ConnectionError):
+            while not writer.is_closing():
+                writer.write(b"x")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+
+    async def main() -> None:
+        server = await asyncio.start_server(drip, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with Client(f"http://127.0.0.1:{port}", timeout_s=0.3) as client:
+            async with asyncio.timeout(20):
+                with pytest.raises(PolicyError, match=r"did not answer within 0\.3 s"):
+                    await client.session("a")
+        server.close()
+
+    asyncio.run(main())
+
+
+class Fragile:
+    """A world whose every episode breaks at its first step."""
+
+    Config = Config
+    isolation = "inline"
+
+    def __init__(self, config: Config) -> None:
+        pass
+
+    def tasks(self, split: str) -> list[Task]:
+        return [Task(f"{split}-{k}", "break it", 3) for k in range(6)]
+
+    async def reset(self, task: Task, seed: int) -> Observation:
+        return Observation("whole")
+
+    async def step(self, action: str) -> TimeStep:
+        raise ZeroDivisionError
+
+    async def close(self) -> None:
+        pass
+
+
+def test_sessions_of_worlds_that_broke_end() -> None:
+    async def use(http: httpx2.AsyncClient) -> None:
+        fleet = Fleet.model_validate({"parallel": 1, "max_failures": 1.0})
+        async with (
+            await open_worlds(f"{__name__}:Fragile", {}, fleet) as worlds,
+            Client(str(http.base_url)) as client,
+        ):
+            player = ServedPlayer(client)
+            played = await rollouts(player, worlds, starts(worlds.tasks("train"), 1, 1), 5)
+            assert [one.error for one in played] == ["ZeroDivisionError: "] * 6
+            assert "selfwright_sessions 1.0" in (await http.get("/metrics")).text
+            await player.close()
+            assert "selfwright_sessions 0.0" in (await http.get("/metrics")).text
+
+    with_server(use)
 
 
 def test_no_request_of_its_own_description_breaks_the_server(
