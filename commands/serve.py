@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -18,7 +18,7 @@ from ..core import strict_yaml
 from ..core.config import Fleet
 from ..core.errors import ModelError, RecipeError
 from ..core.faults import validate
-from ..core.models import open_tokens
+from ..core.models import ADAPTER, open_tokens
 from ..core.protocols import HasTokens, Judge, Policy
 from ..core.recipe import Section, section
 from ..core.statistics import Comparison, compare_outcomes
@@ -41,7 +41,9 @@ try:
     import uvicorn
 
     from ..agents.serving.app import Served, make_app
+    from ..agents.serving.connections import protocol
     from ..agents.serving.limits import Limits
+    from ..agents.serving.shelf import Shelf
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] not in ("fastapi", "prometheus_client", "uvicorn"):
         raise
@@ -50,6 +52,8 @@ except ModuleNotFoundError as error:
     ) from None
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from ..agents.serving.games import Opener
 
 TOKEN = "SELFWRIGHT_TOKEN"
@@ -88,7 +92,8 @@ async def serve(asked: Asked, console: Console) -> dict[str, Any]:
     progress = Progress(console)
     mine = by_section(asked.checkpoint, asked.overrides, KEYS, "serve")
     limits = limits_of(mine.pop("limits"))
-    token = os.environ.get(asked.token_env, "")
+    # What is read from a file ends with a newline, which no header can hold.
+    token = os.environ.get(asked.token_env, "").strip()
     hosts = hosts_of(asked.host, asked.token_env, token)
     if asked.adapters is not None and not asked.adapters.is_dir():
         raise RecipeError(f"--adapters {asked.adapters}: no such folder")
@@ -101,7 +106,10 @@ async def serve(asked: Asked, console: Console) -> dict[str, Any]:
     heat = asked.temperature
     if heat is None:
         heat = exam.temperature if exam else 0.0
-    with bound(asked.host, asked.port) as listening:
+    with bound(asked.host, asked.port) as listening, closing(Shelf()) as shelf:
+        if weights is not None and asked.adapters is not None and (weights / ADAPTER).is_file():
+            # They are loaded again when others win, or fail: they had better be the same then.
+            weights = shelf.keep(weights)
         with progress.stage(f"opening {asked.checkpoint}"):
             policy: Policy = engine.make(base, asked.seed)
         try:
@@ -119,17 +127,7 @@ async def serve(asked: Asked, console: Console) -> dict[str, Any]:
             app = make_app(served, limits, token=token, hosts=hosts)
             address = f"http://{_shown(asked.host)}:{listening.getsockname()[1]}"
             progress.say(f"serving {served.name} at {address}/")
-            server = Server(
-                uvicorn.Config(
-                    app,
-                    log_level="warning",
-                    access_log=False,
-                    server_header=False,
-                    ws="none",
-                    timeout_graceful_shutdown=limits.drain_s,
-                )
-            )
-            await server.serve([listening])
+            await Server(app, limits).serve([listening])
         finally:
             await policy.close()
     progress.say("stopped")
@@ -138,6 +136,18 @@ async def serve(asked: Asked, console: Console) -> dict[str, Any]:
 
 class Server(uvicorn.Server):
     """Ends well when it is told to end; uvicorn would then raise the signal again."""
+
+    def __init__(self, app: "FastAPI", limits: Limits) -> None:
+        config = uvicorn.Config(
+            app,
+            http=protocol(limits),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            ws="none",
+            timeout_graceful_shutdown=limits.drain_s,
+        )
+        super().__init__(config)
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import uvicorn
 
 from selfwright.agents.chat import Chat, ChatConfig
 from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
@@ -71,7 +70,7 @@ def transformers_policy(folder: Path) -> TransformersPolicy:
 
 
 def limits(**settings: Any) -> Limits:
-    return Limits.model_validate(settings)
+    return Limits.model_validate({"drain_s": 5, **settings})
 
 
 @asynccontextmanager
@@ -79,13 +78,11 @@ async def running(
     what: Served, bounds: Limits | None = None, **keys: Any
 ) -> AsyncGenerator[httpx2.AsyncClient]:
     """A client of the real server, which drains as the real one does and closes its policy."""
-    app = make_app(what, bounds or Limits(), hosts=LOCAL, **keys)
+    bounds = bounds or limits(drain_s=5)
+    app = make_app(what, bounds, hosts=LOCAL, **keys)
     with bound("127.0.0.1", 0) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        config = uvicorn.Config(
-            app, log_level="critical", access_log=False, ws="none", timeout_graceful_shutdown=5
-        )
-        server = Server(config)
+        server = Server(app, bounds)
         task = asyncio.create_task(server.serve([listening]))
         try:
             await until(lambda: server.started)

@@ -5,8 +5,9 @@ import base64
 import io
 import json
 import re
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import redirect_stdout
+import socket
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from serving import Echo, limits, png, running, served, transformers_policy, unt
 from selfwright.agents.serving.client import Client, ServedPlayer
 from selfwright.agents.serving.images import checked_images
 from selfwright.agents.serving.limits import Limits, Refusal
-from selfwright.core.config import Fleet
+from selfwright.core.config import Config, Fleet
 from selfwright.core.draw import draw, starts
 from selfwright.core.errors import PolicyError
 from selfwright.core.models import open_tokens
 from selfwright.core.rollout import rollouts
-from selfwright.core.types import Message, Sampling
+from selfwright.core.types import Completion, Message, Observation, Sampling, Task, TimeStep
 from selfwright.core.worlds import open_worlds
 
 WORLD: dict[str, Any] = {"numbers": 2, "largest": 9, "attempts": 3}
@@ -183,6 +184,19 @@ def test_without_the_token_nothing_but_health_and_the_page_is_told() -> None:
     with_server(use, token="sesame")
 
 
+def test_a_token_may_be_any_text() -> None:
+    # The last byte of the last letter would be a space, were it a letter of Latin-1.
+    token = "s\u00e9same \u00e0"
+
+    async def use(http: httpx2.AsyncClient) -> None:
+        async with Client(str(http.base_url), f"{token}\n") as client:
+            await (await client.session("a")).end()
+        wrong = {b"authorization": "Bearer s\u00e9same \u00e1".encode()}
+        assert refusal(await http.get("/v1/models", headers=wrong)) == (401, "wrong_token")
+
+    with_server(use, token=token)
+
+
 def test_a_page_elsewhere_cannot_drive_a_server_on_loopback() -> None:
     async def use(client: httpx2.AsyncClient) -> None:
         port = client.base_url.port
@@ -218,6 +232,21 @@ def test_a_body_of_50_mb_is_refused(announced: bool) -> None:
     with_server(use)
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/metrics"])
+def test_paths_that_are_always_answered_keep_no_body(path: str) -> None:
+    async def use(client: httpx2.AsyncClient) -> None:
+        async def parts() -> AsyncGenerator[bytes]:
+            for _ in range(3):
+                yield b"x"
+
+        for content in (b"xxx", parts()):
+            response = await client.request("GET", path, content=content)
+            assert refusal(response) == (413, "body_too_large")
+        assert (await client.get(path)).status_code == 200
+
+    with_server(use)
+
+
 def test_a_body_that_does_not_come_is_not_waited_for() -> None:
     async def use(client: httpx2.AsyncClient) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
@@ -227,6 +256,83 @@ def test_a_body_that_does_not_come_is_not_waited_for() -> None:
         writer.close()
 
     with_server(use, bounds=limits(body_s=0.2))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\nhost: localhost\r\nx-",
+        # One whole request, then the beginning of another.
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\nGET",
+        # The rest of a body that was refused.
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{",
+    ],
+    ids=["nothing", "half a head", "half another", "half a body"],
+)
+def test_a_connection_without_a_head_is_closed_however_much_trickles_in(said: bytes) -> None:
+    policy = Echo()
+
+    async def use(client: httpx2.AsyncClient) -> None:
+        policy.free.clear()
+        slow = asyncio.create_task(client.post("/v1/chat/completions", json=talk("x")))
+        await policy.begun.wait()
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+        writer.write(said)
+
+        async def trickle() -> None:
+            with suppress(ConnectionError):
+                while said:
+                    writer.write(b"x")
+                    await writer.drain()
+                    await asyncio.sleep(0.05)
+
+        trickling = asyncio.create_task(trickle())
+        with suppress(ConnectionError):
+            while await asyncio.wait_for(reader.read(1000), 20):
+                pass
+        writer.close()
+        await trickling
+        # An answer may take as long as it takes.
+        policy.free.set()
+        assert (await slow).status_code == 200
+
+    with_server(use, lambda: policy, limits(body_s=0.3))
+
+
+def test_who_does_not_read_the_answers_is_cut_off() -> None:
+    async def use(client: httpx2.AsyncClient) -> None:
+        asks = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n" * 200_000
+        port = client.base_url.port
+
+        def talk_on() -> None:
+            with socket.create_connection(("127.0.0.1", port or 0), 20) as deaf:
+                deaf.sendall(asks)
+
+        with pytest.raises(ConnectionError):
+            await asyncio.to_thread(talk_on)
+
+    with_server(use, bounds=limits(body_s=0.3))
+
+
+def test_only_so_many_connections_are_held() -> None:
+    async def use(client: httpx2.AsyncClient) -> None:
+        held = [await asyncio.open_connection("127.0.0.1", client.base_url.port) for _ in range(3)]
+        with pytest.raises(httpx2.TransportError):
+            await client.get("/health")
+        held[0][1].close()
+
+        async def answered() -> bool:
+            try:
+                return (await client.get("/health")).status_code == 200
+            except httpx2.TransportError:
+                return False
+
+        await until(answered)
+        for _, writer in held:
+            writer.close()
+
+    with_server(use, bounds=limits(connections=3))
 
 
 def test_ten_thousand_sessions_are_refused_and_those_that_are_there_go_on() -> None:
@@ -401,6 +507,36 @@ def test_a_picture_is_taken_whole_and_with_any_byte_changed_not_at_all(
         checked_images([b64(bytes(spoilt))], Limits(), "image")
 
 
+def test_images_are_counted_over_all_messages_before_any_is_opened() -> None:
+    async def use(client: httpx2.AsyncClient) -> None:
+        part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,!"}}
+        one = {"role": "user", "content": [part]}
+        for count, code in ((8, "bad_image"), (9, "too_many_images")):
+            response = await client.post("/v1/chat/completions", json={"messages": [one] * count})
+            assert refusal(response) == (400, code)
+
+    with_server(use)
+
+
+def test_what_nobody_foresaw_is_a_500_with_the_headers_of_every_answer() -> None:
+    class Broken(Echo):
+        async def complete(
+            self, prompt: Sequence[Message], sampling: Sampling, seed: int
+        ) -> Completion:
+            raise ZeroDivisionError("a secret of the inside")
+
+    async def use(client: httpx2.AsyncClient) -> None:
+        response = await client.post("/v1/chat/completions", json=talk("x"))
+        assert refusal(response) == (500, "internal") and "secret" not in response.text
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert response.headers["cache-control"] == "no-store"
+        text = (await client.get("/metrics")).text
+        assert 'selfwright_refusals_total{reason="internal"} 1.0' in text
+        assert 'route="/v1/chat/completions",status="500"} 1.0' in text
+
+    with_server(use, Broken)
+
+
 def test_paths_from_nowhere_tell_nothing() -> None:
     async def use(client: httpx2.AsyncClient) -> None:
         for path in ("/etc/passwd", "/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/v1/x%00"):
@@ -528,6 +664,66 @@ def test_the_client_waits_for_a_busy_server_and_tells_a_refusal() -> None:
                 await nowhere.session("d")
 
     with_server(use, lambda: policy, limits(parallel=1), token="sesame")
+
+
+def test_the_clients_time_is_of_the_whole_answer() -> None:
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\n")
+        with suppress(ConnectionError):
+            while not writer.is_closing():
+                writer.write(b"x")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+
+    async def main() -> None:
+        server = await asyncio.start_server(drip, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with Client(f"http://127.0.0.1:{port}", timeout_s=0.3) as client:
+            async with asyncio.timeout(20):
+                with pytest.raises(PolicyError, match=r"did not answer within 0\.3 s"):
+                    await client.session("a")
+        server.close()
+
+    asyncio.run(main())
+
+
+class Fragile:
+    """A world whose every episode breaks at its first step."""
+
+    Config = Config
+    isolation = "inline"
+
+    def __init__(self, config: Config) -> None:
+        pass
+
+    def tasks(self, split: str) -> list[Task]:
+        return [Task(f"{split}-{k}", "break it", 3) for k in range(6)]
+
+    async def reset(self, task: Task, seed: int) -> Observation:
+        return Observation("whole")
+
+    async def step(self, action: str) -> TimeStep:
+        raise ZeroDivisionError
+
+    async def close(self) -> None:
+        pass
+
+
+def test_sessions_of_worlds_that_broke_end() -> None:
+    async def use(http: httpx2.AsyncClient) -> None:
+        fleet = Fleet.model_validate({"parallel": 1, "max_failures": 1.0})
+        async with (
+            await open_worlds(f"{__name__}:Fragile", {}, fleet) as worlds,
+            Client(str(http.base_url)) as client,
+        ):
+            player = ServedPlayer(client)
+            played = await rollouts(player, worlds, starts(worlds.tasks("train"), 1, 1), 5)
+            assert [one.error for one in played] == ["ZeroDivisionError: "] * 6
+            assert "selfwright_sessions 1.0" in (await http.get("/metrics")).text
+            await player.close()
+            assert "selfwright_sessions 0.0" in (await http.get("/metrics")).text
+
+    with_server(use)
 
 
 def test_no_request_of_its_own_description_breaks_the_server(

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from test_serving_swap import adapter
 
 from selfwright.commands.cli import call
 from selfwright.commands.evaluate import read_card
@@ -78,6 +79,29 @@ def test_told_to_stop_it_finishes_what_it_has_begun(model_folder: Callable[[str]
         told: dict[str, Any] = json.loads(out)
         assert told == {"model": "qwen3", "address": url}
         assert "Traceback" not in err and err.rstrip().endswith("stopped")
+
+
+def test_the_weights_it_began_with_can_be_loaded_again_though_their_files_are_lost(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    first = adapter(model_folder("qwen3"), tmp_path / "adapters" / "first", 1.0)
+    (tmp_path / "adapters" / "broken").mkdir()
+    (tmp_path / "adapters" / "broken" / "adapter_config.json").write_text("{}")
+    line = (str(first), "--adapters", str(tmp_path / "adapters"))
+    with (
+        # As `$(cat FILE)` does not leave it, but a container's secret may.
+        server(*line, SELFWRIGHT_TOKEN="sesame\n") as (url, _),
+        httpx2.Client(
+            base_url=url, headers={"authorization": "Bearer sesame"}, timeout=60
+        ) as client,
+    ):
+        (first / "adapter_model.safetensors").unlink()
+        offer = {"path": "broken", "force": True}
+        told = client.post("/v1/adapters", json=offer).json()
+        assert told["status"] == "failed"
+        assert client.get("/health").status_code == 200
+        now = client.get("/v1/adapters").json()["checkpoint"]
+        assert now.endswith(str(first))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import asyncio
 import shutil
 import struct
 import zlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from test_serving import refusal
 
 from selfwright.agents.serving.app import playground
 from selfwright.core.config import Config, Fleet
-from selfwright.core.types import Observation, Task, TimeStep
+from selfwright.core.types import Completion, Message, Observation, Sampling, Task, TimeStep
 from selfwright.core.worlds import Worlds, open_worlds
 
 CHROMIUM = shutil.which("chromium") or "chromium"
@@ -275,12 +275,13 @@ def test_a_world_that_breaks_is_said_and_another_game_begins() -> None:
 def test_a_token_is_asked_for() -> None:
     async def main() -> None:
         what = served(Echo(), worlds=GALLERY)
-        async with running(what, token="sesame") as client, async_playwright() as play:
+        token = "s\u00e9same \u2603"
+        async with running(what, token=token) as client, async_playwright() as play:
             browser = await play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
             page = await browser.new_page()
             await page.goto(str(client.base_url))
             await page.wait_for_selector("#door:not([hidden])")
-            await page.keyboard.type("sesame")
+            await page.keyboard.type(token)
             await page.keyboard.press("Enter")
             await state(page, "Ready")
             assert await page.locator("#door").is_hidden()
@@ -316,6 +317,75 @@ def test_games_are_few_and_end() -> None:
             assert refusal(response) == (404, "no_world")
 
     asyncio.run(main())
+
+
+def test_games_left_alone_give_their_worlds_back_though_nobody_asks() -> None:
+    held = list[Worlds]()
+
+    async def open() -> Worlds:
+        held.append(await opener(f"{__name__}:Gallery", parallel=1)())
+        return held[0]
+
+    async def main() -> None:
+        what = served(Echo(), worlds={"gallery": open})
+        async with running(what, limits(idle_s=0.2)) as client:
+            response = await client.post("/playground/games", json={"world": "gallery", "index": 1})
+            assert response.status_code == 201
+            async with asyncio.timeout(20), held[0].lease():
+                pass
+
+    asyncio.run(main())
+
+
+AGAIN = """
+() => {
+  const real = fetch;
+  window.asked = 0;
+  window.fetch = (path, ...more) => {
+    window.asked += path.endsWith("/step");
+    return real(path, ...more);
+  };
+  const [steps, play, pause] = ["steps", "play", "pause"].map((id) => document.getElementById(id));
+  new MutationObserver((_, watch) => {
+    watch.disconnect();
+    setTimeout(() => { pause.click(); play.click(); });
+  }).observe(steps, { childList: true });
+  play.click();
+}
+"""
+"""Plays; as soon as the first step is there, pauses and plays again. Counts the steps asked for."""
+
+
+def test_paused_and_played_again_it_plays_once() -> None:
+    class Slow(Echo):
+        """Once it has answered, it waits for ``may``."""
+
+        may = asyncio.Event()
+
+        async def complete(
+            self, prompt: Sequence[Message], sampling: Sampling, seed: int
+        ) -> Completion:
+            if self.asked:
+                await self.may.wait()
+            return await super().complete(prompt, sampling, seed)
+
+    policy = Slow()
+
+    async def use(page: Page, client: httpx2.AsyncClient) -> None:
+        await state(page, "Ready")
+        await page.select_option("#task", "1")
+        await page.wait_for_function(
+            "() => document.getElementById('steps').textContent === '0 of 4'"
+        )
+        await page.evaluate(AGAIN)
+        await page.wait_for_function("() => window.asked === 2")
+        # The first loop's sleep began earlier and is shorter, so it has woken when this one ends.
+        await page.evaluate("() => new Promise((done) => setTimeout(done, 700))")
+        assert await page.evaluate("window.asked") == 2
+        policy.may.set()
+        await state(page, "Solved after 4 steps")
+
+    with_page(use, lambda: policy)
 
 
 def test_a_trained_agent_is_watched_in_its_own_world(player: Path, tmp_path: Path) -> None:

@@ -190,6 +190,106 @@ def test_a_trial_that_fails_or_never_ends_changes_nothing(tmp_path: Path) -> Non
     asyncio.run(main())
 
 
+class Reader(Echo):
+    """Its checkpoint is what the adapter's file says as it is loaded; some cannot be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bad = {"bad"}
+        self.may_load = asyncio.Event()
+        self.may_load.set()
+        self.loading = asyncio.Event()
+
+    async def load(self, checkpoint: Path | None) -> None:
+        self.loading.set()
+        await self.may_load.wait()
+        self.checkpoint = inside(checkpoint)
+        if self.checkpoint in self.bad:
+            raise ZeroDivisionError(f"a secret of {checkpoint}")
+
+
+def inside(checkpoint: Path | None) -> str:
+    return "base" if checkpoint is None else (checkpoint / "adapter_config.json").read_text()
+
+
+def test_an_offer_is_what_it_was_when_it_was_made(tmp_path: Path) -> None:
+    async def main() -> None:
+        latest = shelf(tmp_path, "latest") / "latest" / "adapter_config.json"
+        asked = list[tuple[Path | None, Path]]()
+
+        async def trial(champion: Path | None, challenger: Path) -> Comparison:
+            latest.write_text("2")  # whoever trains does not wait for us
+            asked.append((champion, challenger))
+            assert champion != challenger
+            skills = [10 if one is None else int(inside(one)) for one in (champion, challenger)]
+            one, two = ({str(k): k < skill for k in range(40)} for skill in skills)
+            return compare_outcomes(one, two)
+
+        policy = Reader()
+        what = served(policy, adapters=tmp_path / "adapters", trial=trial)
+        async with running(what) as client:
+            latest.write_text("25")
+            told = await settled(client, "latest")
+            assert (told["status"], policy.checkpoint) == ("swapped", "25")
+            told = await settled(client, "latest")
+            assert (told["status"], told["comparison"]["verdict"]) == ("kept", "worse")
+            kept, worse = asked[1]
+            assert kept and kept == asked[0][1], "what was found of it before still holds"
+            assert kept.is_dir() and not worse.exists()
+            latest.write_text("bad")
+            told = await settled(client, "latest", force=True)
+            assert (told["status"], policy.checkpoint) == ("failed", "25")
+        assert not kept.exists()
+
+    asyncio.run(main())
+
+
+def test_the_time_for_a_trial_does_not_cut_off_the_swap(tmp_path: Path) -> None:
+    async def main() -> None:
+        policy = Reader()
+        policy.may_load.clear()
+        trial = by_name(base=10, new=25)
+        what = served(policy, adapters=shelf(tmp_path, "new"), trial=trial)
+        async with running(what, limits(trial_s=0.3)) as client:
+            settling = asyncio.create_task(settled(client, "new"))
+            await policy.loading.wait()
+            # The same loop has both timers, so the trial's comes first.
+            await asyncio.sleep(0.31)
+            policy.may_load.set()
+            assert (await settling)["status"] == "swapped"
+
+    asyncio.run(main())
+
+
+def test_without_any_weights_nothing_is_answered_until_others_are_there(tmp_path: Path) -> None:
+    async def main() -> None:
+        folder = shelf(tmp_path, "new", "good")
+        (folder / "new" / "adapter_config.json").write_text("bad")
+        policy = Reader()
+        policy.bad.add("base")
+        async with running(served(policy, adapters=folder)) as client:
+            id = await opened(client)
+            talk = {"messages": [{"role": "user", "content": "x"}]}
+
+            async def answers() -> list[httpx2.Response]:
+                return [
+                    await client.get("/health"),
+                    await client.post("/v1/chat/completions", json=talk),
+                    await client.post(f"/v1/sessions/{id}/act", json=seen()),
+                ]
+
+            told = await settled(client, "new", force=True)
+            assert (told["status"], told["said"]) == ("failed", "ZeroDivisionError")
+            for response in await answers():
+                assert refusal(response) == (503, "no_weights")
+                assert str(tmp_path) not in response.text and "secret" not in response.text
+            assert policy.asked == []
+            assert (await settled(client, "good", force=True))["status"] == "swapped"
+            assert [response.status_code for response in await answers()] == [200] * 3
+
+    asyncio.run(main())
+
+
 def test_an_adapter_that_does_not_fit_leaves_the_old_one(
     model_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

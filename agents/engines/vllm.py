@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from ...core.canary import Canary, canary_ids, distance
 from ...core.config import PolicyConfig
-from ...core.errors import DiskError, PolicyError
+from ...core.errors import DiskError, PolicyError, PromptError
 from ...core.files import DRAFT, hard_link
 from ...core.models import ADAPTER, open_tokens, parts_of, placeholder_of, save_merged
 from ...core.types import Completion, Message, Sampling
@@ -178,7 +178,7 @@ class VLLMPolicy:
     async def complete(
         self, prompt: Sequence[Message], sampling: Sampling, seed: int
     ) -> Completion:
-        """Raises: PolicyError: no room in the context, or no server answers."""
+        """Raises: PromptError: no room in the context. PolicyError: no server answers."""
         if sampling.max_tokens < 1 or "" in sampling.stop:
             raise PolicyError(f"wanted max_tokens of at least 1 and no empty stop, got {sampling}")
         tokens = self.tokens
@@ -247,7 +247,7 @@ class VLLMPolicy:
         await self._ready()
         context = self._replicas[0].context
         if prompt + more > context:
-            raise PolicyError(
+            raise PromptError(
                 f"a prompt of {prompt} tokens and {more} to sample exceed the server's context of "
                 f"{context}; shorten the agent's window or max_tokens, or raise policy.context"
             )

@@ -28,7 +28,7 @@ from ...core.seeds import derive
 from ...core.tokens import ChatTokens
 from ...core.types import Action, Completion, Message, Observation, Sampling, Step, Task
 from . import bodies
-from .champion import Champion, Gate, Offer, Trial
+from .champion import Champion, Offer, Trial
 from .desk import Desk
 from .games import Arena, Game, Opener
 from .guard import Guard
@@ -45,6 +45,8 @@ PIECE = 400
 """Characters of one chunk of a stream."""
 SHOWN = 100
 """Tasks that the playground lists at once."""
+SWEEP_S = 30.0
+"""So often idle sessions and games are looked for, though nobody asks."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ def make_app(
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncGenerator[None]:
+        sweeping = asyncio.create_task(room.sweep())
         yield
+        sweeping.cancel()
         await room.close()
 
     app = FastAPI(
@@ -111,13 +115,12 @@ class Room:
         self.served = served
         self.limits = limits
         self.metrics = Metrics()
-        gate = Gate()
         policy = served.player.policy
-        self.desk = Desk(policy, served.tokens, gate, limits, self.metrics)
-        self.player = replace(served.player, policy=self.desk)
         self.champion = Champion(
-            policy, served.weights, served.adapters, served.trial, gate, limits, self.metrics
+            policy, served.weights, served.adapters, served.trial, limits, self.metrics
         )
+        self.desk = Desk(policy, served.tokens, self.champion, limits, self.metrics)
+        self.player = replace(served.player, policy=self.desk)
         self.sessions: Keeper[Session] = Keeper(
             "session", limits.sessions, limits.idle_s, clock, lambda _: None
         )
@@ -130,6 +133,13 @@ class Room:
         leaving = asyncio.create_task(game.lease.aclose())
         self._leaving.add(leaving)
         leaving.add_done_callback(self._leaving.discard)
+
+    async def sweep(self) -> None:
+        """End what is idle for too long, for ever: its worlds are worth more than its id."""
+        while True:
+            await asyncio.sleep(min(self.limits.idle_s, SWEEP_S))
+            self.sessions.sweep()
+            self.games.sweep()
 
     async def close(self) -> None:
         await self.champion.close()
@@ -187,18 +197,13 @@ def _tell_errors(app: FastAPI, metrics: Metrics) -> None:
         log.error("the policy failed: %s", error)
         return told(Refusal(503, "the policy could not answer", "policy_failed", retry_s=5))
 
-    @app.exception_handler(Exception)
-    async def _(request: Request, error: Exception) -> JSONResponse:
-        return told(Refusal(500, "something broke here", "internal"))
-
 
 def _add_talk(app: FastAPI, room: Room) -> None:
     name, limits = room.served.name, room.limits
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        if room.champion.broken:
-            raise Refusal(503, room.champion.broken, "no_weights")
+        room.champion.check()
         return {"status": "ok", "model": name}
 
     @app.get(
@@ -223,11 +228,17 @@ def _add_talk(app: FastAPI, room: Room) -> None:
             said = f"there is no model {asked.model[:80]!r} here; there is {name!r}"
             raise Refusal(404, said, "model_not_found", "model")
         sampling = _sampling(asked, room.player.sampling, limits)
-        messages = [await _message(one, k, room) for k, one in enumerate(asked.messages)]
-        pictured = sum(len(message.images) for message in messages)
+        # Before any is looked at: to inflate an image is far more work than to send it.
+        pictured = sum(
+            isinstance(part, bodies.ImagePart)
+            for one in asked.messages
+            if not isinstance(one.content, str)
+            for part in one.content
+        )
         if pictured > limits.images:
             said = f"wanted at most {limits.images} images, got {pictured}"
             raise Refusal(400, said, "too_many_images", "messages")
+        messages = [await _message(one, k, room) for k, one in enumerate(asked.messages)]
         seed = secrets.randbits(62) if asked.seed is None else derive(asked.seed)
         async with deadline(room.player.timeout_s, "the completion"):
             said = await room.desk.complete(messages, sampling, seed)

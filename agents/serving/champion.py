@@ -1,6 +1,7 @@
 """The weights that answer, and how others take their place: by winning a paired comparison."""
 
 import asyncio
+import logging
 import secrets
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -9,17 +10,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from ...core.errors import PolicyError, SelfwrightError
+from ...core.errors import SelfwrightError
 from ...core.models import ADAPTER
 from ...core.protocols import Policy
 from ...core.rollout import deadline
 from ...core.statistics import Comparison
 from .limits import Limits, Refusal
 from .metrics import Metrics
+from .shelf import Shelf
+
+log = logging.getLogger(__name__)
 
 Trial: TypeAlias = Callable[[Path | None, Path], Awaitable[Comparison]]
 """Plays the present weights (None: the base) and the new ones on the same held-out tasks; it asks
-a policy of its own, so that the server goes on answering."""
+a policy of its own, so that the server goes on answering. Neither folder is ever rewritten, so its
+path stands for what is in it."""
 
 REMEMBERED = 100
 """Offers whose results can still be asked for."""
@@ -94,22 +99,36 @@ class Champion:
         weights: Path | None,
         folder: Path | None,
         trial: Trial | None,
-        gate: Gate,
         limits: Limits,
         metrics: Metrics,
     ) -> None:
-        """``weights``: what is loaded now; ``folder``: where new ones may lie, None for nowhere."""
+        """``weights``: what is loaded now, from files that stay as they are; ``folder``: where new
+        ones may lie, None for nowhere.
+        """
         self.weights = weights
-        self.broken = ""
-        """Why nothing can be answered any more; empty if all is well."""
+        self._broken = False
         self._policy = policy
         self._folder = None if folder is None else folder.resolve()
         self._trial = trial
-        self._gate = gate
+        self._gate = Gate()
         self._limits = limits
         self._metrics = metrics
         self._offers: OrderedDict[str, Offer] = OrderedDict()
         self._running: asyncio.Task[None] | None = None
+        self._shelf = Shelf()
+
+    def check(self) -> None:
+        """Raises: Refusal: what is loaded is anybody's guess, so it may not answer."""
+        if self._broken:
+            said = "neither the new weights nor the old ones could be loaded; offer others"
+            raise Refusal(503, said, "no_weights")
+
+    @asynccontextmanager
+    async def answering(self) -> AsyncGenerator[None]:
+        """The weights stay as they are. Raises: Refusal: there are none."""
+        async with self._gate.reading():
+            self.check()
+            yield
 
     @property
     def offers(self) -> list[Offer]:
@@ -147,6 +166,7 @@ class Champion:
         if self._running is not None:
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)
+        self._shelf.close()
 
     def _found(self, path: str) -> Path:
         if self._folder is None:
@@ -166,12 +186,14 @@ class Champion:
 
     async def _try(self, offer: Offer, path: Path) -> None:
         try:
-            async with deadline(self._limits.trial_s, "the comparison"):
-                if not offer.forced and not await self._wins(offer, path):
-                    offer.status = "kept"
-                    return
-                await self._swap(path)
-            offer.status = "swapped"
+            kept = await asyncio.to_thread(self._shelf.keep, path)
+            if offer.forced or await self._wins(offer, kept):
+                # Without a deadline: a policy that loads in a thread would go on, and answer with
+                # weights of which we had said that they failed.
+                await self._swap(kept)
+                offer.status = "swapped"
+            else:
+                offer.status = "kept"
         except asyncio.CancelledError:
             offer.status, offer.said = "failed", "the server is stopping"
             raise
@@ -182,11 +204,13 @@ class Champion:
             offer.said = f"{type(cause).__name__}: {cause}" if known else type(cause).__name__
         finally:
             self._running = None
+            self._shelf.clear(but=self.weights)
             self._metrics.swaps.labels(offer.status).inc()
 
     async def _wins(self, offer: Offer, path: Path) -> bool:
         assert self._trial is not None
-        offer.comparison = await self._trial(self.weights, path)
+        async with deadline(self._limits.trial_s, "the comparison"):
+            offer.comparison = await self._trial(self.weights, path)
         return offer.comparison.verdict == "better"
 
     async def _swap(self, path: Path) -> None:
@@ -194,10 +218,16 @@ class Champion:
         async with self._gate.writing():
             try:
                 await self._policy.load(path)
-                self.weights = path
             except Exception:
-                try:
-                    await self._policy.load(self.weights)
-                except PolicyError as error:
-                    self.broken = f"neither new nor old weights could be loaded: {error}"
+                await self._restore()
                 raise
+            self.weights, self._broken = path, False
+
+    async def _restore(self) -> None:
+        try:
+            await self._policy.load(self.weights)
+        except Exception:  # A plug-in may raise anything.
+            log.exception("neither new nor old weights could be loaded")
+            self._broken = True
+        else:
+            self._broken = False

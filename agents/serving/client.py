@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
-from weakref import WeakKeyDictionary
 
 import httpx2
 
@@ -30,12 +29,13 @@ class Client:
 
     def __init__(self, url: str, token: str = "", timeout_s: float = 600.0) -> None:
         """``timeout_s``: of one answer, waiting for a busy server included."""
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        headers = {b"Authorization": f"Bearer {token.strip()}".encode()} if token else {}
         self._url = url.rstrip("/")
         self._timeout_s = timeout_s
         self._http = httpx2.AsyncClient(
             headers=headers,
-            timeout=timeout_s,
+            # Its own would be of each part of an answer, not of the whole.
+            timeout=None,
             # As many as the server has room for: it is the one that refuses.
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
         )
@@ -53,18 +53,20 @@ class Client:
         return Session(self, told["id"])
 
     async def ask(self, method: str, path: str, body: Any = None) -> Any:
-        """What a path answers. A busy server is asked again, for it has done nothing yet."""
-        until = time.monotonic() + self._timeout_s
-        while True:
-            try:
-                response = await self._http.request(method, self._url + path, json=body)
-            except httpx2.HTTPError as error:
-                said = f"{self._url} cannot be reached: {type(error).__name__}: {error}"
-                raise PolicyError(said) from None
-            wait = _wait(response.headers.get("retry-after", ""))
-            if response.status_code != 429 or time.monotonic() + wait > until:
-                break
-            await asyncio.sleep(wait)
+        """What a path answers. A busy server is asked again, for it has done nothing yet.
+
+        Raises:
+            PolicyError: the server refuses, cannot be reached, or is too late.
+        """
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                response = await self._answer(method, path, body)
+        except TimeoutError:
+            said = f"{self._url}{path} did not answer within {self._timeout_s:g} s"
+            raise PolicyError(said) from None
+        except httpx2.HTTPError as error:
+            said = f"{self._url} cannot be reached: {type(error).__name__}: {error}"
+            raise PolicyError(said) from None
         if response.is_success:
             return response.json() if response.content else None
         try:
@@ -72,6 +74,15 @@ class Client:
         except (ValueError, KeyError, TypeError):
             said = response.text[:200]
         raise PolicyError(f"{self._url}{path} refused: {response.status_code} {said}")
+
+    async def _answer(self, method: str, path: str, body: Any) -> httpx2.Response:
+        until = time.monotonic() + self._timeout_s
+        while True:
+            response = await self._http.request(method, self._url + path, json=body)
+            wait = _wait(response.headers.get("retry-after", ""))
+            if response.status_code != 429 or time.monotonic() + wait > until:
+                return response
+            await asyncio.sleep(wait)
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -148,8 +159,8 @@ class ServedPlayer:
     def __init__(self, client: Client, name: str = "served") -> None:
         self.name = name
         self._client = client
-        self._sessions: WeakKeyDictionary[World, Session] = WeakKeyDictionary()
-        """Of the episode that each world is in."""
+        self._sessions: dict[World, Session] = {}
+        """Of the episode that each world is in, or was in last."""
 
     def seat(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -164,7 +175,9 @@ class ServedPlayer:
     ) -> Action | None:
         """Raises: PolicyError: the server refuses, or the episode began elsewhere."""
         if not history:
-            await self._leave(world)
+            # Those of worlds that were thrown away would keep others out until they are idle.
+            for other in [one for one in self._sessions if one is world or one.gone]:
+                await self._leave(other)
             self._sessions[world] = await self._client.session(
                 task.instruction, task.max_steps, task.id
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 from ...core.protocols import Policy
 from ...core.tokens import ChatTokens
 from ...core.types import Completion, Message, Sampling
-from .champion import Gate
+from .champion import Champion
 from .limits import Limits, Refusal
 from .metrics import Metrics
 
@@ -20,13 +20,13 @@ class Desk:
         self,
         policy: Policy,
         tokens: ChatTokens | None,
-        gate: Gate,
+        champion: Champion,
         limits: Limits,
         metrics: Metrics,
     ) -> None:
         self._policy = policy
         self._tokens = tokens
-        self._gate = gate
+        self._champion = champion
         self._limits = limits
         self._metrics = metrics
 
@@ -41,10 +41,11 @@ class Desk:
     async def complete(
         self, prompt: Sequence[Message], sampling: Sampling, seed: int
     ) -> Completion:
-        """Raises: Refusal: the prompt is too long, or holds what only a template may write."""
+        """Raises: Refusal: the prompt is too long, or holds what only a template may write; or
+        there are no weights to answer with."""
         self._check(prompt)
         sampling = replace(sampling, max_tokens=min(sampling.max_tokens, self._limits.tokens))
-        async with self._gate.reading():
+        async with self._champion.answering():
             said = await self._policy.complete(prompt, sampling, seed)
         self._metrics.tokens.labels("completion").inc(len(said.token_ids))
         self._metrics.tokens.labels("prompt").inc(self.length(prompt))
@@ -54,8 +55,7 @@ class Desk:
         raise NotImplementedError("a server is asked for completions only")
 
     async def load(self, checkpoint: Path | None) -> None:
-        async with self._gate.writing():
-            await self._policy.load(checkpoint)
+        raise NotImplementedError("a server's weights change by offers only")
 
     async def close(self) -> None:
         await self._policy.close()

@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import json
+import logging
 import time
 from collections.abc import Collection
 from typing import Any
@@ -14,10 +15,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .limits import Limits, Refusal
 from .metrics import Metrics
 
+log = logging.getLogger(__name__)
+
 OPEN = ("/", "/health")
 """Paths that need no token: the page holds nothing, and asks for one."""
 UNCOUNTED = ("/", "/health", "/metrics")
-"""Paths that are answered however busy the server is."""
+"""Paths that are answered however busy the server is. They take no body: nothing would bound how
+many are held at once."""
 DRAINED = 8
 """A body that is refused is still read up to so many times its limit: whoever sends it then meets
 an answer and no broken connection."""
@@ -28,7 +32,7 @@ SAFE = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-"""Headers of every answer."""
+"""Headers of every answer; uvicorn itself answers what is no HTTP."""
 
 
 class Guard:
@@ -53,7 +57,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 500
+        began, status = time.perf_counter(), 0
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -72,13 +76,19 @@ class Guard:
             await self._app(scope, await self._admitted(scope, receive, counted), answer)
         except Refusal as refusal:
             await refused(refusal, self._metrics, answer)
+        except Exception:
+            if status:
+                raise  # The answer has begun: only to break off tells that it is not whole.
+            log.exception("a request broke")
+            broke = Refusal(500, "something broke here", "internal")
+            await refused(broke, self._metrics, answer)
         finally:
             self._busy -= counted
             self._metrics.busy.set(self._busy)
             # The pattern, not the path: strangers choose paths.
             route = getattr(scope.get("route"), "path", "other")
             method = scope["method"] if scope["method"] in METHODS else "other"
-            self._metrics.requests.labels(method, route, str(status)).inc()
+            self._metrics.requests.labels(method, route, str(status or 500)).inc()
             self._metrics.seconds.labels(route).observe(time.perf_counter() - began)
 
     async def _admitted(self, scope: Scope, receive: Receive, counted: bool) -> Receive:
@@ -92,7 +102,7 @@ class Guard:
             raise Refusal(429, said, "busy", retry_s=1)
         try:
             async with asyncio.timeout(self._limits.body_s):
-                body = await self._body(headers, receive)
+                body = await self._body(headers, receive, counted)
         except TimeoutError:
             said = f"the request did not arrive within {self._limits.body_s:g} s"
             raise Refusal(408, said, "too_slow") from None
@@ -120,16 +130,16 @@ class Guard:
         if not self._token:
             return
         kind, _, given = headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode(), self._token)
+        # Starlette reads headers as Latin-1, which gives back the bytes that were sent.
+        right = hmac.compare_digest(given.encode("latin-1").strip(), self._token)
         if kind.lower() != "bearer" or not right:
             said = "wanted the header Authorization: Bearer TOKEN, with this server's token"
             raise Refusal(401, said, "wrong_token")
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes:
-        most = int(self._limits.body_mb * 1e6)
-        refusal = Refusal(
-            413, f"the request is larger than {self._limits.body_mb:g} MB", "body_too_large"
-        )
+    async def _body(self, headers: Headers, receive: Receive, counted: bool) -> bytes:
+        most = int(self._limits.body_mb * 1e6) if counted else 0
+        said = f"the request is larger than {self._limits.body_mb:g} MB"
+        refusal = Refusal(413, said if counted else "this path takes no body", "body_too_large")
         announced = headers.get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > DRAINED * most:
             raise refusal

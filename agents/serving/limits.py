@@ -11,7 +11,10 @@ class Limits(Config):
     body_mb: float = Field(default=16.0, gt=0)
     """Of one request."""
     body_s: float = Field(default=30.0, gt=0)
-    """How long a request may take to arrive."""
+    """How long a request may take to arrive: its head, then its body. Also how long an answer
+    may lie unread."""
+    connections: int = Field(default=512, ge=1)
+    """Open at once, whatever they are for; more are closed unheard."""
     parallel: int = Field(default=128, ge=1)
     """Requests in flight."""
     sessions: int = Field(default=256, ge=1)

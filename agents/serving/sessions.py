@@ -41,7 +41,7 @@ class Keeper(Generic[K]):
         self._kept: dict[str, K] = {}
 
     def __len__(self) -> int:
-        self._sweep()
+        self.sweep()
         return len(self._kept)
 
     def check_room(self) -> None:
@@ -93,7 +93,7 @@ class Keeper(Generic[K]):
         self._kept.clear()
 
     def _found(self, name: str) -> K:
-        self._sweep()
+        self.sweep()
         one = self._kept.get(name)
         if one is None:
             said = f"there is no such {self._what}; it may have ended, or was idle for too long"
@@ -103,7 +103,8 @@ class Keeper(Generic[K]):
             raise Refusal(409, said, f"{self._what}_busy")
         return one
 
-    def _sweep(self) -> None:
+    def sweep(self) -> None:
+        """Each that was idle for too long ends."""
         before = self._clock() - self._idle_s
         for name in [n for n, one in self._kept.items() if not one.busy and one.used < before]:
             self._left(self._kept.pop(name))
