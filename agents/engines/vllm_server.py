@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 
@@ -294,7 +294,7 @@ def launched(
     command += ["--served-model-name", MODEL, "--enable-lora", "--generation-config", "vllm"]
     command += ["--uvicorn-log-level", "warning"]
     for key, value in arguments.items():
-        values: list[Any] = value if isinstance(value, list) else [value]
+        values = cast("list[Any]", value) if isinstance(value, list) else [value]
         command += [f"--{key}", *(str(one) for one in values if one is not True)]
     environment = os.environ | QUIET
     if device is not None:
