@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from ...core.errors import SelfwrightError
+from ...core.errors import DiskError, SelfwrightError
 from ...core.models import ADAPTER
 from ...core.protocols import Policy
 from ...core.rollout import deadline
@@ -116,6 +116,7 @@ class Champion:
         self._offers: OrderedDict[str, Offer] = OrderedDict()
         self._running: asyncio.Task[None] | None = None
         self._shelf = Shelf()
+        self._copying = False
 
     def check(self) -> None:
         """Raises: Refusal: what is loaded is anybody's guess, so it may not answer."""
@@ -141,7 +142,8 @@ class Champion:
         return self._offers[id]
 
     async def challenge(self, path: str, force: bool) -> Offer:
-        """Offer an adapter. If forced it is in place on return; else its trial has begun.
+        """Offer an adapter. If forced it is in place on return; else its trial has begun, and its
+        files may change.
 
         Raises:
             Refusal: it may not be offered, is not there, or another's trial is running.
@@ -150,13 +152,21 @@ class Champion:
         if not force and self._trial is None:
             said = "there is no world to compare adapters in; name one at the start, or use force"
             raise Refusal(400, said, "no_trial", "force")
-        if self._running is not None:
+        if self._copying or self._running is not None:
             raise Refusal(409, "another adapter is being tried; one at a time", "trial_running")
+        self._copying = True
+        try:
+            kept = await asyncio.to_thread(self._shelf.keep, found)
+        except DiskError as error:
+            log.error("%s", error)
+            raise Refusal(503, str(error), "no_copy", retry_s=5) from error
+        finally:
+            self._copying = False
         offer = Offer(secrets.token_urlsafe(8), path, force)
         self._offers[offer.id] = offer
         while len(self._offers) > REMEMBERED:
             self._offers.popitem(last=False)
-        self._running = asyncio.create_task(self._try(offer, found))
+        self._running = asyncio.create_task(self._try(offer, kept))
         if force:
             await asyncio.shield(self._running)
         return offer
@@ -186,11 +196,10 @@ class Champion:
 
     async def _try(self, offer: Offer, path: Path) -> None:
         try:
-            kept = await asyncio.to_thread(self._shelf.keep, path)
-            if offer.forced or await self._wins(offer, kept):
+            if offer.forced or await self._wins(offer, path):
                 # Without a deadline: a policy that loads in a thread would go on, and answer with
                 # weights of which we had said that they failed.
-                await self._swap(kept)
+                await self._swap(path)
                 offer.status = "swapped"
             else:
                 offer.status = "kept"
