@@ -232,7 +232,7 @@ def _iteration_card(folder: Path) -> dict[str, Any] | None:
     else:
         return None
     card: dict[str, Any] = read_json(recipe)
-    card["environment"]["on"] = "local"
+    card["environment"]["on"] = "local"  # The cluster was the run's.
     return card | {"base": base, "base_inside": False, "folder": str(folder)}
 
 

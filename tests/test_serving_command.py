@@ -168,12 +168,14 @@ def test_an_iteration_knows_the_recipe_of_its_run(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/the/base"}')
     assert read_card(str(folder)) is None
-    recipe = {"environment": {"use": "countdown"}, "agent": {"use": "chat"}}
+    recipe = {"environment": {"use": "countdown", "on": "ray"}, "agent": {"use": "chat"}}
     (tmp_path / "run" / "recipe.json").write_text(json.dumps(recipe))
+    # The cluster was the run's: who plays its checkpoint elsewhere has none.
+    wanted = recipe | {"environment": {"use": "countdown", "on": "local"}}
     for given in (folder, folder.parent):
         card = read_card(str(given))
         assert card == {
-            **recipe,
+            **wanted,
             "base": "/the/base",
             "base_inside": False,
             "folder": str(folder.resolve()),
