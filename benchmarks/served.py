@@ -42,7 +42,7 @@ from selfwright.core.config import Config, Fleet
 from selfwright.core.draw import draw, starts
 from selfwright.core.files import write_json
 from selfwright.core.rollout import PolicyPlayer, rollouts
-from selfwright.core.types import Observation, Sampling, Stop, Task, TimeStep
+from selfwright.core.types import Message, Observation, Sampling, Stop, Task, TimeStep
 from selfwright.core.worlds import Worlds, open_worlds
 
 RESULTS = Path(__file__).parent / "results" / "served.json"
@@ -132,7 +132,9 @@ async def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         policy = VLLMPolicy(VLLMConfig.model_validate(settings), str(model), 0)
         try:
             (replica,) = policy._replicas  # pyright: ignore[reportPrivateUsage]
-            await replay(policy, AT_ONCE, 1, 0.0, seed=-1)  # Until it is warm.
+            # Until it is there, and then until it is warm.
+            await policy.complete((Message("user", "look"),), Sampling(max_tokens=1), 0)
+            await replay(policy, AT_ONCE, 1, 0.0, seed=-1)
             single: list[dict[str, Any]] = []
             loaded: list[dict[str, Any]] = []
             long: list[dict[str, Any]] = []
