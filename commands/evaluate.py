@@ -153,6 +153,12 @@ async def introspect(
     return table, [*parallel, *oracle, *sequential]
 
 
+def card_of(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's card keeps of its run's recipe, as ``Recipe.dump`` has it."""
+    # The cluster was the run's: who plays the checkpoint elsewhere has none.
+    return recipe | {"environment": recipe["environment"] | {"on": "local"}}
+
+
 def write_card(folder: Path, card: dict[str, Any]) -> None:
     (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
@@ -231,9 +237,8 @@ def _iteration_card(folder: Path) -> dict[str, Any] | None:
         base = str(folder)
     else:
         return None
-    card: dict[str, Any] = read_json(recipe)
-    card["environment"]["on"] = "local"  # The cluster was the run's.
-    return card | {"base": base, "base_inside": False, "folder": str(folder)}
+    told: dict[str, Any] = {"base": base, "base_inside": False, "folder": str(folder)}
+    return card_of(read_json(recipe)) | told
 
 
 def settle(

@@ -12,7 +12,7 @@ from ..core.run import Run, iteration_name
 from ..core.statistics import compare_outcomes, wilson
 from ..core.types import Metrics
 from .base import STORY
-from .evaluate import write_card
+from .evaluate import card_of, write_card
 
 BASE = "base"
 """The folder, in the run's, of a base model that was made here."""
@@ -34,11 +34,8 @@ def conclude(
                 # What is kept with the run is never rewritten; of somebody else's nobody knows.
                 put = hard_link if number or kept.has(BASE) else shutil.copy2
                 shutil.copytree(base_model, folder / "base", copy_function=put)
-            card: dict[str, Any] = recipe.dump()
-            card |= {"base": "base" if inside else base_model, "base_inside": inside}
-            # Of the run, not of the checkpoint: who plays it elsewhere has no such cluster.
-            card["environment"]["on"] = "local"
-            write_card(folder, card)
+            told = {"base": "base" if inside else base_model, "base_inside": inside}
+            write_card(folder, card_of(recipe.dump()) | told)
     exams = {path.name: files.read(path) for path in kept.path("evaluations").glob("[!.]*")}
     base, final = exams["base"], exams["final"]
     rounds = [

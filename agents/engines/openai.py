@@ -1,7 +1,6 @@
 """A policy behind an OpenAI-compatible endpoint: a teacher, a judge, or whom to compare with."""
 
 import asyncio
-import base64
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from ...core.config import PolicyConfig
 from ...core.errors import PolicyError
 from ...core.types import Completion, Message, Sampling
+from . import data_url
 
 TOP = 20
 """Alternatives that are asked for when one word is scored."""
@@ -223,11 +223,7 @@ def _message(message: Message) -> dict[str, Any]:
     if not message.images:
         return {"role": message.role, "content": message.text}
     parts: list[dict[str, Any]] = [
-        {
-            "type": "image_url",
-            "image_url": {"url": "data:image/png;base64," + base64.b64encode(image).decode()},
-        }
-        for image in message.images
+        {"type": "image_url", "image_url": {"url": data_url(image)}} for image in message.images
     ]
     return {"role": message.role, "content": [*parts, {"type": "text", "text": message.text}]}
 

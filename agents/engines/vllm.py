@@ -1,7 +1,6 @@
 """A policy served by vLLM: servers of our own, or running ones, with adapters swapped in live."""
 
 import asyncio
-import base64
 import hashlib
 import os
 import shutil
@@ -23,6 +22,7 @@ from ...core.errors import DiskError, PolicyError, PromptError
 from ...core.files import DRAFT, hard_link
 from ...core.models import ADAPTER, open_tokens, parts_of, placeholder_of, save_merged
 from ...core.types import Completion, Message, Sampling
+from . import data_url
 from .vllm_server import MODEL, Gone, Replica, launched
 
 WEIGHTS = "adapter_model.safetensors"
@@ -454,10 +454,9 @@ def pictured(
     ids: Sequence[int], images: Sequence[bytes], sampling: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What to ask where ``ids`` hold a placeholder for each of the images."""
-    urls = ["data:image/png;base64," + base64.b64encode(image).decode() for image in images]
     return {
         "token_ids": list(ids),
-        "content_parts": [{"type": "image_url", "url": url} for url in urls],
+        "content_parts": [{"type": "image_url", "url": data_url(image)} for image in images],
         "sampling_params": {"logprobs": 0, **sampling},
     }
 
