@@ -4,8 +4,9 @@
 
 One server of our own starting, on this machine's CPU, with a small untrained model, is driven
 
-- by us, in a world of one turn, and by ``vllm bench serve``, its own load generator, at the same
-  lengths of prompt and answer and as many requests at once: sampled tokens a second, in turn;
+- by us, in a world of one turn, and by ``vllm bench serve``, its own load generator, with such
+  prompts, answers as long as ours were and as many requests at once: sampled tokens a second, in
+  turn;
 - by us, in a world of eight turns whose steps take 50 ms: the share of the time in which the server
   runs at least one request (asked of it every 20 ms), and the share of prompt tokens that its cache
   knew;
@@ -67,6 +68,8 @@ WORDS = ("red", "blue", "green", "door", "key", "lamp", "north", "south", "open"
 
 
 class CorridorConfig(Config):
+    name: str
+    """No two of another name are alike, so neither are their prompts: no cache knows them."""
     turns: int = 1
     step_s: float = 0.0
 
@@ -84,8 +87,8 @@ class Corridor:
 
     def tasks(self, split: str) -> Sequence[Task]:
         return [
-            Task(f"{split} {k}", spoken(f"{split} {k}", OPENING), max_steps=self._config.turns)
-            for k in range(4096)
+            Task(name, spoken(name, OPENING), max_steps=self._config.turns)
+            for name in (f"{self._config.name} {k}" for k in range(1024))
         ]
 
     async def reset(self, task: Task, seed: int) -> Observation:
@@ -144,15 +147,22 @@ async def measured(arguments: argparse.Namespace) -> dict[str, Any]:
             loaded: list[dict[str, Any]] = []
             long: list[dict[str, Any]] = []
             peer: list[dict[str, Any]] = []
+            lengths: list[int] = []  # Of our last answers.
             for k in range(arguments.rounds):
-                single.append(await replay(policy, arguments.single, 1, 0.0, seed=k))
-                loaded.append(await generated(replica.url, model, arguments.single, single[-1]))
-                console.print(f"round {k}: ours {single[-1]}, load generator {loaded[-1]}")
+                for ours in (True, False) if k % 2 == 0 else (False, True):
+                    if ours:
+                        found, lengths = await replay(policy, arguments.single, 1, 0.0, seed=k)
+                        single.append(found)
+                    else:
+                        found = await generated(policy, Path(room), lengths, seed=k)
+                        loaded.append(found)
+                    console.print(f"round {k}: {'ours' if ours else 'load generator'} {found}")
             for k in range(arguments.rounds):
-                long.append(await replay(policy, arguments.long, TURNS, STEP_S, seed=k))
+                found, _ = await replay(policy, arguments.long, TURNS, STEP_S, seed=k)
+                long.append(found)
                 console.print(f"round {k}: ours {long[-1]}")
                 if arguments.verifiers:
-                    peer.append(await verified(arguments, replica.url, room, 1000 + k))
+                    peer.append(await verified(arguments, replica.url, room, seed=k))
                     console.print(f"round {k}: verifiers {peer[-1]}")
         finally:
             await policy.close()
@@ -178,37 +188,41 @@ async def measured(arguments: argparse.Namespace) -> dict[str, Any]:
 
 async def replay(
     policy: VLLMPolicy, episodes: int, turns: int, step_s: float, seed: int
-) -> dict[str, Any]:
-    """Episodes by us, and what the server says of them."""
+) -> tuple[dict[str, Any], list[int]]:
+    """Episodes by us: what the server says of them, and how many tokens each answer had."""
     (replica,) = policy._replicas  # pyright: ignore[reportPrivateUsage]
     attempts = ATTEMPTS if turns > 1 else 1
-    settings = {"turns": turns, "step_s": step_s}
+    settings = {"name": f"ours {turns} {seed}", "turns": turns, "step_s": step_s}
     fleet = Fleet(parallel=AT_ONCE, isolation="inline")
     async with await open_worlds("served:Corridor", settings, fleet) as worlds:
         begin = starts(draw(worlds.tasks("train"), episodes // attempts, seed), attempts, seed)
         player = PolicyPlayer(Chat(ChatConfig()), policy, Sampling(max_tokens=MAX_TOKENS))
-        async with watched(replica.url) as seen:
+        async with watched(replica.url, closely=turns > 1) as seen:
             began = time.perf_counter()
             played = await rollouts(player, worlds, begin, seed)
             seconds = time.perf_counter() - began
     if any(one.stop == Stop.FAILED for one in played):
         raise RuntimeError(f"episodes failed: {next(t.error for t in played if t.error)}")
-    said = [step.action.completion for one in played for step in one.steps]
-    tokens = sum(len(one.token_ids) for one in said)
-    return {
-        "requests": len(said),
-        "prompt_tokens": round(seen["prompt"] / len(said), 1),
-        "answer_tokens": round(tokens / len(said), 1),
+    lengths = [len(step.action.completion.token_ids) for one in played for step in one.steps]
+    tokens = sum(lengths)
+    found = {
+        "requests": len(lengths),
+        "prompt_tokens": round(seen["prompt"] / len(lengths), 1),
+        "answer_tokens": round(tokens / len(lengths), 1),
         "seconds": round(seconds, 2),
         "tokens_per_s": round(tokens / seconds, 1),
-        "busy": round(seen["busy"], 3),
         "hits": round(seen["hits"], 3),
+        **({"busy": round(seen["busy"], 3)} if "busy" in seen else {}),
     }
+    return found, lengths
 
 
 @asynccontextmanager
-async def watched(url: str) -> AsyncGenerator[dict[str, float]]:
-    """What the server did meanwhile, known at the end."""
+async def watched(url: str, closely: bool) -> AsyncGenerator[dict[str, float]]:
+    """What the server did meanwhile, known at the end; ``closely``: how busy it was too.
+
+    Its answers to our looks cost it time, so nobody looks closely while speeds are compared.
+    """
     seen: dict[str, float] = {}
     busy: list[bool] = []
     async with httpx2.AsyncClient(trust_env=False) as client:
@@ -222,47 +236,60 @@ async def watched(url: str) -> AsyncGenerator[dict[str, float]]:
                 await asyncio.sleep(EVERY_S)
 
         before = await look()
-        looking = asyncio.create_task(keep_looking())
+        looking = asyncio.create_task(keep_looking()) if closely else None
         try:
             yield seen
         finally:
-            looking.cancel()
+            if looking:
+                looking.cancel()
             after = await look()
     grown = {
         name: metric(after, f"vllm:{name}_total") - metric(before, f"vllm:{name}_total")
         for name in ("prompt_tokens", "prefix_cache_queries", "prefix_cache_hits")
     }
     seen["prompt"] = grown["prompt_tokens"]
-    seen["busy"] = statistics.fmean(busy)
+    if busy:
+        seen["busy"] = statistics.fmean(busy)
     seen["hits"] = grown["prefix_cache_hits"] / grown["prefix_cache_queries"]
 
 
-async def generated(url: str, model: Path, requests: int, like: dict[str, Any]) -> dict[str, Any]:
-    """vLLM's own load generator, with prompts and answers as long as in ``like``."""
-    output = model.parent / "load.json"
-    command = [PYTHON, "-c", LOAD]
-    asked = {
+async def generated(
+    policy: VLLMPolicy, room: Path, answers: Sequence[int], seed: int
+) -> dict[str, Any]:
+    """vLLM's own load generator: such prompts as ours, answers as long, tasks that nobody met."""
+    (replica,) = policy._replicas  # pyright: ignore[reportPrivateUsage]
+    asked = room / "asked.jsonl"
+    told = room / "load.json"
+    agent = Chat(ChatConfig())
+    tasks = Corridor(CorridorConfig(name=f"load {seed}")).tasks("train")
+    with asked.open("w") as lines:
+        for task, tokens in zip(tasks, answers, strict=False):
+            ids = policy.tokens.prompt(agent.prompt(task, [], Observation("")))
+            prompt = policy.tokens.tokenizer.decode(ids)
+            lines.write(json.dumps({"prompt": prompt, "output_tokens": tokens}) + "\n")
+    command = [PYTHON, "-c", LOAD, "--skip-chat-template", "--ignore-eos"]
+    settings = {
         "backend": "openai",
-        "base-url": url,
+        "base-url": replica.url,
         "endpoint": "/v1/completions",
         "model": "base",
-        "tokenizer": str(model),
-        "dataset-name": "random",
-        "random-input-len": str(round(like["prompt_tokens"])),
-        "random-output-len": str(round(like["answer_tokens"])),
-        "num-prompts": str(requests),
+        "tokenizer": str(room / "model"),
+        "dataset-name": "custom",
+        "dataset-path": str(asked),
+        "custom-output-len": "-1",
+        "num-prompts": str(len(answers)),
         "max-concurrency": str(AT_ONCE),
         "temperature": "1.0",
-        "seed": str(random.randrange(1 << 16)),
-        "result-filename": str(output),
+        "result-filename": str(told),
     }
-    for key, value in asked.items():
+    for key, value in settings.items():
         command += [f"--{key}", value]
-    await finished([*command, "--ignore-eos", "--save-result", "--disable-tqdm"])
-    found = json.loads(output.read_text())
-    output.unlink()
+    await finished([*command, "--save-result", "--disable-tqdm"])
+    found = json.loads(told.read_text())
+    told.unlink()
     return {
         "requests": found["completed"],
+        "prompt_tokens": round(found["total_input_tokens"] / found["completed"], 1),
         "answer_tokens": round(found["total_output_tokens"] / found["completed"], 1),
         "seconds": round(found["duration"], 2),
         "tokens_per_s": round(found["output_throughput"], 1),
@@ -272,7 +299,7 @@ async def generated(url: str, model: Path, requests: int, like: dict[str, Any]) 
 async def verified(arguments: argparse.Namespace, url: str, room: str, seed: int) -> dict[str, Any]:
     """The same world and as many episodes by verifiers, of other tasks: none is cached."""
     groups = arguments.long // ATTEMPTS
-    settings = {"turns": TURNS, "step_s": STEP_S}
+    settings = {"name": f"verifiers {seed}", "turns": TURNS, "step_s": STEP_S}
     async with await open_worlds(
         "served:Corridor", settings, Fleet(parallel=1, isolation="inline")
     ) as worlds:

@@ -115,7 +115,18 @@ async def served(policy: VLLMPolicy, number: int = 0) -> set[str]:
     return {one["id"] for one in told["data"]} - {"base"}
 
 
-def test_it_is_the_same_model(run: Run, policy: VLLMPolicy, model_folder: Folder) -> None:
+@pytest.fixture(params=[True, False], ids=["generate", "completions"])
+def either(policy: VLLMPolicy, request: pytest.FixtureRequest) -> Iterator[VLLMPolicy]:
+    """As a server of ours, and as one that somebody started without --enable-scale-out."""
+    (replica,) = policy._replicas  # pyright: ignore[reportPrivateUsage]
+    assert replica.generates
+    replica.generates = request.param
+    yield policy
+    replica.generates = True
+
+
+def test_it_is_the_same_model(run: Run, either: VLLMPolicy, model_folder: Folder) -> None:
+    policy = either
     mine = in_process(model_folder("vllm"))
     sampled = run(ask(policy, Sampling(max_tokens=60)))
     for prompt, said in zip(PROMPTS, sampled, strict=True):
@@ -144,7 +155,8 @@ def test_seeds_decide_what_is_sampled(run: Run, policy: VLLMPolicy) -> None:
     assert [a.token_ids for a in once] != [a.token_ids for a in other]
 
 
-def test_stop_texts_and_choices(run: Run, policy: VLLMPolicy) -> None:
+def test_stop_texts_and_choices(run: Run, either: VLLMPolicy) -> None:
+    policy = either
     whole = run(ask(policy, Sampling(0.0, max_tokens=12)))
     text = next(said.text for said in whole if len(said.text) > 4)
     at = next(k for k, said in enumerate(whole) if said.text == text)
@@ -184,9 +196,8 @@ def test_ids_stored_are_ids_sampled_are_ids_trained_on(
         post = replica.post
 
         async def listening(path: str, body: Any, first: bool = False) -> Any:
-            answer = await post(path, body, first)
-            choice = answer["choices"][0]
-            heard.append((choice["prompt_token_ids"], choice["token_ids"]))
+            answer = await post(path, {**body, "return_token_ids": True}, first)
+            heard.append((answer["prompt_token_ids"], answer["choices"][0]["token_ids"]))
             return answer
 
         own, policy.tokens = policy.tokens, tokens
@@ -333,67 +344,47 @@ def test_no_room_in_the_context(run: Run, policy: VLLMPolicy) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_a_server_that_dies_or_hangs_is_started_again_but_not_for_ever(
+def test_replicas_share_the_work_and_one_that_dies_or_hangs_is_started_again(
     run: Run, model_folder: Folder, checkpoints: list[Path]
 ) -> None:
-    made = run(policy_of(model_folder("vllm"), restarts=1, stall_timeout_s=10))
-    try:
-        run(made.load(checkpoints[0]))
-        expected = run(ask(made, Sampling(max_tokens=8)))
-        (replica,) = made._replicas  # pyright: ignore[reportPrivateUsage]
+    made = run(policy_of(model_folder("vllm"), replicas=2, restarts=1, stall_timeout_s=10))
+    replicas = made._replicas  # pyright: ignore[reportPrivateUsage]
+    mine = in_process(model_folder("vllm"), checkpoints[1])
 
-        async def disturbed(how: int) -> list[Completion]:
-            asked = [asyncio.create_task(ask(made, Sampling(max_tokens=200), k)) for k in range(4)]
-            await asyncio.sleep(0.3)
-            for process in everybody(replica.process.pid):
-                process.send_signal(how)
-            await asyncio.gather(*asked)
-            return await ask(made, Sampling(max_tokens=8))
+    def right(said: Sequence[Completion]) -> None:
+        for prompt, one in zip(PROMPTS, said, strict=True):
+            assert gap(asyncio.run(mine.score(prompt, one)), one) < 1e-3
 
-        # The adapter answers again, not the base.
-        after = run(disturbed(signal.SIGKILL))
-        assert [a.token_ids for a in after] == [b.token_ids for b in expected]
-        with pytest.raises(PolicyError, match=r"made no token for(?s:.*)started again 1 times"):
-            run(disturbed(signal.SIGSTOP))
-    finally:
-        run(made.close())
-    # Stopped ones too; the dying may take a moment.
-    assert within(10, lambda: not everybody(replica.process.pid))
+    async def answered(url: str) -> float:
+        async with httpx2.AsyncClient() as client:
+            told = (await client.get(f"{url}/metrics")).text
+        return metric(told, "vllm:request_success_total")
 
+    async def disturbed(how: int) -> None:
+        asked = [asyncio.create_task(ask(made, Sampling(max_tokens=200), k)) for k in range(4)]
+        await asyncio.sleep(0.3)
+        for process in everybody(replicas[1].process.pid):
+            process.send_signal(how)
+        await asyncio.gather(*asked)
 
-@pytest.mark.timeout(600)
-def test_replicas_share_the_work_and_have_the_same_adapter(
-    run: Run, model_folder: Folder, checkpoints: list[Path]
-) -> None:
-    made = run(policy_of(model_folder("vllm"), replicas=2))
     try:
         run(made.load(checkpoints[0]))
         run(made.load(checkpoints[1]))
         held = [run(served(made, number)) for number in (0, 1)]
         assert len(held[0]) == 1 and held[0] == held[1]
-        mine = in_process(model_folder("vllm"), checkpoints[1])
-
-        def right(said: Sequence[Completion]) -> None:
-            for prompt, one in zip(PROMPTS, said, strict=True):
-                assert gap(asyncio.run(mine.score(prompt, one)), one) < 1e-3
-
         right(run(ask(made, Sampling(max_tokens=6))))
-
-        async def answered(url: str) -> float:
-            async with httpx2.AsyncClient() as client:
-                told = (await client.get(f"{url}/metrics")).text
-            return metric(told, "vllm:request_success_total")
-
         # Some of the prompts are at home with either, beside the canary's three questions.
-        replicas = made._replicas  # pyright: ignore[reportPrivateUsage]
         assert all(run(answered(one.url)) > 3 for one in replicas)
-        # One is lost; it comes back with the adapter.
-        for process in everybody(replicas[1].process.pid):
-            process.kill()
+        # One is lost on the way. It comes back with the adapter: the base would answer otherwise.
+        run(disturbed(signal.SIGKILL))
         right(run(ask(made, Sampling(max_tokens=6))))
         assert run(served(made, 1)) == held[0]
+        # But not for ever.
+        with pytest.raises(PolicyError, match=r"made no token for(?s:.*)started again 1 times"):
+            run(disturbed(signal.SIGSTOP))
     finally:
         run(made.close())
+    # Stopped ones too; the dying may take a moment.
     assert within(10, lambda: not any(everybody(one.process.pid) for one in replicas))
 
 

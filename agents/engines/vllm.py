@@ -22,14 +22,11 @@ from ...core.errors import DiskError, PolicyError, PromptError
 from ...core.files import DRAFT, hard_link
 from ...core.models import ADAPTER, open_tokens, parts_of, placeholder_of, save_merged
 from ...core.types import Completion, Message, Sampling
-from . import data_url
-from .vllm_server import MODEL, Gone, Replica, launched
+from .vllm_server import MODEL, Answer, Gone, Replica, launched
 
 WEIGHTS = "adapter_model.safetensors"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can be told to make room for."""
-PICTURED = "/inference/v1/generate"
-"""Where it is asked about images: ids go in and come out, and pictures go in beside them."""
 SCORING = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
 """How to ask for log-probabilities of what is there already."""
 MISSED = 3
@@ -152,8 +149,7 @@ class VLLMPolicy:
             "max-lora-rank": room_for(config.max_rank),
             "max-loras": 2,
             "max-cpu-loras": 4,
-            # Else it takes no ids with pictures beside them.
-            **({} if self._placeholder is None else {"enable-scale-out": True}),
+            "enable-scale-out": True,  # Else it has no place where ids alone go in and come out.
             **({} if torch.cuda.is_available() else cautious(model)),
             **({"max-model-len": config.context} if config.context else {}),
             **config.arguments,
@@ -188,16 +184,8 @@ class VLLMPolicy:
             # A choice is never cut, neither by length nor by a stop text inside it.
             most = max(len(tokens.completion(text)) for text in sampling.choices) + 1
         await self._fit(len(ids), most)
-        how = self._sampling(sampling, seed, most)
-        if images := pictures(prompt):
-            answer = await self._ask(PICTURED, pictured(ids, images, how), home(prompt))
-            choice = answer["choices"][0]
-            logprobs = [float(one["logprob"]) for one in choice["logprobs"]["content"]]
-        else:
-            asked = {"prompt": list(ids), "logprobs": 0, "return_token_ids": True, **how}
-            choice = (await self._ask("/v1/completions", asked, home(prompt)))["choices"][0]
-            logprobs = choice["logprobs"]["token_logprobs"]
-        said = self._completion(choice, logprobs, sampling)
+        answer = await self._ask(prompt, ids, self._sampling(sampling, seed, most))
+        said = self._completion(answer, sampling)
         # Held to choices, it tells the log-probabilities that are left after all else is ruled out.
         return await self.score(prompt, said) if sampling.choices else said
 
@@ -209,6 +197,7 @@ class VLLMPolicy:
             "max_tokens": most,
             "seed": seed % 2**31,
             "stop_token_ids": sorted({tokens.end, tokens.eos}),
+            "logprobs": 0,
         }
         if sampling.choices:
             asked["structured_outputs"] = {"choice": list(sampling.choices)}
@@ -216,10 +205,8 @@ class VLLMPolicy:
             asked["stop"] = list(sampling.stop)
         return asked
 
-    def _completion(
-        self, choice: Mapping[str, Any], logprobs: Sequence[float], sampling: Sampling
-    ) -> Completion:
-        ids = tuple(choice["token_ids"])
+    def _completion(self, answer: Answer, sampling: Sampling) -> Completion:
+        ids, logprobs = answer.ids, answer.logprobs
         if len(ids) != len(logprobs):
             raise PolicyError(
                 f"the server sampled {len(ids)} tokens and gave {len(logprobs)} log-probabilities"
@@ -228,19 +215,14 @@ class VLLMPolicy:
         if not sampling.choices:
             for stop in sampling.stop:
                 text = text.split(stop)[0]
-        finish = "stop" if choice["finish_reason"] == "stop" else "length"
-        return Completion(text, ids, tuple(logprobs), finish, self.tokens.fingerprint)
+        finish = "stop" if answer.finish == "stop" else "length"
+        return Completion(text, ids, logprobs, finish, self.tokens.fingerprint)
 
     async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
         before, ids = self.tokens.prompt(prompt), self.tokens.answer(said)
         await self._fit(len(before), len(ids) + 1)  # It has to sample one more.
-        if images := pictures(prompt):
-            asked = pictured((*before, *ids), images, SCORING)
-            told = await self._ask(PICTURED, asked, home(prompt))
-        else:
-            asked = {"prompt": [*before, *ids], **SCORING}
-            told = (await self._ask("/v1/completions", asked, home(prompt)))["choices"][0]
-        logprobs = scores(told, ids)
+        answer = await self._ask(prompt, (*before, *ids), SCORING)
+        logprobs = scores(answer, ids)
         return Completion(said.text, ids, logprobs, said.finish, self.tokens.fingerprint)
 
     async def _fit(self, prompt: int, more: int) -> None:
@@ -272,17 +254,20 @@ class VLLMPolicy:
         await replica.up()
         replica.base = await self._spoken(replica, "")
 
-    async def _ask(self, path: str, asked: Mapping[str, Any], key: int) -> Any:
+    async def _ask(
+        self, prompt: Sequence[Message], ids: Sequence[int], sampling: Mapping[str, Any]
+    ) -> Answer:
         """By the adapter that answers now; what begins alike goes to one replica and its cache."""
         await self._ready()
-        replica = self._replicas[key % len(self._replicas)]
+        replica = self._replicas[home(prompt) % len(self._replicas)]
+        images = [image for message in prompt for image in message.images]
         adapter = self._serving
         self._busy[adapter] += 1
         try:
             for left in reversed(range(MISSED)):
                 known = replica.generation
                 try:
-                    return await replica.post(path, {"model": adapter or MODEL, **asked})
+                    return await replica.answer(adapter or MODEL, ids, images, sampling)
                 except Gone as gone:
                     if not left:
                         raise PolicyError(str(gone)) from gone
@@ -408,9 +393,8 @@ class VLLMPolicy:
 
     async def _spoken(self, replica: Replica, name: str) -> tuple[float, ...]:
         """What the canary's tokens are worth there; also a proof that it knows our tokens."""
-        asked = {"model": name or MODEL, "prompt": list(self._ids), **SCORING}
-        choice = (await replica.post("/v1/completions", asked, first=True))["choices"][0]
-        return scores(choice, self._ids[1:])
+        answer = await replica.answer(name or MODEL, self._ids, (), SCORING, first=True)
+        return scores(answer, self._ids[1:])
 
     async def _drop(self, name: str) -> None:
         """Unload once nobody is being answered by it; its files go too."""
@@ -440,25 +424,10 @@ def home(prompt: Sequence[Message]) -> int:
     return zlib.crc32("\0".join(message.text for message in prompt[: said + 1]).encode())
 
 
-def scores(told: Mapping[str, Any], ids: Sequence[int]) -> tuple[float, ...]:
+def scores(answer: Answer, ids: Sequence[int]) -> tuple[float, ...]:
     """(T,) nats, of these tokens at the end of what was asked about."""
-    last = told["prompt_logprobs"][-len(ids) :]
+    last = answer.prompt[-len(ids) :]
     return tuple(float(one[str(k)]["logprob"]) for one, k in zip(last, ids, strict=True))
-
-
-def pictures(prompt: Sequence[Message]) -> list[bytes]:
-    return [image for message in prompt for image in message.images]
-
-
-def pictured(
-    ids: Sequence[int], images: Sequence[bytes], sampling: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What to ask where ``ids`` hold a placeholder for each of the images."""
-    return {
-        "token_ids": list(ids),
-        "content_parts": [{"type": "image_url", "url": data_url(image)} for image in images],
-        "sampling_params": {"logprobs": 0, **sampling},
-    }
 
 
 def room_for(rank: int) -> int:

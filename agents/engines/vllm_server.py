@@ -5,18 +5,23 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import aiohttp
 
 from ...core.errors import PolicyError
 from ...core.supervised import Supervised
+from . import data_url
 
 MODEL = "base"
 """What our servers call their model."""
+COMPLETIONS = "/v1/completions"
+"""Takes ids on every server, but tells words, too, at some cost to the server."""
+GENERATE = "/inference/v1/generate"
+"""Ids go in and come out, and nothing else, with pictures beside them; not every server has it."""
 SHORT = aiohttp.ClientTimeout(10.0)
 """Deadline of a question that any server that lives can answer."""
 UNHEARD = (aiohttp.ClientError, TimeoutError)
@@ -35,6 +40,17 @@ class Gone(PolicyError):
     """A server died, hung or hung up; what it was asked may be asked again."""
 
 
+class Answer(NamedTuple):
+    """What a server sampled."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """(T,) nats; empty if they were not asked for."""
+    finish: str
+    prompt: Sequence[Mapping[str, Any]]
+    """Of each token of the prompt, if asked for: log-probabilities by the token's id."""
+
+
 class Replica:
     """A server, how it is asked, and what is known of it."""
 
@@ -43,6 +59,8 @@ class Replica:
         self.context = 0
         """The most tokens of a prompt and its answer."""
         self.model = MODEL
+        self.generates = False
+        """Whether it has ``GENERATE``."""
         self.base: tuple[float, ...] = ()
         """What it answered to the canary without any adapter."""
         self.spoken: tuple[float, ...] = ()
@@ -89,6 +107,7 @@ class Replica:
         if first is None:
             raise PolicyError(f"{self.url} serves no model: {str(told)[:SHOWN]}")
         self.model, self.context = str(first["id"]), int(first["max_model_len"])
+        self.generates = await self._has(GENERATE)
 
     async def healthy(self) -> bool:
         try:
@@ -113,6 +132,44 @@ class Replica:
         if not await self.healthy():
             raise PolicyError(f"{gone}; it was not started here: start it again, and then the run")
         return False
+
+    async def answer(
+        self,
+        model: str,
+        ids: Sequence[int],
+        images: Sequence[bytes],
+        sampling: Mapping[str, Any],
+        first: bool = False,
+    ) -> Answer:
+        """What follows ``ids``, which hold a placeholder for each of the images.
+
+        ``sampling``: vLLM's own words, among them which log-probabilities are wanted.
+
+        Raises: as ``post``.
+        """
+        if not self.generates:
+            if images:
+                raise PolicyError(
+                    f"{self.url} takes no images beside ids; start it with --enable-scale-out"
+                )
+            asked = {"prompt": list(ids), "return_token_ids": True, **sampling}
+            told = await self.post(COMPLETIONS, {"model": model, **asked}, first)
+            choice = told["choices"][0]
+            before, kept = choice["prompt_logprobs"], choice["logprobs"]
+            logprobs = kept["token_logprobs"] if kept else ()
+        else:
+            # Texts to stop at are looked for in words; else it is spared making any.
+            how = {"detokenize": bool(sampling.get("stop")), **sampling}
+            asked: dict[str, Any] = {"token_ids": list(ids), "sampling_params": how}
+            if images:
+                parts = [{"type": "image_url", "url": data_url(image)} for image in images]
+                asked["content_parts"] = parts
+            told = await self.post(GENERATE, {"model": model, **asked}, first)
+            choice = told["choices"][0]
+            before, kept = told["prompt_logprobs"], choice["logprobs"]
+            logprobs = [one["logprob"] for one in kept["content"]] if kept else ()
+        sampled = tuple(choice["token_ids"])
+        return Answer(sampled, tuple(map(float, logprobs)), choice["finish_reason"], before or ())
 
     async def post(self, path: str, body: Mapping[str, Any], first: bool = False) -> Any:
         """Its answer, however long it takes, as long as it makes tokens.
@@ -184,6 +241,14 @@ class Replica:
             made = sum(metric(text, name) for name in names)
             if made != self._made:
                 self._made, self._moved = made, time.monotonic()
+
+    async def _has(self, path: str) -> bool:
+        """Whether something may be posted there."""
+        try:
+            async with self._client.get(f"{self.url}{path}", timeout=SHORT) as response:
+                return response.status == 405
+        except UNHEARD:
+            return False
 
     async def names(self) -> set[str]:
         """Of the models and adapters that it answers by."""
