@@ -60,6 +60,8 @@ TOKEN = "SELFWRIGHT_TOKEN"
 """The environment variable that holds a server's token, unless another is named."""
 GRACE_S = 15.0
 """After the drain's deadline, how long a policy may take to close."""
+KEEP_S = 15
+"""How long a connection may be idle between two requests."""
 KEYS = ("environment", "agent", "policy", "limits")
 """Sections that the command line can change."""
 
@@ -113,7 +115,8 @@ async def serve(asked: Asked, console: Console) -> dict[str, Any]:
         with progress.stage(f"opening {asked.checkpoint}"):
             policy: Policy = engine.make(base, asked.seed)
         try:
-            if weights is not None:
+            # Without weights, too: once that is done, servers that it had to start do answer.
+            with progress.stage(f"waiting for {asked.engine}"):
                 await policy.load(weights)
             served = Served(
                 asked.name or Path(asked.checkpoint).resolve().name,
@@ -146,6 +149,9 @@ class Server(uvicorn.Server):
             server_header=False,
             ws="none",
             timeout_graceful_shutdown=limits.drain_s,
+            # Clients keep idle connections for 5 s, as it would by itself: sooner or later one is
+            # closed just as the next request is on its way.
+            timeout_keep_alive=KEEP_S,
         )
         super().__init__(config)
 

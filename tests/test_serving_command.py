@@ -140,6 +140,17 @@ def test_what_it_does_not_start_with(
     assert out == "" and said in err and "Traceback" not in err
 
 
+def test_it_is_not_there_before_its_engine_is(
+    model_folder: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"url": "[http://127.0.0.1:9]", "start_timeout_s": "1"}
+    given = [word for key, value in settings.items() for word in ("-o", f"policy.{key}={value}")]
+    line = ["serve", str(model_folder("scratch")), "--port", "0", "--engine", "vllm", *given]
+    assert call(line) == 1
+    said = capfd.readouterr().err
+    assert "did not come up within start_timeout_s=1" in said and "serving scratch at" not in said
+
+
 def test_without_the_extra_it_says_what_to_install() -> None:
     code = (
         "import sys\nfrom selfwright.commands.cli import call\n"

@@ -36,8 +36,11 @@ class Client:
             headers=headers,
             # Its own would be of each part of an answer, not of the whole.
             timeout=None,
-            # As many as the server has room for: it is the one that refuses.
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
+            # As many as the server has room for: it is the one that refuses. Given up well before
+            # a server gives them up, or it could do so just as the next request is on its way.
+            limits=httpx2.Limits(
+                max_connections=None, max_keepalive_connections=None, keepalive_expiry=3.0
+            ),
         )
 
     async def session(
