@@ -120,7 +120,7 @@ def main() -> int:
     # Full within seconds: a bound that is not reached would pass for a leak.
     engines = {"transformers": ["-o", "policy.memory_gb=0.01"]}
     if arguments.vllm:
-        engines["vllm"] = ["-o", "policy.memory_gb=0.25", "-o", f"policy.python={arguments.vllm}"]
+        engines["vllm"] = ["-o", "policy.memory_gb=0.03", "-o", f"policy.python={arguments.vllm}"]
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="selfwright-") as room:
         model = Path(room) / "model"

@@ -161,6 +161,21 @@ class HasTokens(Protocol):
     def tokens(self) -> ChatTokens: ...
 
 
+@runtime_checkable
+class HasStream(Protocol):
+    """A policy that can be heard while it speaks."""
+
+    async def stream(
+        self,
+        prompt: Sequence[Message],
+        sampling: Sampling,
+        seed: int,
+        heard: Callable[[Sequence[int]], None],
+    ) -> Completion:
+        """As ``complete``; ``heard`` is told now and then of all ids sampled so far."""
+        ...
+
+
 class Judge(Protocol):
     """One verdict per trajectory, in order. All trajectories of one call share one task."""
 

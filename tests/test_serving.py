@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from serving import Echo, limits, png, running, served, transformers_policy, until
 
 from selfwright.agents.serving.client import Client, ServedPlayer
+from selfwright.agents.serving.desk import certain
 from selfwright.agents.serving.images import checked_images
 from selfwright.agents.serving.limits import Limits, Refusal
 from selfwright.core.config import Config, Fleet
@@ -113,6 +114,114 @@ def test_a_stream_is_role_content_finish_done() -> None:
         assert ends == [None] * (len(ends) - 1) + ["stop"]
 
     with_server(use)
+
+
+async def events(response: httpx2.Response) -> AsyncGenerator[Any]:
+    """What a stream tells, as it comes."""
+    async for line in response.aiter_lines():
+        if line:
+            said = line.removeprefix("data: ")
+            yield said if said == "[DONE]" else json.loads(said)
+
+
+class Slow(Echo):
+    """Is heard while it speaks: says what it was told last, token by token."""
+
+    tokens: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.breaks = False
+        self.speaking = False
+
+    async def stream(
+        self,
+        prompt: Sequence[Message],
+        sampling: Sampling,
+        seed: int,
+        heard: Callable[[Sequence[int]], None],
+    ) -> Completion:
+        ids = self.tokens.completion(prompt[-1].text)
+        self.speaking = True
+        try:
+            for k in range(1, len(ids)):
+                heard(ids[:k])
+                await self.free.wait()
+                await asyncio.sleep(0)
+                if self.breaks:
+                    raise PolicyError("a secret of the policy")
+        finally:
+            self.speaking = False
+        return Completion(prompt[-1].text, ids, finish="stop")
+
+
+def test_a_stream_tells_what_is_said_as_it_is_said(model_folder: Callable[[str], Path]) -> None:
+    policy = Slow()
+    policy.tokens = open_tokens(str(model_folder("qwen3")))
+    policy.free.clear()
+    text = "Make 7 from 1 2 4"
+    first = policy.tokens.text(policy.tokens.completion(text)[:1])
+    assert first and len(first) < 6
+
+    async def use(client: httpx2.AsyncClient) -> None:
+        asked = talk(text, stream=True)
+        async with client.stream("POST", "/v1/chat/completions", json=asked) as response:
+            coming = events(response)
+            assert (await anext(coming))["choices"][0]["delta"]["role"] == "assistant"
+            # It is still speaking, and cannot go on.
+            assert (await anext(coming))["choices"][0]["delta"] == {"content": first}
+            assert not policy.free.is_set()
+            policy.free.set()
+            rest = [one async for one in coming]
+        assert rest[-1] == "[DONE]" and rest[-2]["choices"][0]["finish_reason"] == "stop"
+        said = [one["choices"][0]["delta"].get("content", "") for one in rest[:-1]]
+        assert first + "".join(said) == text and len(said) > 3
+        policy.breaks = True
+        told = [one async for one in events(await client.post("/v1/chat/completions", json=asked))]
+        assert told[1]["choices"][0]["delta"] == {"content": first}
+        assert told[-1]["error"]["code"] == "policy_failed" and "secret" not in str(told)
+        # The weights are not held for ever by whoever has left.
+        policy.breaks = False
+        policy.free.clear()
+        async with client.stream("POST", "/v1/chat/completions", json=asked) as response:
+            await anext(events(response))
+            assert policy.speaking
+        await until(lambda: not policy.speaking)
+
+    with_server(use, lambda: policy, tokens=policy.tokens)
+
+
+def test_a_models_stream_is_its_answer(model_folder: Callable[[str], Path]) -> None:
+    folder = model_folder("qwen3")
+
+    async def use(client: httpx2.AsyncClient) -> None:
+        asked = talk("Make 7", temperature=1.0, max_tokens=24)
+        for seed in range(4):
+            asked["seed"] = seed
+            whole = (await client.post("/v1/chat/completions", json=asked)).json()["choices"][0]
+            text = whole["message"]["content"]
+            if seed == 3:  # And stopped in the middle of what it says.
+                asked["stop"] = text[len(text) // 2 :][:2]
+                text = text.split(asked["stop"])[0]
+                whole["finish_reason"] = "stop"
+            response = await client.post("/v1/chat/completions", json={**asked, "stream": True})
+            told = [one async for one in events(response)]
+            said = [one["choices"][0]["delta"].get("content", "") for one in told[:-1]]
+            assert "".join(said) == text and sum(map(bool, said)) > 2
+            assert told[-2]["choices"][0]["finish_reason"] == whole["finish_reason"]
+
+    with_server(use, lambda: transformers_policy(folder), tokens=open_tokens(str(folder)))
+
+
+@given(
+    st.text("ab\ufffd", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=2)
+)
+def test_what_is_told_of_a_text_that_goes_on_is_not_taken_back(text: str, stops: list[str]) -> None:
+    final = text
+    for stop in stops:
+        final = final.split(stop)[0]
+    for k in range(len(text) + 1):
+        assert final.startswith(certain(text[:k], stops))
 
 
 @pytest.mark.parametrize(

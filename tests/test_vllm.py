@@ -172,6 +172,21 @@ def test_stop_texts_and_choices(run: Run, either: VLLMPolicy) -> None:
     assert all(sum(one.logprobs) < -1 for one in said)
 
 
+def test_it_is_heard_while_it_speaks(run: Run, either: VLLMPolicy) -> None:
+    heard: list[Sequence[int]] = []
+    sampling = Sampling(max_tokens=40)
+    said = run(either.stream(PROMPTS[0], sampling, 3, heard.append))
+    whole = run(either.complete(PROMPTS[0], sampling, 3))
+    assert (said.text, said.finish) == (whole.text, whole.finish) and gap(said, whole) < 1e-3
+    (replica,) = either._replicas  # pyright: ignore[reportPrivateUsage]
+    if replica.generates:
+        assert len(heard) > 2 and heard[-1] == said.token_ids
+        assert all(one == said.token_ids[: len(one)] for one in heard)
+        assert [len(one) for one in heard] == sorted({len(one) for one in heard})
+    else:
+        assert not heard
+
+
 TURNS = st.lists(st.text("0123456789 +-*make", min_size=1, max_size=12), min_size=1, max_size=4)
 
 
@@ -195,7 +210,7 @@ def test_ids_stored_are_ids_sampled_are_ids_trained_on(
         replica = policy._replicas[0]  # pyright: ignore[reportPrivateUsage]
         post = replica.post
 
-        async def listening(path: str, body: Any, first: bool = False) -> Any:
+        async def listening(path: str, body: Any, first: bool = False, line: Any = None) -> Any:
             answer = await post(path, {**body, "return_token_ids": True}, first)
             heard.append((answer["prompt_token_ids"], answer["choices"][0]["token_ids"]))
             return answer

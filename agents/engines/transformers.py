@@ -37,6 +37,8 @@ class Request:
     """The ids of ``sampling.choices``."""
     seed: int
     answer: asyncio.Future[Completion]
+    heard: Callable[[Sequence[int]], None] | None
+    """Told of the ids sampled so far, in the event loop's thread."""
 
 
 class TransformersPolicy:
@@ -85,13 +87,23 @@ class TransformersPolicy:
         self, prompt: Sequence[Message], sampling: Sampling, seed: int
     ) -> Completion:
         """Raises: PolicyError: no room in the context, senseless sampling, or sampling broke."""
+        return await self.stream(prompt, sampling, seed, None)
+
+    async def stream(
+        self,
+        prompt: Sequence[Message],
+        sampling: Sampling,
+        seed: int,
+        heard: Callable[[Sequence[int]], None] | None,
+    ) -> Completion:
+        """Raises: as ``complete``."""
         if sampling.max_tokens < 1 or "" in sampling.stop:
             raise PolicyError(f"wanted max_tokens of at least 1 and no empty stop, got {sampling}")
         ids = self.tokens.prompt(prompt)
         choices = tuple(self._choice(text) for text in sampling.choices)
         self._fit(len(ids), max(map(len, choices), default=sampling.max_tokens))
         answer: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self._waiting.append(Request(ids, sampling, choices, seed, answer))
+        self._waiting.append(Request(ids, sampling, choices, seed, answer, heard))
         self._kick()
         return await answer
 
@@ -159,7 +171,7 @@ class TransformersPolicy:
                 if not batch:
                     continue
                 try:
-                    answers = await loop.run_in_executor(self._thread, self._generate, batch)
+                    answers = await loop.run_in_executor(self._thread, self._generate, batch, loop)
                 except Exception as cause:
                     for request in batch:
                         if not request.answer.done():
@@ -187,7 +199,9 @@ class TransformersPolicy:
         if self._memory is not None:
             self._memory.clear()
 
-    def _generate(self, requests: Sequence[Request]) -> list[Completion]:
+    def _generate(
+        self, requests: Sequence[Request], loop: asyncio.AbstractEventLoop
+    ) -> list[Completion]:
         from .decode import Want, sample
 
         tokens = self.tokens
@@ -200,7 +214,7 @@ class TransformersPolicy:
                 # A choice is never cut, neither by length nor by a stop text inside it.
                 max(map(len, request.choices), default=request.sampling.max_tokens),
                 request.choices,
-                None if request.choices else self._stopper(request.sampling.stop),
+                None if request.choices else self._stopper(request, loop),
             )
             for request in requests
         ]
@@ -224,12 +238,17 @@ class TransformersPolicy:
             text = text.split(stop)[0]
         return text
 
-    def _stopper(self, stops: tuple[str, ...]) -> Callable[[Sequence[int]], bool] | None:
-        tokens = self.tokens
-        if not stops and tokens.eos == tokens.end:
+    def _stopper(
+        self, request: Request, loop: asyncio.AbstractEventLoop
+    ) -> Callable[[Sequence[int]], bool] | None:
+        """Looks at every token as it is sampled, and has it heard."""
+        tokens, stops, heard = self.tokens, request.sampling.stop, request.heard
+        if not stops and heard is None and tokens.eos == tokens.end:
             return None
 
         def stopped(ids: Sequence[int]) -> bool:
+            if heard is not None:
+                loop.call_soon_threadsafe(heard, tuple(ids))
             if ids[-1] == tokens.eos:
                 return True
             text = tokens.text(ids) if stops else ""

@@ -9,7 +9,7 @@ import tempfile
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -175,6 +175,16 @@ class VLLMPolicy:
         self, prompt: Sequence[Message], sampling: Sampling, seed: int
     ) -> Completion:
         """Raises: PromptError: no room in the context. PolicyError: no server answers."""
+        return await self.stream(prompt, sampling, seed, None)
+
+    async def stream(
+        self,
+        prompt: Sequence[Message],
+        sampling: Sampling,
+        seed: int,
+        heard: Callable[[Sequence[int]], None] | None,
+    ) -> Completion:
+        """As ``complete``. A server that is lost on the way is asked again, from the beginning."""
         if sampling.max_tokens < 1 or "" in sampling.stop:
             raise PolicyError(f"wanted max_tokens of at least 1 and no empty stop, got {sampling}")
         tokens = self.tokens
@@ -184,7 +194,8 @@ class VLLMPolicy:
             # A choice is never cut, neither by length nor by a stop text inside it.
             most = max(len(tokens.completion(text)) for text in sampling.choices) + 1
         await self._fit(len(ids), most)
-        answer = await self._ask(prompt, ids, self._sampling(sampling, seed, most))
+        how = self._sampling(sampling, seed, most)
+        answer = await self._ask(prompt, ids, how, heard)
         said = self._completion(answer, sampling)
         # Held to choices, it tells the log-probabilities that are left after all else is ruled out.
         return await self.score(prompt, said) if sampling.choices else said
@@ -255,7 +266,11 @@ class VLLMPolicy:
         replica.base = await self._spoken(replica, "")
 
     async def _ask(
-        self, prompt: Sequence[Message], ids: Sequence[int], sampling: Mapping[str, Any]
+        self,
+        prompt: Sequence[Message],
+        ids: Sequence[int],
+        sampling: Mapping[str, Any],
+        heard: Callable[[Sequence[int]], None] | None = None,
     ) -> Answer:
         """By the adapter that answers now; what begins alike goes to one replica and its cache."""
         await self._ready()
@@ -267,7 +282,9 @@ class VLLMPolicy:
             for left in reversed(range(MISSED)):
                 known = replica.generation
                 try:
-                    return await replica.answer(adapter or MODEL, ids, images, sampling)
+                    return await replica.answer(
+                        adapter or MODEL, ids, images, sampling, heard=heard
+                    )
                 except Gone as gone:
                     if not left:
                         raise PolicyError(str(gone)) from gone

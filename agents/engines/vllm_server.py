@@ -5,7 +5,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -140,10 +140,12 @@ class Replica:
         images: Sequence[bytes],
         sampling: Mapping[str, Any],
         first: bool = False,
+        heard: Callable[[Sequence[int]], None] | None = None,
     ) -> Answer:
         """What follows ``ids``, which hold a placeholder for each of the images.
 
         ``sampling``: vLLM's own words, among them which log-probabilities are wanted.
+        ``heard``: told of the ids sampled so far, where the server has ``GENERATE``.
 
         Raises: as ``post``.
         """
@@ -164,6 +166,8 @@ class Replica:
             if images:
                 parts = [{"type": "image_url", "url": data_url(image)} for image in images]
                 asked["content_parts"] = parts
+            if heard is not None:
+                return await self._streamed({"model": model, **asked}, heard)
             told = await self.post(GENERATE, {"model": model, **asked}, first)
             choice = told["choices"][0]
             before, kept = told["prompt_logprobs"], choice["logprobs"]
@@ -171,10 +175,38 @@ class Replica:
         sampled = tuple(choice["token_ids"])
         return Answer(sampled, tuple(map(float, logprobs)), choice["finish_reason"], before or ())
 
-    async def post(self, path: str, body: Mapping[str, Any], first: bool = False) -> Any:
+    async def _streamed(
+        self, asked: Mapping[str, Any], heard: Callable[[Sequence[int]], None]
+    ) -> Answer:
+        ids: list[int] = []
+        logprobs: list[float] = []
+        finish = ""
+
+        def line(text: str) -> None:
+            nonlocal finish
+            told: Any = json.loads(text[5:]) if text.startswith("data: {") else {}
+            for choice in told.get("choices", ()):
+                ids.extend(choice["token_ids"])
+                logprobs.extend(float(one["logprob"]) for one in choice["logprobs"]["content"])
+                finish = choice["finish_reason"] or ""
+                heard(tuple(ids))
+
+        await self.post(GENERATE, {**asked, "stream": True}, line=line)
+        if not finish:
+            raise Gone(f"{self.url} broke off after {len(ids)} tokens{self.words()}")
+        return Answer(tuple(ids), tuple(logprobs), finish, ())
+
+    async def post(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        first: bool = False,
+        line: Callable[[str], None] | None = None,
+    ) -> Any:
         """Its answer, however long it takes, as long as it makes tokens.
 
-        ``first``: it may still be warming up.
+        ``first``: it may still be warming up. ``line``: told of each line as it comes, for an
+        answer that is a stream.
 
         Raises:
             Gone: it does not answer any more.
@@ -182,7 +214,7 @@ class Replica:
         """
         if body.get("model") == MODEL:
             body = {**body, "model": self.model}
-        asked = asyncio.create_task(self._asked(path, body))
+        asked = asyncio.create_task(self._asked(path, body, line))
         stall_s = max(self._stall_timeout_s, self._start_timeout_s if first else 0.0)
         begun = time.monotonic()
         try:
@@ -215,8 +247,14 @@ class Replica:
         except ValueError:
             return text
 
-    async def _asked(self, path: str, body: Mapping[str, Any]) -> tuple[int, str]:
+    async def _asked(
+        self, path: str, body: Mapping[str, Any], line: Callable[[str], None] | None
+    ) -> tuple[int, str]:
         async with self._client.post(f"{self.url}{path}", json=body) as response:
+            if line is not None and response.ok:
+                async for one in response.content:
+                    line(one.decode())
+                return response.status, ""
             return response.status, await response.text()
 
     async def _look(self, timeout_s: float) -> None:

@@ -9,7 +9,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
@@ -41,8 +41,6 @@ log = logging.getLogger(__name__)
 
 ROLES: Mapping[str, Any] = {"developer": "system"}
 """Roles of the wire that are called otherwise here."""
-PIECE = 400
-"""Characters of one chunk of a stream."""
 SHOWN = 100
 """Tasks that the playground lists at once."""
 SWEEP_S = 30.0
@@ -240,19 +238,21 @@ def _add_talk(app: FastAPI, room: Room) -> None:
             raise Refusal(400, said, "too_many_images", "messages")
         messages = [await _message(one, k, room) for k, one in enumerate(asked.messages)]
         seed = secrets.randbits(62) if asked.seed is None else derive(asked.seed)
-        async with deadline(room.player.timeout_s, "the completion"):
-            said = await room.desk.complete(messages, sampling, seed)
-        read, wrote = room.desk.length(messages), len(said.token_ids)
-        usage = {"prompt_tokens": read, "completion_tokens": wrote, "total_tokens": read + wrote}
         head = {
             "id": f"chatcmpl-{secrets.token_urlsafe(16)}",
             "created": int(time.time()),
             "model": name,
         }
         if asked.stream:
+            spoken = _spoken(room, messages, sampling, seed)
+            first = await anext(spoken)  # What goes wrong until then is refused as usual.
             counted = asked.stream_options is not None and asked.stream_options.include_usage
-            events = _chunks(head, said, usage if counted else None)
+            read = room.desk.length(messages) if counted else None
+            events = _events(head, first, spoken, read)
             return StreamingResponse(events, media_type="text/event-stream")
+        async with deadline(room.player.timeout_s, "the completion"):
+            said = await room.desk.complete(messages, sampling, seed)
+        usage = _usage(room.desk.length(messages), said)
         message = {"role": "assistant", "content": said.text}
         choice: dict[str, Any] = {"index": 0, "message": message, "logprobs": None}
         choice["finish_reason"] = said.finish or "stop"
@@ -310,10 +310,47 @@ async def _message(given: bodies.ChatMessage, index: int, room: Room) -> Message
     return Message(role, "".join(texts), await room.images(urls, param))
 
 
-async def _chunks(
-    head: Mapping[str, Any], said: Completion, usage: Mapping[str, int] | None
+def _usage(read: int, said: Completion) -> dict[str, int]:
+    wrote = len(said.token_ids)
+    return {"prompt_tokens": read, "completion_tokens": wrote, "total_tokens": read + wrote}
+
+
+async def _spoken(
+    room: Room, messages: Sequence[Message], sampling: Sampling, seed: int
+) -> AsyncGenerator[str | Completion]:
+    """The answer's text, piece by piece as it comes, and at the end the whole."""
+    heard: asyncio.Queue[str | None] = asyncio.Queue()
+
+    async def complete() -> Completion:
+        async with deadline(room.player.timeout_s, "the completion"):
+            return await room.desk.complete(messages, sampling, seed, heard.put_nowait)
+
+    completing = asyncio.create_task(complete())
+    completing.add_done_callback(lambda _: heard.put_nowait(None))
+    told = ""
+    try:
+        while (text := await heard.get()) is not None:
+            # An answer that was begun anew, as its server was lost, is at first shorter.
+            if text.startswith(told) and text != told:
+                yield text[len(told) :]
+                told = text
+        said = await completing
+        if not said.text.startswith(told):
+            raise PolicyError("the answer was begun anew, and became another one")
+        if said.text != told:
+            yield said.text[len(told) :]
+        yield said
+    finally:
+        completing.cancel()
+
+
+async def _events(
+    head: Mapping[str, Any],
+    first: str | Completion,
+    spoken: AsyncGenerator[str | Completion],
+    read: int | None,
 ) -> AsyncGenerator[str]:
-    """The completion as OpenAI streams one. It is whole already; a deadline has held for it."""
+    """The answer as OpenAI streams one; ``read``: the prompt's tokens, if usage is to be told."""
 
     def event(choices: Sequence[Any], **more: Any) -> str:
         chunk = {**head, "object": "chat.completion.chunk", "choices": choices, **more}
@@ -322,13 +359,23 @@ async def _chunks(
     def delta(finish: str | None = None, **delta: str) -> str:
         return event([{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}])
 
-    yield delta(role="assistant", content="")
-    for k in range(0, len(said.text), PIECE):
-        yield delta(content=said.text[k : k + PIECE])
-    yield delta(said.finish or "stop")
-    if usage is not None:
-        yield event([], usage=usage)
-    yield "data: [DONE]\n\n"
+    async with aclosing(spoken):
+        yield delta(role="assistant", content="")
+        piece = first
+        try:
+            while isinstance(piece, str):
+                yield delta(content=piece)
+                piece = await anext(spoken)
+        except (PolicyError, TimeoutError) as error:
+            # Too late for another status; that no [DONE] follows says that it is not whole.
+            log.error("the policy failed while it spoke: %s", error)
+            broke = Refusal(503, "the policy could not finish its answer", "policy_failed")
+            yield f"data: {json.dumps(broke.body)}\n\n"
+            return
+        yield delta(piece.finish or "stop")
+        if read is not None:
+            yield event([], usage=_usage(read, piece))
+        yield "data: [DONE]\n\n"
 
 
 def _add_sessions(app: FastAPI, room: Room) -> None:

@@ -1,11 +1,11 @@
 """The policy that a server asks: the served one, behind the checks that strangers' prompts need."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from ...core.protocols import Policy
+from ...core.protocols import HasStream, Policy
 from ...core.tokens import ChatTokens
 from ...core.types import Completion, Message, Sampling
 from .champion import Champion
@@ -39,17 +39,41 @@ class Desk:
         return nullcontext()
 
     async def complete(
-        self, prompt: Sequence[Message], sampling: Sampling, seed: int
+        self,
+        prompt: Sequence[Message],
+        sampling: Sampling,
+        seed: int,
+        heard: Callable[[str], None] | None = None,
     ) -> Completion:
-        """Raises: Refusal: the prompt is too long, or holds what only a template may write; or
-        there are no weights to answer with."""
+        """``heard`` is told of the text so far, by policies that can be heard while they speak.
+
+        Raises:
+            Refusal: the prompt is too long, or holds what only a template may write; or there are
+                no weights to answer with.
+        """
         self._check(prompt)
         sampling = replace(sampling, max_tokens=min(sampling.max_tokens, self._limits.tokens))
         async with self._champion.answering():
-            said = await self._policy.complete(prompt, sampling, seed)
+            said = await self._said(prompt, sampling, seed, heard)
         self._metrics.tokens.labels("completion").inc(len(said.token_ids))
         self._metrics.tokens.labels("prompt").inc(self.length(prompt))
         return said
+
+    async def _said(
+        self,
+        prompt: Sequence[Message],
+        sampling: Sampling,
+        seed: int,
+        heard: Callable[[str], None] | None,
+    ) -> Completion:
+        policy, tokens = self._policy, self._tokens
+        if heard is None or tokens is None or not isinstance(policy, HasStream):
+            return await policy.complete(prompt, sampling, seed)
+
+        def sampled(ids: Sequence[int]) -> None:
+            heard(certain(tokens.text(ids), sampling.stop))
+
+        return await policy.stream(prompt, sampling, seed, sampled)
 
     async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
         raise NotImplementedError("a server is asked for completions only")
@@ -87,3 +111,12 @@ class Desk:
         if length > limits.prompt_tokens:
             said = f"the prompt has {length:,} tokens, more than {limits.prompt_tokens:,}"
             raise Refusal(400, said, "context_length_exceeded")
+
+
+def certain(text: str, stops: Sequence[str]) -> str:
+    """As much of a text that goes on as is sure to stay: no half character or stop at its end."""
+    for stop in stops:
+        text = text.split(stop)[0]
+    text = text.rstrip("\ufffd")
+    begun = (k for stop in stops for k in range(1, len(stop)) if text.endswith(stop[:k]))
+    return text[: len(text) - max(begun, default=0)]
