@@ -172,7 +172,10 @@ class HasStream(Protocol):
         seed: int,
         heard: Callable[[Sequence[int]], None],
     ) -> Completion:
-        """As ``complete``; ``heard`` is told now and then of all ids sampled so far."""
+        """As ``complete``; ``heard`` is told now and then of all ids sampled so far.
+
+        They may begin anew, where a server was lost on the way.
+        """
         ...
 
 
