@@ -171,7 +171,7 @@ class TransformersPolicy:
                 if not batch:
                     continue
                 try:
-                    answers = await loop.run_in_executor(self._thread, self._generate, batch, loop)
+                    answers = await loop.run_in_executor(self._thread, self._generate, batch)
                 except Exception as cause:
                     for request in batch:
                         if not request.answer.done():
@@ -199,9 +199,7 @@ class TransformersPolicy:
         if self._memory is not None:
             self._memory.clear()
 
-    def _generate(
-        self, requests: Sequence[Request], loop: asyncio.AbstractEventLoop
-    ) -> list[Completion]:
+    def _generate(self, requests: Sequence[Request]) -> list[Completion]:
         from .decode import Want, sample
 
         tokens = self.tokens
@@ -214,7 +212,7 @@ class TransformersPolicy:
                 # A choice is never cut, neither by length nor by a stop text inside it.
                 max(map(len, request.choices), default=request.sampling.max_tokens),
                 request.choices,
-                None if request.choices else self._stopper(request, loop),
+                None if request.choices else self._stopper(request),
             )
             for request in requests
         ]
@@ -238,9 +236,7 @@ class TransformersPolicy:
             text = text.split(stop)[0]
         return text
 
-    def _stopper(
-        self, request: Request, loop: asyncio.AbstractEventLoop
-    ) -> Callable[[Sequence[int]], bool] | None:
+    def _stopper(self, request: Request) -> Callable[[Sequence[int]], bool] | None:
         """Looks at every token as it is sampled, and has it heard."""
         tokens, stops, heard = self.tokens, request.sampling.stop, request.heard
         if not stops and heard is None and tokens.eos == tokens.end:
@@ -248,7 +244,7 @@ class TransformersPolicy:
 
         def stopped(ids: Sequence[int]) -> bool:
             if heard is not None:
-                loop.call_soon_threadsafe(heard, tuple(ids))
+                request.answer.get_loop().call_soon_threadsafe(heard, tuple(ids))
             if ids[-1] == tokens.eos:
                 return True
             text = tokens.text(ids) if stops else ""
