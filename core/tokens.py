@@ -200,6 +200,13 @@ class ChatTokens:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def cut(text: str, stops: Sequence[str]) -> str:
+    """What stands before the stop texts."""
+    for stop in stops:
+        text = text.split(stop)[0]
+    return text
+
+
 def _fingerprint(tokenizer: Any) -> str:
     vocabulary = repr(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
     return hashlib.blake2b(vocabulary.encode(errors="surrogatepass"), digest_size=8).hexdigest()

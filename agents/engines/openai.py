@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ...core.config import PolicyConfig
 from ...core.errors import PolicyError
+from ...core.tokens import cut
 from ...core.types import Completion, Message, Sampling
 from . import data_url
 
@@ -105,9 +106,7 @@ class OpenAIPolicy:
         if sampling.stop:
             asked["stop"] = list(sampling.stop)
         choice = await self._ask(prompt, asked)
-        text = _text(choice)
-        for stop in sampling.stop:
-            text = text.partition(stop)[0]
+        text = cut(_text(choice), sampling.stop)
         return Completion(
             text, finish="length" if choice.get("finish_reason") == "length" else "stop"
         )

@@ -14,6 +14,7 @@ from pydantic import Field
 from ...core.config import PolicyConfig
 from ...core.errors import PolicyError, PromptError
 from ...core.models import open_model, open_weights
+from ...core.tokens import cut
 from ...core.types import Completion, Message, Sampling
 
 
@@ -231,10 +232,7 @@ class TransformersPolicy:
     def _text(self, request: Request, ids: tuple[int, ...]) -> str:
         if request.choices:
             return request.sampling.choices[request.choices.index(ids)]
-        text = self.tokens.text(ids)
-        for stop in request.sampling.stop:
-            text = text.split(stop)[0]
-        return text
+        return cut(self.tokens.text(ids), request.sampling.stop)
 
     def _stopper(self, request: Request) -> Callable[[Sequence[int]], bool] | None:
         """Looks at every token as it is sampled, and has it heard."""

@@ -21,6 +21,7 @@ from ...core.config import PolicyConfig
 from ...core.errors import DiskError, PolicyError, PromptError
 from ...core.files import DRAFT, hard_link
 from ...core.models import ADAPTER, open_tokens, parts_of, placeholder_of, save_merged
+from ...core.tokens import cut
 from ...core.types import Completion, Message, Sampling
 from .vllm_server import MODEL, Answer, Gone, Replica, launched
 
@@ -224,8 +225,7 @@ class VLLMPolicy:
             )
         text = self.tokens.text(ids)
         if not sampling.choices:
-            for stop in sampling.stop:
-                text = text.split(stop)[0]
+            text = cut(text, sampling.stop)
         finish = "stop" if answer.finish == "stop" else "length"
         return Completion(text, ids, logprobs, finish, self.tokens.fingerprint)
 

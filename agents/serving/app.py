@@ -145,6 +145,17 @@ class Room:
         await asyncio.gather(*self._leaving, return_exceptions=True)
         await self.arena.close()
 
+    async def complete(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        seed: int,
+        heard: Callable[[str], None] | None = None,
+    ) -> Completion:
+        """As ``Desk.complete``. Raises: TimeoutError: it took too long."""
+        async with deadline(self.player.timeout_s, "the completion"):
+            return await self.desk.complete(messages, sampling, seed, heard)
+
     async def images(self, given: Sequence[str], param: str) -> tuple[bytes, ...]:
         if not given:
             return ()
@@ -250,8 +261,7 @@ def _add_talk(app: FastAPI, room: Room) -> None:
             read = room.desk.length(messages) if counted else None
             events = _events(head, first, spoken, read)
             return StreamingResponse(events, media_type="text/event-stream")
-        async with deadline(room.player.timeout_s, "the completion"):
-            said = await room.desk.complete(messages, sampling, seed)
+        said = await room.complete(messages, sampling, seed)
         usage = _usage(room.desk.length(messages), said)
         message = {"role": "assistant", "content": said.text}
         choice: dict[str, Any] = {"index": 0, "message": message, "logprobs": None}
@@ -321,11 +331,7 @@ async def _spoken(
     """The answer's text, piece by piece as it comes, and at the end the whole."""
     heard: asyncio.Queue[str | None] = asyncio.Queue()
 
-    async def complete() -> Completion:
-        async with deadline(room.player.timeout_s, "the completion"):
-            return await room.desk.complete(messages, sampling, seed, heard.put_nowait)
-
-    completing = asyncio.create_task(complete())
+    completing = asyncio.create_task(room.complete(messages, sampling, seed, heard.put_nowait))
     completing.add_done_callback(lambda _: heard.put_nowait(None))
     told = ""
     try:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...core.protocols import HasStream, Policy
-from ...core.tokens import ChatTokens
+from ...core.tokens import ChatTokens, cut
 from ...core.types import Completion, Message, Sampling
 from .champion import Champion
 from .limits import Limits, Refusal
@@ -115,8 +115,6 @@ class Desk:
 
 def certain(text: str, stops: Sequence[str]) -> str:
     """As much of a text that goes on as is sure to stay: no half character or stop at its end."""
-    for stop in stops:
-        text = text.split(stop)[0]
-    text = text.rstrip("\ufffd")
+    text = cut(text, stops).rstrip("\ufffd")
     begun = (k for stop in stops for k in range(1, len(stop)) if text.endswith(stop[:k]))
     return text[: len(text) - max(begun, default=0)]
