@@ -21,7 +21,7 @@ from rich.table import Table
 
 from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
 from selfwright.core.files import read_json, write_json
-from selfwright.core.models import parts_of
+from selfwright.core.origin import parts_of
 from selfwright.core.protocols import Agent
 from selfwright.core.recipe import section
 from selfwright.core.run import iteration_name, iterations

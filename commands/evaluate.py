@@ -19,7 +19,7 @@ from ..core.errors import JudgeError, RecipeError, StoreError
 from ..core.evaluation import EvaluationResult, TaskResult, summarise
 from ..core.files import read_json
 from ..core.judging import judged
-from ..core.models import ADAPTER
+from ..core.origin import ADAPTER, found_base, parts_of
 from ..core.protocols import AsksPolicies, HasAttempts, HasExpert, Judge, Policy
 from ..core.recipe import Section, section
 from ..core.rollout import ExpertPlayer, Player, PolicyPlayer, RandomPlayer, rollouts
@@ -231,12 +231,9 @@ def _iteration_card(folder: Path) -> dict[str, Any] | None:
     recipe = folder.parents[2] / "recipe.json"
     if not recipe.is_file():
         return None
-    if (folder / ADAPTER).is_file():
-        base: str = read_json(folder / ADAPTER)["base_model_name_or_path"]
-    elif (folder / "config.json").is_file():
-        base = str(folder)
-    else:
+    if not any((folder / name).is_file() for name in (ADAPTER, "config.json")):
         return None
+    base = found_base(folder) or str(folder)
     told: dict[str, Any] = {"base": base, "base_inside": False, "folder": str(folder)}
     return card_of(read_json(recipe)) | told
 
@@ -355,17 +352,16 @@ def weights_of(checkpoint: str, card: Mapping[str, Any] | None) -> tuple[str, Pa
     """
     if card is not None:
         return base_of(card), Path(card["folder"])
-    if (Path(checkpoint) / ADAPTER).is_file():
-        named: str = read_json(Path(checkpoint) / ADAPTER)["base_model_name_or_path"]
-        return named, Path(checkpoint)
     if not Path(checkpoint).is_dir() and re.match(r"[./~]", checkpoint):
         raise StoreError(f"there is no checkpoint at {checkpoint}")
-    return checkpoint, None
+    return parts_of(checkpoint)
 
 
 def base_of(card: Mapping[str, Any]) -> str:
     """The model that a run's checkpoint began with."""
-    return str(Path(card["folder"]) / card["base"]) if card["base_inside"] else card["base"]
+    folder = Path(card["folder"])
+    told = str(folder / card["base"]) if card["base_inside"] else card["base"]
+    return found_base(folder) or told
 
 
 def opener(

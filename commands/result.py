@@ -7,15 +7,16 @@ from typing import Any
 
 from ..core import evaluation as files
 from ..core.files import hard_link, read_json, write_json
+from ..core.origin import INSIDE, NOTE, note_base
 from ..core.recipe import Recipe
 from ..core.run import Run, iteration_name
 from ..core.statistics import compare_outcomes, wilson
 from ..core.types import Metrics
 from .base import STORY
-from .evaluate import card_of, write_card
+from .evaluate import CARD, card_of, write_card
 
-BASE = "base"
-"""The folder, in the run's, of a base model that was made here."""
+BASE = INSIDE
+"""The folder, in the run's, of a base model that was made or merged here."""
 
 
 def conclude(
@@ -33,8 +34,10 @@ def conclude(
             if inside:
                 # What is kept with the run is never rewritten; of somebody else's nobody knows.
                 put = hard_link if number or kept.has(BASE) else shutil.copy2
-                shutil.copytree(base_model, folder / "base", copy_function=put)
-            told = {"base": "base" if inside else base_model, "base_inside": inside}
+                ignore = shutil.ignore_patterns(BASE, CARD, NOTE)  # If it is a run's checkpoint.
+                shutil.copytree(base_model, folder / BASE, copy_function=put, ignore=ignore)
+            note_base(folder, base_model)
+            told = {"base": BASE if inside else base_model, "base_inside": inside}
             write_card(folder, card_of(recipe.dump()) | told)
     exams = {path.name: files.read(path) for path in kept.path("evaluations").glob("[!.]*")}
     base, final = exams["base"], exams["final"]
@@ -45,7 +48,7 @@ def conclude(
     def total(key: str) -> int:
         return int(sum(metrics.get(key, 0.0) for metrics in rounds))
 
-    warm = read_json(kept.path(BASE) / STORY) if kept.has(BASE) else None
+    warm = read_json(kept.path(BASE) / STORY) if kept.has(f"{BASE}/{STORY}") else None
     training = sum(sum(seconds(metrics).values()) for metrics in rounds)
     validation = sum(seconds(metrics).get("validation", 0.0) for metrics in rounds)
     examining = sum(exam.wall_s for exam in exams.values())

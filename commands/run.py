@@ -16,6 +16,7 @@ from ..core.errors import LearnerError
 from ..core.files import read_json, write_json
 from ..core.judging import BROKEN
 from ..core.models import save_merged
+from ..core.origin import layers_of, note_base
 from ..core.protocols import HasFindings, HasGuards, HasMemory, Hire, Judge, Plan, Trainer, alone
 from ..core.recipe import Recipe, differences
 from ..core.rollout import failures_by_name, rollouts
@@ -77,17 +78,29 @@ async def run(recipe: Recipe, output: Path, console: Console, hire: Hire = alone
 
 
 async def begun(recipe: Recipe, worlds: Worlds, kept: Run, progress: Progress, hire: Hire) -> str:
-    """The base model. One made here is kept with the run, which then needs no other place."""
+    """The base model: a plain one, that is no adapter, nor a run.
+
+    One made here is kept with the run, which then needs no other place; and so is what an adapter
+    makes of its base, as what is learned stands on both.
+    """
     config = recipe.policy.config
     assert isinstance(config, PolicyConfig)
-    if not made_here(config):
-        return await prepare(recipe, worlds, progress, hire)
     if not kept.has(BASE):
         made = await prepare(recipe, worlds, progress, hire)
+        plain, adapters = layers_of(made)
+        if not adapters and not made_here(config):
+            return plain
         with kept.draft(BASE) as folder:
-            shutil.copytree(made, folder, dirs_exist_ok=True)
-    # Adapters note where their base is, and may be used from anywhere.
+            if adapters:
+                save_merged(made, folder, trusting(recipe))
+            else:
+                shutil.copytree(made, folder, dirs_exist_ok=True)
     return str(kept.path(BASE).resolve())
+
+
+def trusting(recipe: Recipe) -> bool:
+    """Whether code that comes with the policy's model may be run."""
+    return bool(getattr(recipe.policy.config, "trust_remote_code", False))
 
 
 async def improve(cast: Cast, kept: Run, base: str) -> int:
@@ -139,7 +152,8 @@ async def improve(cast: Cast, kept: Run, base: str) -> int:
         if not last:
             await evaluated(cast, kept, phase_name(number))
             with kept.draft(phase_base(number + 1)) as folder:
-                save_merged(str(kept.path(iteration_name(begin - 1)) / "checkpoint"), folder)
+                ended = kept.path(iteration_name(begin - 1)) / "checkpoint"
+                save_merged(str(ended), folder, trusting(recipe))
     await evaluated(cast, kept, "final")
     return learned or kept.finished
 
@@ -214,6 +228,7 @@ async def iteration(
         metrics = await iterate(cast, trainer, index, done, played)
         clock = Clock()
         cast.learner.export(folder / "checkpoint")
+        note_base(folder / "checkpoint", cast.base)
         cast.learner.save(folder / "learner")
         images = kept.folder / "images"
         write_trajectories(folder / TRAJECTORIES, cast.played, images)

@@ -18,7 +18,8 @@ from ..core import strict_yaml
 from ..core.config import Fleet
 from ..core.errors import ModelError, RecipeError
 from ..core.faults import validate
-from ..core.models import ADAPTER, open_tokens
+from ..core.models import open_tokens
+from ..core.origin import ADAPTER
 from ..core.protocols import HasTokens, Judge, Policy
 from ..core.recipe import Section, section
 from ..core.statistics import Comparison, compare_outcomes

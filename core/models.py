@@ -4,32 +4,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from .adapters import merge
 from .errors import ModelError, PolicyError
-from .files import read_json
+from .origin import layers_of
 from .tokens import ChatTokens
-
-ADAPTER = "adapter_config.json"
-
-
-def parts_of(model: str) -> tuple[str, Path | None]:
-    """The base of what is called ``model``, and the folder of the adapter on it, if there is one.
-
-    ``model``: a hub id, a model's folder, an adapter's, a run's checkpoint or the run itself.
-    """
-    for folder in (Path(model), Path(model) / "checkpoint"):
-        if (folder / ADAPTER).is_file():
-            inside = folder / "base"
-            named = read_json(folder / ADAPTER)["base_model_name_or_path"]
-            return str(inside) if inside.is_dir() else named, folder
-        if (folder / "config.json").is_file():
-            return str(folder), None
-    return model, None
 
 
 def open_model(
     model: str, device: str, dtype: str, trust_remote_code: bool
 ) -> tuple[Any, ChatTokens]:
-    """Weights and tokenizer of what ``parts_of`` knows, safetensors only; an adapter is merged.
+    """Weights and tokenizer of what ``parts_of`` knows, safetensors only; adapters are merged.
 
     Raises:
         ModelError: it is not there, is damaged or incomplete, or is no causal language model with
@@ -48,24 +32,46 @@ def open_tokens(
     from transformers import AutoTokenizer
 
     tokenizers: Any = AutoTokenizer
-    model, _ = parts_of(model)
+    base, _ = layers_of(model)
     try:
-        tokenizer = tokenizers.from_pretrained(model, trust_remote_code=trust_remote_code)
+        tokenizer = tokenizers.from_pretrained(base, trust_remote_code=trust_remote_code)
     except Exception as cause:
         raise _cannot_open(model, cause) from cause
     return ChatTokens(tokenizer, placeholder=placeholder)
 
 
-def placeholder_of(model: str) -> int | None:
-    """The id that stands for an image; None if it reads none. Raises: ModelError: no such model."""
+def config_of(model: str, trust_remote_code: bool = False) -> Any:
+    """transformers' config. Raises: ModelError: no such model."""
     from transformers import AutoConfig
 
     configs: Any = AutoConfig
-    model, _ = parts_of(model)
+    base, _ = layers_of(model)
     try:
-        return getattr(configs.from_pretrained(model), "image_token_id", None)
+        return configs.from_pretrained(base, trust_remote_code=trust_remote_code)
     except Exception as cause:
         raise _cannot_open(model, cause) from cause
+
+
+def bare(config: Any, trust_remote_code: bool = False) -> Any:
+    """A causal language model without values, on torch's meta device: its layers and their shapes.
+
+    Raises:
+        ModelError: there is no such architecture.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    models: Any = AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            return models.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as cause:
+        raise _cannot_open(config.name_or_path, cause) from cause
+
+
+def placeholder_of(model: str) -> int | None:
+    """The id that stands for an image; None if it reads none. Raises: ModelError: no such model."""
+    return getattr(config_of(model), "image_token_id", None)
 
 
 def same_vocabulary(model: str, other: str) -> None:
@@ -81,15 +87,7 @@ def same_vocabulary(model: str, other: str) -> None:
 
 def vocabulary_size(model: str) -> int:
     """How many logits it has. Raises: ModelError: it cannot be opened."""
-    from transformers import AutoConfig
-
-    base, _ = parts_of(model)
-    configs: Any = AutoConfig
-    try:
-        config = configs.from_pretrained(base)
-    except Exception as cause:
-        raise _cannot_open(model, cause) from cause
-    return int(config.get_text_config().vocab_size)
+    return int(config_of(model).get_text_config().vocab_size)
 
 
 def open_weights(model: str, device: str, dtype: str, trust_remote_code: bool) -> Any:
@@ -105,7 +103,7 @@ def open_weights(model: str, device: str, dtype: str, trust_remote_code: bool) -
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise PolicyError(f"device {device} was asked for, but torch sees no GPU; use auto or cpu")
     models: Any = AutoModelForCausalLM
-    base, adapter = parts_of(model)
+    base, adapters = layers_of(model)
     try:
         weights, report = models.from_pretrained(
             base,
@@ -124,25 +122,21 @@ def open_weights(model: str, device: str, dtype: str, trust_remote_code: bool) -
             f"the model {model!r} is incomplete: {len(missing)} tensors are not in its files, such "
             f"as {missing[0]}"
         )
-    return (_merged(weights, adapter) if adapter else weights).to(device)
+    for adapter in adapters:
+        merge(weights, adapter, base)
+        base = str(adapter)
+    return weights.to(device)
 
 
-def save_merged(model: str, folder: Path) -> None:
-    """Write what ``open_model`` opens as a model of its own, with its tokenizer."""
-    weights, tokens = open_model(model, "cpu", "auto", False)
+def save_merged(model: str, folder: Path, trust_remote_code: bool = False) -> None:
+    """Write what ``open_model`` opens as a model of its own, with its tokenizer.
+
+    In the dtype of the base, as those who sample from it and its adapters see it: in float32 every
+    later reader would need twice the memory, and play what was never evaluated.
+    """
+    weights, tokens = open_model(model, "cpu", "auto", trust_remote_code)
     weights.save_pretrained(folder)
     tokens.tokenizer.save_pretrained(folder)
-
-
-def _merged(weights: Any, adapter: Path) -> Any:
-    from peft import PeftModel
-
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise ModelError(f"{adapter} holds no adapter_model.safetensors")
-    try:
-        return PeftModel.from_pretrained(weights, adapter).merge_and_unload()  # pyright: ignore
-    except Exception as cause:
-        raise _cannot_open(str(adapter), cause) from cause
 
 
 def _cannot_open(model: str, cause: Exception) -> ModelError:

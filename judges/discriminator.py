@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from ..core.config import Config, JudgeConfig
 from ..core.errors import JudgeError
 from ..core.files import read_json
+from ..core.origin import found_base
 from ..core.plugins import load
 from ..core.protocols import Agent
 from ..core.run import iterations
@@ -48,10 +49,10 @@ class DiscriminatorJudge:
         plugin = load("agents", settings.pop("use"))
         agent_config: type[Config] = plugin.Config
         self._agent: Agent = plugin(agent_config.model_validate(settings))
-        base = run / "base"
-        model = str(base) if base.is_dir() else recipe["policy"]["model"]
+        last = _files(run)[-1]
+        model = found_base(last.parents[1] / "checkpoint") or recipe["policy"]["model"]
         self._net = ScalarModel(ScalarConfig(token_budget=config.token_budget), model)
-        self._net.restore(_files(run)[-1])
+        self._net.restore(last)
         self._turn = asyncio.Lock()
 
     async def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:

@@ -11,9 +11,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from ...core.adapters import merge, restore
 from ...core.config import PolicyConfig
 from ...core.errors import PolicyError, PromptError
 from ...core.models import open_model, open_weights
+from ...core.origin import ADAPTER
 from ...core.tokens import cut
 from ...core.types import Completion, Message, Sampling
 
@@ -53,6 +55,7 @@ class TransformersPolicy:
     def __init__(self, config: TransformersConfig, model: str, seed: int) -> None:
         """Raises: PolicyError: the model cannot be loaded, or has no chat template."""
         self._config = config
+        self._name = model
         self._seed = seed
         opened = open_model(model, config.device, config.dtype, config.trust_remote_code)
         self.model: Any = frozen(opened[0])
@@ -273,8 +276,9 @@ class TransformersPolicy:
         self.checkpoint = "base"
         if folder is None:
             return
-        if (folder / "adapter_config.json").is_file():
-            self._merge(folder)
+        if (folder / ADAPTER).is_file():
+            self._merged = merge(self.model, folder, self._name)
+            self.model = frozen(self.model)
         elif (folder / "config.json").is_file():
             self._replace(folder)
         else:
@@ -283,43 +287,6 @@ class TransformersPolicy:
                 "config.json (a whole model) is there"
             )
         self.checkpoint = str(folder)
-
-    def _merge(self, folder: Path) -> None:
-        """Raises: PolicyError: not all of the adapter fits, or it could not be taken out again."""
-        import peft
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
-
-        untyped: Any = peft
-        file = folder / "adapter_model.safetensors"
-        if not file.is_file():
-            raise PolicyError(f"{folder} has no adapter_model.safetensors; no other form is read")
-        try:
-            settings: Any = untyped.PeftConfig.from_pretrained(str(folder))
-            given: dict[str, Any] = load_file(file)
-            if not isinstance(settings, peft.LoraConfig) or _touches_more(settings):
-                raise ValueError("only LoRA on weights is read, no biases or modules_to_save")
-            settings.inference_mode = True
-            wrapped: Any = untyped.get_peft_model(self.model, settings)
-            # To peft, tensors that fit nowhere are worth a warning; the base would answer.
-            wanted = untyped.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-            unlike = wanted.keys() ^ given
-            if unlike:
-                raise ValueError(f"{len(unlike)} tensors do not match, such as {min(unlike)}")
-            untyped.set_peft_model_state_dict(wrapped, given)
-            tied = _tied(self.model)
-            inner: list[Any] = [
-                module.get_base_layer()
-                for module in wrapped.modules()
-                if isinstance(module, BaseTunerLayer)
-            ]
-            if any(layer.weight is tied for layer in inner):
-                raise ValueError("it changes the output layer, whose weights are the embeddings'")
-        except Exception as cause:
-            self.model = frozen(_bare(self.model))
-            raise PolicyError(f"cannot load the adapter {folder}: {cause}") from cause
-        self._merged = [(layer.weight, layer.weight.detach().clone()) for layer in inner]
-        self.model = frozen(wrapped.merge_and_unload())
 
     def _replace(self, folder: Path) -> None:
         config = self._config
@@ -330,11 +297,8 @@ class TransformersPolicy:
         self._base, self.model = self.model, frozen(whole)
 
     def _restore_base(self) -> None:
-        # Copies, not subtraction of the adapter: weights come back bit for bit, whatever the
-        # number of adapters before, and a resumed run samples as an uninterrupted one.
-        for weight, original in self._merged:
-            weight.data.copy_(original)
-        self._merged.clear()
+        restore(self._merged)
+        self._merged = []
         if self._base is not None:
             self.model, self._base = self._base, None
 
@@ -342,31 +306,6 @@ class TransformersPolicy:
 def frozen(model: Any) -> Any:
     """For answering only. torch rounds otherwise where weights want gradients, used or not."""
     return model.eval().requires_grad_(False)
-
-
-def _touches_more(settings: Any) -> bool:
-    """Whether an adapter changes more than weight matrices, which is all that is restored."""
-    more = ("modules_to_save", "lora_bias", "trainable_token_indices")
-    return settings.bias != "none" or any(getattr(settings, key, None) for key in more)
-
-
-def _tied(model: Any) -> Any:
-    """The weight that a model both embeds and predicts with; None if there is no such one."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    weights = [getattr(layer, "base_layer", layer).weight for layer in (head, embeddings) if layer]
-    return weights[0] if len(weights) == 2 and weights[0] is weights[1] else None
-
-
-def _bare(model: Any) -> Any:
-    """``model`` without the adapter that was being put around its layers."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            model.set_submodule(name, module.get_base_layer())
-    if hasattr(model, "peft_config"):
-        del model.peft_config
-    return model
 
 
 def _shapes(model: Any) -> dict[str, Any]:

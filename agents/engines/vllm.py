@@ -16,16 +16,17 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from ...core.adapters import fits
 from ...core.canary import Canary, canary_ids, distance
 from ...core.config import PolicyConfig
 from ...core.errors import DiskError, PolicyError, PromptError
 from ...core.files import DRAFT, hard_link
-from ...core.models import ADAPTER, open_tokens, parts_of, placeholder_of, save_merged
+from ...core.models import bare, config_of, open_tokens, placeholder_of, save_merged
+from ...core.origin import ADAPTER, WEIGHTS, belongs, parts_of
 from ...core.tokens import cut
 from ...core.types import Completion, Message, Sampling
 from .vllm_server import MODEL, Answer, Gone, Replica, launched
 
-WEIGHTS = "adapter_model.safetensors"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can be told to make room for."""
 SCORING = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
@@ -112,6 +113,7 @@ class VLLMPolicy:
     def __init__(self, config: VLLMConfig, model: str, seed: int) -> None:
         """Raises: ModelError: no such model, or no chat template. PolicyError: cannot start."""
         self._config = config
+        self._name = model
         self._placeholder = placeholder_of(model)
         self.tokens = open_tokens(model, placeholder=self._placeholder)
         self.checkpoint = "base"
@@ -122,6 +124,8 @@ class VLLMPolicy:
         self._serving = ""
         """The adapter that answers now; empty: the base."""
         self._digest = ""
+        self._layers: Any = None
+        """The base's, without values: to hold adapters against."""
         self._canary: Canary | None = None
         self._count = 0
         self._busy: Counter[str] = Counter()
@@ -314,7 +318,7 @@ class VLLMPolicy:
                 await self._switch("", None)
                 self._digest, self.checkpoint = "", "base"
                 return
-            digest = self._checked(checkpoint)
+            digest = await asyncio.to_thread(self._checked, checkpoint)
             if digest != self._digest:
                 self._count += 1
                 name = f"{self._mark}-{self._count:06d}"
@@ -330,6 +334,10 @@ class VLLMPolicy:
                 f"{folder} holds no adapter ({ADAPTER} and {WEIGHTS}), and vLLM swaps nothing else;"
                 " to serve a whole model, name it as policy.model"
             )
+        belongs(folder, self._name)
+        if self._placeholder is None:  # Models that see are built otherwise here than there.
+            self._layers = self._layers or bare(config_of(self._name))
+            fits(folder, self._layers)
         return hashlib.sha256(
             b"".join((folder / name).read_bytes() for name in (ADAPTER, WEIGHTS))
         ).hexdigest()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ...core.errors import DiskError, SelfwrightError
-from ...core.models import ADAPTER
+from ...core.origin import ADAPTER
 from ...core.protocols import Policy
 from ...core.rollout import deadline
 from ...core.statistics import Comparison
