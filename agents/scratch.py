@@ -42,14 +42,31 @@ def parse(model: str) -> tuple[int, int]:
 def make(model: str, texts: Iterable[str], folder: Path, seed: int) -> None:
     """Write an untrained Qwen3-type model and a tokenizer trained on ``texts`` to ``folder``."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3ForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    width, layers = parse(model)
     tokenizer = _tokenizer(texts)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
+    config = config_of(model, tokenizer)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        weights = Qwen3ForCausalLM(config)
+    weights.generation_config.eos_token_id = tokenizer.eos_token_id
+    weights.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def config_of(model: str, tokenizer: Any = None) -> Any:
+    """Its architecture; without a tokenizer, with a vocabulary of one.
+
+    Raises:
+        ModelError: as ``parse``.
+    """
+    from transformers import Qwen3Config
+
+    width, layers = parse(model)
+    return Qwen3Config(
+        vocab_size=len(tokenizer) if tokenizer else 1,
         hidden_size=width,
         intermediate_size=3 * width,
         num_hidden_layers=layers,
@@ -60,15 +77,9 @@ def make(model: str, texts: Iterable[str], folder: Path, seed: int) -> None:
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id if tokenizer else None,
+        pad_token_id=tokenizer.pad_token_id if tokenizer else None,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        weights = Qwen3ForCausalLM(config)
-    weights.generation_config.eos_token_id = tokenizer.eos_token_id
-    weights.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _tokenizer(texts: Iterable[str]) -> Any:

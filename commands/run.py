@@ -29,6 +29,7 @@ from .base import made_here, prepare
 from .cast import Cast
 from .evaluate import examine, tokens_sampled
 from .progress import Progress
+from .ready import check
 from .report import report
 from .result import BASE, conclude, phase_base, phase_name, points, seconds
 
@@ -64,9 +65,10 @@ async def run(recipe: Recipe, output: Path, console: Console, hire: Hire = alone
             if not kept.has("report.html"):
                 progress.say(f"report: {report(output)}")
             return read_json(kept.path("result.json"))
+        check(recipe, str(kept.path(BASE)) if kept.has(BASE) else policy_of(recipe).model)
         async with await open_worlds(recipe.environment.use, settings, recipe.fleet) as worlds:
-            base = await begun(recipe, worlds, kept, progress, hire)
             judge: Judge = recipe.judge.make(worlds.sample)
+            base = await begun(recipe, worlds, kept, progress, hire)
             cast = Cast(recipe, worlds, recipe.agent.make(), judge, progress, hire)
             try:
                 learned = await improve(cast, kept, base)
@@ -83,12 +85,10 @@ async def begun(recipe: Recipe, worlds: Worlds, kept: Run, progress: Progress, h
     One made here is kept with the run, which then needs no other place; and so is what an adapter
     makes of its base, as what is learned stands on both.
     """
-    config = recipe.policy.config
-    assert isinstance(config, PolicyConfig)
     if not kept.has(BASE):
         made = await prepare(recipe, worlds, progress, hire)
         plain, adapters = layers_of(made)
-        if not adapters and not made_here(config):
+        if not adapters and not made_here(policy_of(recipe)):
             return plain
         with kept.draft(BASE) as folder:
             if adapters:
@@ -96,6 +96,13 @@ async def begun(recipe: Recipe, worlds: Worlds, kept: Run, progress: Progress, h
             else:
                 shutil.copytree(made, folder, dirs_exist_ok=True)
     return str(kept.path(BASE).resolve())
+
+
+def policy_of(recipe: Recipe) -> PolicyConfig:
+    """What every engine knows of the policy in training."""
+    config = recipe.policy.config
+    assert isinstance(config, PolicyConfig)
+    return config
 
 
 def trusting(recipe: Recipe) -> bool:

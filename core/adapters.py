@@ -98,6 +98,14 @@ def shapes_in(folder: Path) -> Shapes:
         raise _unfit(folder, cause) from cause
 
 
+def changes(folder: Path) -> bool:
+    """Whether the adapter changes anything: B of LoRA is 0 before the first update."""
+    from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+
+    found = load_file(folder / WEIGHTS)
+    return any(bool(value.any()) for key, value in found.items() if "lora_B" in key)
+
+
 def tied_weight(model: Any) -> Any:
     """The weight that a model both embeds and predicts with; None if there is no such one."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
@@ -126,9 +134,12 @@ def _settings(folder: Path) -> Any:
         raise _unfit(folder, ValueError(said))
     begun: Any = settings.init_lora_weights
     if begun not in UNTOUCHED:
-        said = f"init_lora_weights {begun!r} changes the base's own weights too; have peft convert it"
+        said = (
+            f"init_lora_weights {begun!r} changes the base's own weights too; have peft convert it"
+        )
         raise _unfit(folder, ValueError(said))
     settings.inference_mode = True
+    settings.base_model_name_or_path = None  # peft warns of other names; we know better.
     return settings
 
 

@@ -90,18 +90,35 @@ def vocabulary_size(model: str) -> int:
     return int(config_of(model).get_text_config().vocab_size)
 
 
+def unready(model: str, trust_remote_code: bool = False) -> str:
+    """Why ``model`` cannot be opened, as far as that shows without its weights; empty if it can."""
+    try:
+        config_of(model, trust_remote_code)
+        open_tokens(model, trust_remote_code)
+    except ModelError as error:
+        return str(error)
+    return ""
+
+
+def device_of(device: str) -> str:
+    """torch's name of ``auto``, or of any other. Raises: PolicyError: there is no such device."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise PolicyError(f"device {device} was asked for, but torch sees no GPU; use auto or cpu")
+    return device
+
+
 def open_weights(model: str, device: str, dtype: str, trust_remote_code: bool) -> Any:
     """The same without the tokenizer, as learners export it."""
-    import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise PolicyError(f"device {device} was asked for, but torch sees no GPU; use auto or cpu")
+    device = device_of(device)
     models: Any = AutoModelForCausalLM
     base, adapters = layers_of(model)
     try:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .errors import ModelError, StoreError
 from .files import read_json, write_json
@@ -147,7 +147,7 @@ def _mapping(file: Path) -> dict[str, Any]:
     told: Any = read_json(file)
     if not isinstance(told, dict):
         raise StoreError(f"{file} is damaged: wanted a mapping")
-    return told
+    return cast("dict[str, Any]", told)
 
 
 def digest(model: str) -> str | None:
@@ -225,14 +225,14 @@ def _tensors(file: Path) -> dict[str, str]:
                 continue
             begin, end = told["data_offsets"]
             seen = hashlib.sha256(f"{told['dtype']} {told['shape']}".encode())
-            for offset, size in _blocks(end - begin):
+            for offset, size in blocks(end - begin):
                 opened.seek(8 + length + begin + offset)
                 seen.update(opened.read(size))
             found[name] = seen.hexdigest()
     return found
 
 
-def _blocks(size: int) -> Iterator[tuple[int, int]]:
+def blocks(size: int) -> Iterator[tuple[int, int]]:
     """Offset and length of what is looked at of ``size`` bytes: all, or blocks from end to end."""
     if size <= BLOCKS * BLOCK:
         yield 0, size

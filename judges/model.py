@@ -48,7 +48,17 @@ class ModelJudgeConfig(JudgeConfig):
     def _there(self) -> Self:
         if self.rubric and not Path(self.rubric).is_file():
             raise ValueError(f"there is no rubric file {self.rubric!r}")
+        if not self.words.strip():
+            raise ValueError(f"the rubric file {self.rubric!r} is empty")
         return self
+
+    @property
+    def words(self) -> str:
+        """The rubric. Raises: ValueError: it is no text."""
+        try:
+            return Path(self.rubric).read_text("utf-8") if self.rubric else RUBRIC
+        except (OSError, UnicodeDecodeError) as cause:
+            raise ValueError(f"cannot read the rubric file {self.rubric!r}: {cause}") from None
 
 
 class Asks:
@@ -82,7 +92,7 @@ class ModelJudge(Asks):
         super().__init__(config.model)
         self._config = config
         self._world = world
-        self._rubric = Path(config.rubric).read_text("utf-8") if config.rubric else RUBRIC
+        self._rubric = config.words
 
     async def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
         policy = await self.policy()

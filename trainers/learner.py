@@ -3,7 +3,7 @@
 import math
 import os
 import random
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate, pairwise
@@ -21,13 +21,13 @@ from safetensors.torch import (
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 
 from ..core.canary import Canary, canary_ids
 from ..core.config import Config
 from ..core.errors import LearnerError
 from ..core.models import open_model
+from ..core.origin import note_base
 from ..core.seeds import derive
 from ..core.types import (
     AdversarialLoss,
@@ -39,9 +39,12 @@ from ..core.types import (
     TokenArrays,
 )
 from .pack import Row, micro_batches, pack, token_weights, units
+from .shard import like, sharding, whole
+from .targets import Targets, unknown_targets
 
 LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}
 """The most logits held at once, by kind of device: 32 and 256 MiB in float32."""
+NO_GPU = "learner.device is cuda, but there is no GPU; use auto or cpu"
 
 
 class LearnerConfig(Config):
@@ -50,7 +53,8 @@ class LearnerConfig(Config):
     alpha: int = Field(default=32, ge=1)
     """LoRA's scale is alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: list[str] | Literal["all-linear"] = "all-linear"
+    targets: Targets = "all-linear"
+    """The last parts of the names of the layers that get a LoRA."""
     learning_rate: float = Field(default=1e-4, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Over the whole run, or phase."""
@@ -84,39 +88,6 @@ def accelerator(device: str) -> Any:
     return Accelerator(cpu=device == "cpu" or (several and not torch.cuda.is_available()))
 
 
-def sharding() -> bool:
-    """Whether `accelerate launch` was told to shard the model over its processes.
-
-    Raises:
-        LearnerError: by the first version of FSDP.
-    """
-    # Asked here, for accelerate itself knows no FSDP without a GPU.
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        return False
-    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
-        raise LearnerError(
-            f"accelerate is set to fsdp_version {version}; wanted 2, as in "
-            "recipes/accelerate/fsdp2.yaml"
-        )
-    # Else transformers opens models with random weights in all processes but one, for accelerate
-    # to fill later; here each of them shards a whole one.
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    return True
-
-
-def whole(value: Tensor) -> Tensor:
-    """All of a tensor; where it is sharded, every process has to ask."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def like(value: Tensor, weight: Tensor) -> Tensor:
-    """This process's part of ``value``, where ``weight`` is sharded and as large."""
-    if isinstance(weight, DTensor) and value.shape == weight.shape:
-        place, how = weight.device_mesh, weight.placements
-        return distribute_tensor(value.to(weight.device), place, how, src_data_rank=None)
-    return value.to(weight.device)
-
-
 class PlainLearner:
     """AdamW on LoRA or full weights.
 
@@ -128,13 +99,21 @@ class PlainLearner:
     shares: ClassVar[bool] = True
     """Several processes may each have one, and call it alike: each does its share."""
 
+    @staticmethod
+    def unfit(config: LearnerConfig, bare: Callable[[], Any]) -> list[str]:
+        """Why it could not learn here; ``bare()``: the model in question, without values."""
+        faults = [NO_GPU] if config.device == "cuda" and not torch.cuda.is_available() else []
+        if config.method == "lora" and isinstance(config.targets, list):
+            faults += unknown_targets(config.targets, bare())
+        return faults
+
     def __init__(self, config: LearnerConfig, model: str, seed: int) -> None:
         self._config = config
         self._seed = seed
         self._accelerator: Any = accelerator(config.device)
         self._device: torch.device = self._accelerator.device
         if config.device == "cuda" and self._device.type != "cuda":
-            raise LearnerError("learner.device is cuda, but there is no GPU; use auto or cpu")
+            raise LearnerError(NO_GPU)
         processes = self._accelerator.num_processes
         self._mesh: Any = None
         if processes > 1 and sharding():
@@ -510,7 +489,9 @@ class PlainLearner:
                 # Embeddings are not trained, and to ask whether they were resized peft may phone.
                 told["save_embedding_layers"] = False
             self._model.save_pretrained(folder, **told)
-            if not lora:
+            if lora:
+                note_base(folder, self._base)
+            else:
                 self._tokens.tokenizer.save_pretrained(folder)
             canary.write(folder)
 

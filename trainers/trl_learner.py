@@ -6,12 +6,12 @@ TRL is an optional part: ``pip install 'selfwright[trl]'``.
 # datasets has no types, transformers has few.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 
-import importlib
+import importlib.util
 import logging
 import math
 import random
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -19,8 +19,10 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
+from ..core.adapters import merge
 from ..core.errors import LearnerError, PolicyError
-from ..core.models import open_model
+from ..core.models import open_model, open_tokens
+from ..core.origin import layers_of, note_base
 from ..core.seeds import derive
 from ..core.tokens import ChatTokens
 from ..core.types import Batch, Example, Metrics, Pair
@@ -28,6 +30,7 @@ from .export import to_preferences
 from .learner import LearnerConfig, PlainLearner
 from .loss import NLL
 
+MISSING = "TRL is not installed; pip install 'selfwright[trl]', or use learner.use: plain"
 Weights: TypeAlias = Literal["refuse", "ignore", "repeat"]
 
 
@@ -49,6 +52,11 @@ class TRLLearner(PlainLearner):
 
     Config = TRLConfig
     shares: ClassVar[bool] = False
+
+    @staticmethod
+    def unfit(config: LearnerConfig, bare: Callable[[], Any]) -> list[str]:
+        there = importlib.util.find_spec("trl") is not None
+        return [*([] if there else [f"learner.use: {MISSING}"]), *PlainLearner.unfit(config, bare)]
 
     def __init__(self, config: TRLConfig, model: str, seed: int) -> None:
         """Raises: LearnerError: TRL is not installed, or there is more than one process."""
@@ -224,6 +232,7 @@ def fit_dpo(
         trainer.train_dataset = _listed(rows)
         log = _run(trainer)
         trainer.model.save_pretrained(output)
+        note_base(output, model)
     return log
 
 
@@ -265,6 +274,7 @@ def fit_reward(
         )
         log = _run(trainer)
         trainer.model.save_pretrained(output)
+        note_base(output, model)
     return log
 
 
@@ -277,9 +287,7 @@ def _trl() -> Any:
     try:
         trl = importlib.import_module("trl")
     except ImportError as cause:
-        raise LearnerError(
-            "TRL is not installed; pip install 'selfwright[trl]', or use learner.use: plain"
-        ) from cause
+        raise LearnerError(MISSING) from cause
     from datasets import disable_progress_bars
     from huggingface_hub import constants
 
@@ -389,12 +397,11 @@ def _lora(config: LearnerConfig, task: str, **more: Any) -> Any:
 
 def _open_scorer(model: str, config: LearnerConfig) -> tuple[Any, ChatTokens]:
     transformers: Any = importlib.import_module("transformers")
+    base, adapters = layers_of(model)
+    tokens = open_tokens(model, config.trust_remote_code)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            model, trust_remote_code=config.trust_remote_code
-        )
         scorer = transformers.AutoModelForSequenceClassification.from_pretrained(
-            model,
+            base,
             num_labels=1,
             dtype=_dtype(config),
             use_safetensors=True,
@@ -402,7 +409,10 @@ def _open_scorer(model: str, config: LearnerConfig) -> tuple[Any, ChatTokens]:
         )
     except (OSError, ValueError) as cause:
         raise PolicyError(f"cannot make a reward model of {model!r}: {cause}") from cause
-    return scorer, ChatTokens(tokenizer)
+    for adapter in adapters:
+        merge(scorer, adapter, base)
+        base = str(adapter)
+    return scorer, tokens
 
 
 def _dtype(config: LearnerConfig) -> str:

@@ -14,7 +14,7 @@ from pydantic import Field
 from ...core.adapters import merge, restore
 from ...core.config import PolicyConfig
 from ...core.errors import PolicyError, PromptError
-from ...core.models import open_model, open_weights
+from ...core.models import device_of, open_model, open_weights, unready
 from ...core.origin import ADAPTER
 from ...core.tokens import cut
 from ...core.types import Completion, Message, Sampling
@@ -51,6 +51,15 @@ class TransformersPolicy:
     """
 
     Config = TransformersConfig
+
+    @staticmethod
+    def unready(config: TransformersConfig, model: str) -> str:
+        """Why ``model`` could not be opened; empty if it can. Without one: why none could be."""
+        try:
+            device_of(config.device)
+        except PolicyError as error:
+            return str(error)
+        return unready(model, config.trust_remote_code) if model else ""
 
     def __init__(self, config: TransformersConfig, model: str, seed: int) -> None:
         """Raises: PolicyError: the model cannot be loaded, or has no chat template."""

@@ -16,12 +16,12 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ...core.adapters import fits
+from ...core.adapters import changes, fits
 from ...core.canary import Canary, canary_ids, distance
 from ...core.config import PolicyConfig
 from ...core.errors import DiskError, PolicyError, PromptError
 from ...core.files import DRAFT, hard_link
-from ...core.models import bare, config_of, open_tokens, placeholder_of, save_merged
+from ...core.models import bare, config_of, open_tokens, placeholder_of, save_merged, unready
 from ...core.origin import ADAPTER, WEIGHTS, belongs, parts_of
 from ...core.tokens import cut
 from ...core.types import Completion, Message, Sampling
@@ -97,6 +97,11 @@ class VLLMPolicy:
     """
 
     Config = VLLMConfig
+
+    @staticmethod
+    def unready(config: VLLMConfig, model: str) -> str:
+        """Why ``model`` could not be opened; empty if it can."""
+        return unready(model) if model else ""
 
     @staticmethod
     def unfit(config: VLLMConfig, learner: Mapping[str, Any]) -> str:
@@ -392,7 +397,7 @@ class VLLMPolicy:
         """Raises: PolicyError: these answers to the canary are not the adapter's."""
         canary, tolerance = self._canary, self._config.canary_tolerance
         if canary is None:
-            if spoken == replica.base and changes(self._adapters / name / WEIGHTS):
+            if spoken == replica.base and changes(self._adapters / name):
                 raise PolicyError(
                     f"{replica.url} answers as the base model does, though the adapter {name} "
                     "changes it: its weights' names are not those vLLM looks for"
@@ -484,17 +489,7 @@ def cautious(model: str) -> dict[str, Any]:
     }
 
 
-def changes(weights: Path) -> bool:
-    """Whether an adapter changes anything: B of LoRA is 0 before the first update."""
-    from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
-
-    return any(bool(value.any()) for key, value in load_file(weights).items() if "lora_B" in key)
-
-
 def saved_dtype(model: str) -> str:
     """Of the model's weights, as vLLM calls it: left to itself it would halve float32."""
-    from transformers import AutoConfig
-
-    configs: Any = AutoConfig
-    dtype = str(getattr(configs.from_pretrained(model), "dtype", None)).removeprefix("torch.")
+    dtype = str(getattr(config_of(model), "dtype", None)).removeprefix("torch.")
     return dtype if dtype in ("float32", "bfloat16", "float16") else "auto"
