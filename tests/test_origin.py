@@ -69,8 +69,8 @@ def said(folder: Path) -> list[str]:
 
 def again(checkpoint: Path, output: Path) -> list[str]:
     """What ``checkpoint`` answers when it is evaluated as its run was."""
-    asked = (str(checkpoint), None, [], "test", 12, 3, None, output)
-    asyncio.run(evaluate(*asked, Console(file=io.StringIO())))
+    console = Console(file=io.StringIO())
+    asyncio.run(evaluate(str(checkpoint), None, (), "test", 12, 3, None, output, console))
     return said(output)
 
 
@@ -218,14 +218,7 @@ def test_what_is_no_adapter_of_it_is_refused_where_it_is_opened_and_where_it_is_
         if kind in ("missing", "other architecture") or kind.startswith("whole"):
             continue
         folder = broken(kind, base, tmp_path / str(k), base)
-        checks: list[Callable[[], Any]] = [
-            lambda: weights(folder),  # noqa: B023
-            lambda: asyncio.run(policy.load(folder)),  # noqa: B023
-            lambda: fits(folder, layers),  # noqa: B023
-        ]
-        for check in checks:
-            with pytest.raises(ModelError, match=words):
-                check()
+        refused(folder, policy, layers, words)
     # Values that are no numbers, and LoRA that begins by changing the base.
     file = adapter(base, tmp_path / "nan") / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -239,6 +232,15 @@ def test_what_is_no_adapter_of_it_is_refused_where_it_is_opened_and_where_it_is_
     fits(tmp_path / "good", layers)  # None of them has left anything behind.
     # (The configs of some of them want what peft warns of, before it is refused.)
     assert not [one for one in recwarn if "missing adapter keys" in str(one.message)]
+
+
+def refused(folder: Path, policy: TransformersPolicy, layers: Any, words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        weights(folder)
+    with pytest.raises(ModelError, match=words):
+        asyncio.run(policy.load(folder))
+    with pytest.raises(ModelError, match=words):
+        fits(folder, layers)
 
 
 def test_weights_are_merged_in_float32_and_rounded_once(
