@@ -181,6 +181,18 @@ METHODS: dict[str, list[str]] = {
     ],
     "ril": ["trainer.use=adversarial", "trainer.length=2", *GROUPS],
     "text_gail": ["trainer.use=text_gail", *GROUPS],
+    # Its critics have to be quicker than the policy, or it chases what they have not learned yet.
+    "moments": [
+        "environment.shift=0",
+        "iterations=6",
+        "trainer.use=moment_matching",
+        "trainer.teacher=TEACHER",
+        "trainer.attempts_per_task=4",
+        "trainer.critic.learning_rate=1e-2",
+        "learner.learning_rate=5e-4",
+        "learner.batch_size=32",
+        *MORE,
+    ],
     "exact moments": [
         "environment.shift=0",
         "trainer.use=moment_matching",
