@@ -796,6 +796,40 @@ def test_the_clients_time_is_of_the_whole_answer() -> None:
     asyncio.run(main())
 
 
+ODD = [
+    ("<html>who are you?</html>", "/v1/sessions answered with no JSON: 200 <html>who"),
+    ('{"error": {"code": 429}}', r"otherwise than our servers do \(id: Field required\): .*429"),
+    ('{"id": 3, "max_steps": 1, "model": "m", "idle_s": 1.0}', r"\(id: Input should be a valid s"),
+    ("[]", r"\(the whole: Input should be .*\): \[\]"),
+    ("", r"\(the whole: .*: None"),
+]
+
+
+@pytest.mark.parametrize(("answer", "why"), ODD)
+def test_the_client_names_what_is_no_answer(answer: str, why: str) -> None:
+    async def odd(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 200 OK\r\ncontent-length: {len(answer)}\r\n\r\n{answer}".encode())
+        await writer.drain()
+        writer.close()
+
+    async def main() -> None:
+        server = await asyncio.start_server(odd, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with Client(url, timeout_s=20) as client:
+            with pytest.raises(PolicyError, match=why):
+                await client.session("a")
+        server.close()
+
+    asyncio.run(main())
+
+
+def test_a_token_that_no_header_can_carry_is_not_shown() -> None:
+    with pytest.raises(PolicyError, match="holds control characters") as caught:
+        Client("http://127.0.0.1:9", "sesame\nopen")
+    assert "sesame" not in str(caught.value)
+
+
 class Fragile:
     """A world whose every episode breaks at its first step."""
 

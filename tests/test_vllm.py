@@ -22,7 +22,7 @@ from test_supervised import within
 
 from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
 from selfwright.agents.engines.vllm import RANKS, VLLMConfig, VLLMPolicy, room_for
-from selfwright.agents.engines.vllm_server import metric
+from selfwright.agents.engines.vllm_server import Gone, Replica, metric
 from selfwright.core.canary import Canary
 from selfwright.core.errors import DiskError, PolicyError, RecipeError
 from selfwright.core.files import read_json
@@ -483,3 +483,40 @@ def test_nobody_at_that_address(run: Run, model_folder: Folder) -> None:
     with pytest.raises(PolicyError, match=r"http://127.0.0.1:9 did not come up within"):
         run(made.complete(PROMPTS[0], Sampling(), 0))
     run(made.close())
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "why"),
+    [
+        (b"<html>Bad Gateway</html>", PolicyError, "answered otherwise than vLLM: <html>Bad"),
+        (b'{"error": {"code": 429}}', PolicyError, "answered otherwise than vLLM: .*429"),
+        (b'{"choices": []}', PolicyError, "answered otherwise than vLLM"),
+        (b'data: {"error": {"code": 400, "message": "too long"}}\n', PolicyError, "too long"),
+        (b'data: {"error": {"code": 500, "message": "out of"}}\n', Gone, "out of"),
+        (b'data: {"error": "gone"}\n', Gone, "gone"),
+    ],
+)
+def test_what_is_no_answer_is_named(answer: bytes, kind: type[PolicyError], why: str) -> None:
+    async def odd(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(answer), answer))
+        await writer.drain()
+        writer.close()
+
+    def heard(ids: Sequence[int]) -> None:
+        raise AssertionError("there was nothing to hear")
+
+    async def main() -> None:
+        server = await asyncio.start_server(odd, "127.0.0.1", 0)
+        replica = Replica(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", 20, 20)
+        replica.generates = True
+        try:
+            with pytest.raises(PolicyError, match=why) as caught:
+                streams = answer.startswith(b"data")
+                await replica.answer("base", (1, 2), (), {}, heard=heard if streams else None)
+            assert type(caught.value) is kind
+        finally:
+            await replica.close()
+            server.close()
+
+    asyncio.run(main())

@@ -5,10 +5,11 @@ import json
 import math
 import os
 import random
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 import httpx2
 from pydantic import Field, field_validator, model_validator
@@ -18,6 +19,7 @@ from ...core.errors import PolicyError
 from ...core.tokens import cut
 from ...core.types import Completion, Message, Sampling
 from . import data_url
+from .answers import Failure, names, read, shown, text_of, tokens_of
 
 TOP = 20
 """Alternatives that are asked for when one word is scored."""
@@ -25,8 +27,6 @@ LONGEST_WAIT_S = 60.0
 """Between two tries, whatever the endpoint asks for."""
 SHOWN = 300
 """Characters of an endpoint's answer that an error shows."""
-PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-"""Status codes that may be gone at the next try."""
 
 
 class OpenAIConfig(PolicyConfig):
@@ -41,7 +41,10 @@ class OpenAIConfig(PolicyConfig):
     calls: int | None = Field(default=None, ge=1)
     """The most requests this policy may cost, tries that were answered included."""
     tokens: int | None = Field(default=None, ge=1)
-    """The most tokens, read and written, as the endpoint counts them."""
+    """The most tokens, read and written, as the endpoint counts them; one that does not is refused.
+    """
+    limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """How a request calls its ``max_tokens``: some endpoints take the other name only."""
     body: dict[str, Any] = Field(default_factory=dict[str, Any])
     """More fields for every request, such as ``reasoning_effort: low``."""
 
@@ -57,16 +60,25 @@ class OpenAIConfig(PolicyConfig):
 
     @model_validator(mode="after")
     def _key_there(self) -> Self:
-        if self.key and not os.environ.get(self.key):
+        if not self.key:
+            return self
+        key = os.environ.get(self.key, "").strip()
+        if not key:
             raise ValueError(f"the environment has no {self.key}; export it, or give no key")
+        if not re.fullmatch(r"[!-~]+", key):  # An error about the header would show it.
+            raise ValueError(
+                f"what {self.key} holds is no key: wanted letters, digits and signs of ASCII, "
+                "without a space between them"
+            )
         return self
 
 
 class OpenAIPolicy:
     """Chat completions over HTTP. Its weights are somebody else's: it cannot be trained.
 
-    A busy or broken endpoint is tried again after a random wait that doubles, or as long as it asks
-    for. Completions come as words, without ids or log-probabilities.
+    A busy or broken endpoint, by its status line or by what it says, is tried again after a random
+    wait that doubles, or as long as it asks for. Completions come as words, without ids or
+    log-probabilities.
     """
 
     Config = OpenAIConfig
@@ -74,7 +86,7 @@ class OpenAIPolicy:
     def __init__(self, config: OpenAIConfig, model: str, seed: int) -> None:
         self._config = config
         self._model = model
-        self._key = os.environ.get(config.key, "") if config.key else ""
+        self._key = os.environ.get(config.key, "").strip() if config.key else ""
         self._random = random.Random(seed)
         self._room = asyncio.Semaphore(config.parallel)
         self._calls = 0
@@ -92,7 +104,7 @@ class OpenAIPolicy:
     async def complete(
         self, prompt: Sequence[Message], sampling: Sampling, seed: int
     ) -> Completion:
-        """Raises: PolicyError: refused, not reached, not understood, or the budget is spent."""
+        """Raises: PolicyError: refused, not reached, not understood, no text, or no budget left."""
         if sampling.choices:
             raise PolicyError(
                 "an endpoint cannot be held to listed actions; leave policy.listed off"
@@ -100,13 +112,16 @@ class OpenAIPolicy:
         asked: dict[str, Any] = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "max_tokens": sampling.max_tokens,
+            self._config.limit_name: sampling.max_tokens,
             "seed": seed % 2**31,
         }
         if sampling.stop:
             asked["stop"] = list(sampling.stop)
         choice = await self._ask(prompt, asked)
-        text = cut(_text(choice), sampling.stop)
+        try:
+            text = cut(text_of(choice), sampling.stop)
+        except ValueError as error:
+            raise PolicyError(f"{self._config.url} answered {self._shown(str(error))}") from None
         return Completion(
             text, finish="length" if choice.get("finish_reason") == "length" else "stop"
         )
@@ -122,8 +137,8 @@ class OpenAIPolicy:
         word = said.text.strip().casefold()
         if not word or len(word.split()) != 1:
             raise PolicyError(f"an endpoint scores single words only, got {said.text[:40]!r}")
-        asked = {"max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": TOP}
-        choice = await self._ask(prompt, asked)
+        asked = {"temperature": 0.0, "logprobs": True, "top_logprobs": TOP}
+        choice = await self._ask(prompt, asked | {self._config.limit_name: 1})
         try:
             first = choice["logprobs"]["content"][0]["top_logprobs"]
             told = [(str(one["token"]), float(one["logprob"])) for one in first]
@@ -154,13 +169,11 @@ class OpenAIPolicy:
         async with self._room:
             answer = await self._tried(body)
         try:
-            usage: Any = answer.get("usage") or {}
-            self._tokens += int(usage.get("total_tokens") or 0)
             choice = answer["choices"][0]
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError):
-            raise PolicyError(
-                f"{self._config.url} gave no choices: {self._shown(answer)}"
-            ) from None
+        except (KeyError, IndexError, TypeError):
+            choice = None
+        if not isinstance(choice, dict):
+            raise PolicyError(f"{self._config.url} gave no choices: {self._shown(answer)}")
         return cast("dict[str, Any]", choice)
 
     async def _tried(self, body: dict[str, Any]) -> Any:
@@ -172,25 +185,36 @@ class OpenAIPolicy:
             wait = self._random.uniform(0.5, 1.0) * min(2.0**number, LONGEST_WAIT_S)
             try:
                 response = await self._client.post(f"{config.url}/chat/completions", json=body)
-            except httpx2.TransportError as error:
-                said = f"{type(error).__name__}: {error}"
+            except httpx2.RequestError as error:
+                said = self._shown(f"{type(error).__name__}: {error}")
                 continue
             self._calls += 1
-            if response.is_success:
-                try:
-                    return response.json()
-                except ValueError:
-                    raise PolicyError(
-                        f"{config.url} answered with no JSON: {self._shown(response.text)}"
-                    ) from None
-            said = f"{response.status_code} {self._shown(response.text)}"
-            if response.status_code not in PASSING:
-                hint = (
-                    f" (is the key in {config.key} right?)" if response.status_code == 401 else ""
-                )
-                raise PolicyError(f"{config.url} refused the request: {said}{hint}")
+            answer = read(response.status_code, response.content)
+            if not isinstance(answer, Failure):
+                self._count(answer)
+                return answer
+            said = f"{response.status_code} {self._shown(answer.came)}"
+            if not answer.passing:
+                hint = self._hint(response.status_code, answer)
+                raise PolicyError(f"{config.url} {answer.how}: {said}{hint}")
             wait = max(wait, asked_wait(response.headers.get("retry-after", "")))
         raise PolicyError(f"{config.url} did not answer in {config.tries} tries; the last: {said}")
+
+    def _hint(self, status: int, failure: Failure) -> str:
+        config, other = self._config, "max_completion_tokens"
+        if config.limit_name != other and other in shown(failure.came):
+            return f" (set limit_name: {other})"
+        unknown = "401" in (str(status), *names(failure.came))
+        return f" (is the key in {config.key} right?)" if unknown and config.key else ""
+
+    def _count(self, answer: Any) -> None:
+        tokens = tokens_of(answer)
+        if tokens is None and self._config.tokens is not None:
+            raise PolicyError(
+                f"{self._config.url} does not tell what an answer costs, so that tokens cannot be "
+                f"limited; limit calls instead: {self._shown(answer)}"
+            )
+        self._tokens += tokens or 0
 
     def _check_budget(self) -> None:
         config = self._config
@@ -204,18 +228,12 @@ class OpenAIPolicy:
                     f"{name} and go on from here"
                 )
 
-    def _shown(self, answer: Any) -> str:
+    def _shown(self, came: Any) -> str:
         """What came, short, without the key, should it be in there."""
-        text = answer if isinstance(answer, str) else json.dumps(answer)
-        if self._key:
-            text = text.replace(self._key, "***")
+        text = shown(came)
+        for form in {self._key, json.dumps(self._key)[1:-1]} - {""}:
+            text = text.replace(form, "***")
         return text[:SHOWN]
-
-
-def _text(choice: dict[str, Any]) -> str:
-    message = choice.get("message")
-    content = cast("dict[str, Any]", message).get("content") if isinstance(message, dict) else None
-    return content if isinstance(content, str) else ""
 
 
 def _message(message: Message) -> dict[str, Any]:

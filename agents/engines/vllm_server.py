@@ -156,7 +156,7 @@ class Replica:
                 )
             asked = {"prompt": list(ids), "return_token_ids": True, **sampling}
             told = await self.post(COMPLETIONS, {"model": model, **asked}, first)
-            choice = told["choices"][0]
+            choice = self._choice(told)
             before, kept = choice["prompt_logprobs"], choice["logprobs"]
             logprobs = kept["token_logprobs"] if kept else ()
         else:
@@ -169,11 +169,20 @@ class Replica:
             if heard is not None:
                 return await self._streamed({"model": model, **asked}, heard)
             told = await self.post(GENERATE, {"model": model, **asked}, first)
-            choice = told["choices"][0]
+            choice = self._choice(told)
             before, kept = told["prompt_logprobs"], choice["logprobs"]
             logprobs = [one["logprob"] for one in kept["content"]] if kept else ()
         sampled = tuple(choice["token_ids"])
         return Answer(sampled, tuple(map(float, logprobs)), choice["finish_reason"], before or ())
+
+    def _choice(self, told: Any) -> dict[str, Any]:
+        """The first one. Raises: PolicyError: what answered was no vLLM, but a gateway, say."""
+        match told:
+            case {"choices": [{"token_ids": [*_]} as choice, *_]}:
+                return cast("dict[str, Any]", choice)
+            case _:
+                said = told if isinstance(told, str) else json.dumps(told)
+                raise PolicyError(f"{self.url} answered otherwise than vLLM: {said[:SHOWN]}")
 
     async def _streamed(
         self, asked: Mapping[str, Any], heard: Callable[[Sequence[int]], None]
@@ -185,6 +194,13 @@ class Replica:
         def line(text: str) -> None:
             nonlocal finish
             told: Any = json.loads(text[5:]) if text.startswith("data: {") else {}
+            if told.get("error"):  # Its status line was sent long before.
+                words = f"{self.url} broke off: {text[:SHOWN]}{self.words()}"
+                match told["error"]:
+                    case {"code": int(code)} if 400 <= code < 500:
+                        raise PolicyError(words)
+                    case _:
+                        raise Gone(words)
             for choice in told.get("choices", ()):
                 ids.extend(choice["token_ids"])
                 logprobs.extend(float(one["logprob"]) for one in choice["logprobs"]["content"])

@@ -117,7 +117,7 @@ class Acted(Config):
     """How many actions the session has had, this one included."""
     checkpoint: str
     """The weights that acted."""
-    finish: str
+    finish: Literal["stop", "length", ""]
     token_ids: list[int]
     logprobs: list[float]
     tokenizer: str

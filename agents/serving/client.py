@@ -12,24 +12,36 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx2
+from pydantic import BaseModel, ValidationError
 
 from ...core.errors import PolicyError
 from ...core.types import Action, Completion, Observation, Step, Task
 from ...core.worlds import World
+from . import bodies
 
+Told = TypeVar("Told", bound=BaseModel)
 LONGEST_WAIT_S = 30.0
 """Between two tries of a server that is busy."""
+SHOWN = 200
+"""Characters of a server's answer that an error shows."""
 
 
 class Client:
     """A connection to ``selfwright serve``; usable in ``async with``."""
 
     def __init__(self, url: str, token: str = "", timeout_s: float = 600.0) -> None:
-        """``timeout_s``: of one answer, waiting for a busy server included."""
-        headers = {b"Authorization": f"Bearer {token.strip()}".encode()} if token else {}
+        """``timeout_s``: of one answer, waiting for a busy server included.
+
+        Raises:
+            PolicyError: the token cannot be sent.
+        """
+        token = token.strip()
+        if not token.isprintable():  # An error about the header would show it.
+            raise PolicyError("the token holds control characters, which no header can carry")
+        headers = {b"Authorization": f"Bearer {token}".encode()} if token else {}
         self._url = url.rstrip("/")
         self._timeout_s = timeout_s
         self._http = httpx2.AsyncClient(
@@ -52,14 +64,31 @@ class Client:
             PolicyError: the server refuses, or cannot be reached.
         """
         task = {"instruction": instruction, "max_steps": max_steps, "id": id}
-        told = await self.ask("POST", "/v1/sessions", {"task": task, "seed": seed})
-        return Session(self, told["id"])
+        body = {"task": task, "seed": seed}
+        return Session(self, (await self.told(bodies.Session, "/v1/sessions", body)).id)
+
+    async def told(self, kind: type[Told], path: str, body: Any) -> Told:
+        """What a path answers to what is posted there, read as ``kind``.
+
+        Raises:
+            PolicyError: as ``ask``, or it is something else.
+        """
+        answer = await self.ask("POST", path, body)
+        try:
+            return kind.model_validate(answer)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the whole"
+            raise PolicyError(
+                f"{self._url}{path} answered otherwise than our servers do ({where}: "
+                f"{first['msg']}): {str(answer)[:SHOWN]}"
+            ) from None
 
     async def ask(self, method: str, path: str, body: Any = None) -> Any:
         """What a path answers. A busy server is asked again, for it has done nothing yet.
 
         Raises:
-            PolicyError: the server refuses, cannot be reached, or is too late.
+            PolicyError: the server refuses, cannot be reached, is too late, or answers no JSON.
         """
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -70,13 +99,21 @@ class Client:
         except httpx2.HTTPError as error:
             said = f"{self._url} cannot be reached: {type(error).__name__}: {error}"
             raise PolicyError(said) from None
-        if response.is_success:
-            return response.json() if response.content else None
+        if response.is_success and not response.content:
+            return None
         try:
-            said = str(response.json()["error"]["message"])
-        except (ValueError, KeyError, TypeError):
-            said = response.text[:200]
-        raise PolicyError(f"{self._url}{path} refused: {response.status_code} {said}")
+            answer: Any = response.json()
+        except ValueError:
+            answer = None
+        if response.is_success and answer is not None:
+            return answer
+        match answer:
+            case {"error": {"message": str(said)}}:
+                pass
+            case _:
+                said = response.text[:SHOWN]
+        how = "answered with no JSON" if response.is_success else "refused"
+        raise PolicyError(f"{self._url}{path} {how}: {response.status_code} {said}")
 
     async def _answer(self, method: str, path: str, body: Any) -> httpx2.Response:
         until = time.monotonic() + self._timeout_s
@@ -142,15 +179,15 @@ class Session:
             "actions": list(actions),
         }
         body = {"observation": seen, "reward": reward, "seed": seed}
-        told = await self.client.ask("POST", f"/v1/sessions/{self.id}/act", body)
+        told = await self.client.told(bodies.Acted, f"/v1/sessions/{self.id}/act", body)
         said = Completion(
-            told["completion"],
-            tuple(told["token_ids"]),
-            tuple(told["logprobs"]),
-            told["finish"],
-            told["tokenizer"],
+            told.completion,
+            tuple(told.token_ids),
+            tuple(told.logprobs),
+            told.finish,
+            told.tokenizer,
         )
-        return Acted(Action(told["action"], said), told["valid"], told["checkpoint"], told["step"])
+        return Acted(Action(told.action, said), told.valid, told.checkpoint, told.step)
 
     async def end(self) -> None:
         await self.client.ask("DELETE", f"/v1/sessions/{self.id}")
