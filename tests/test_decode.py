@@ -22,7 +22,7 @@ from selfwright.agents.engines.decode import Sampled, Want, sample
 NEVER = frozenset[int]()
 """No token ends what is sampled."""
 END = {1}
-KINDS = ("qwen3", "llama", "mistral", "qwen3 eager", "wide")
+KINDS = ("qwen3", "llama", "mistral", "qwen3 eager", "wide", "hybrid")
 
 
 @pytest.fixture(scope="module")
@@ -330,6 +330,54 @@ def test_known_and_new_conversations_may_be_asked_together(model: Callable[[str]
     longer = [(*talk, *result.ids, 9, 8, 7) for talk, result in zip(talks, said, strict=True)]
     wants = [Want(talk, 5, max_tokens=4) for talk in (*longer, *prompts_of((4, 30), seed=9))]
     assert ids(sample(net, wants, NEVER, memory)) == ids(sample(net, wants, NEVER))
+
+
+def test_a_model_that_keeps_states_reads_one_length_at_a_time(model: Callable[[str], Any]) -> None:
+    net, wants, memory = model("hybrid"), mixed(24), Memory(1 << 30)
+    with shapes_read(net) as shapes:
+        together = sample(net, wants, END, memory)
+    lengths = {len(want.prompt) for want in wants}
+    assert [columns for _, columns in shapes if columns > 1] == [
+        *(n for n in dict.fromkeys(len(want.prompt) for want in wants) if n > 1)
+    ]
+    assert len(lengths) > 5 and memory.nbytes == 0
+    for want, result in zip(wants, together, strict=True):
+        (alone,) = sample(net, [want], END)
+        assert alone.ids == result.ids and alone.finish == result.finish
+        expected = logprobs_of(net, want.prompt, result.ids)
+        assert result.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_layers_are_masked_as_their_kind_wants_it() -> None:
+    # Attention within chunks: the masks of other kinds would let tokens see too much.
+    torch.manual_seed(0)
+    config: Any = transformers.Llama4TextConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        intermediate_size_mlp=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_local_experts=2,
+        attention_chunk_size=8,
+        layer_types=["chunked_attention", "full_attention"],
+        initializer_range=0.3,
+        pad_token_id=None,
+    )
+    net: Any = transformers.Llama4ForCausalLM(config).eval()
+    prompts = [tuple(k % 60 for k in prompt) for prompt in prompts_of((19, 6, 11))]
+    wants = [Want(prompt, k, max_tokens=7) for k, prompt in enumerate(prompts)]
+    for want, result in zip(wants, sample(net, wants, NEVER), strict=True):
+        expected = logprobs_of(net, want.prompt, result.ids)
+        assert result.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_choices_may_hold_an_end_token(model: Callable[[str], Any]) -> None:
+    choices = ((20, 1, 21, 1), (30, 1))
+    wants = [Want((5, 6), k, 9.0, choices=choices) for k in range(20)]
+    assert {tuple(one.ids) for one in sample(model("qwen3"), wants, END)} == set(choices)
 
 
 def test_weights_that_overflow_are_an_error_not_an_answer(small: Any) -> None:
