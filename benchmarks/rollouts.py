@@ -25,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -45,6 +45,7 @@ from selfwright.core.draw import draw, starts
 from selfwright.core.files import write_json
 from selfwright.core.recipe import read
 from selfwright.core.rollout import PolicyPlayer, rollouts
+from selfwright.core.tokens import PAD
 from selfwright.core.types import Completion, Sampling, Stop
 from selfwright.core.worlds import Worlds, open_worlds
 
@@ -188,7 +189,7 @@ async def pair(
 def bare(policy: Recorder, batches: Sequence[Sequence[tuple[int, ...]]]) -> Measured:
     """``generate`` on every batch, one after another."""
     tokens, model = policy.tokens, policy.model
-    inputs = [padded(prompts, tokens.pad, model.device) for prompts in batches]
+    inputs = [padded(prompts, model.device) for prompts in batches]
     made: list[Tensor] = []
     with torch.inference_mode():
         start = time.perf_counter()
@@ -201,25 +202,25 @@ def bare(policy: Recorder, batches: Sequence[Sequence[tuple[int, ...]]]) -> Meas
                 top_k=0,
                 top_p=1.0,
                 max_new_tokens=MAX_TOKENS,
-                eos_token_id=tokens.end,
-                pad_token_id=tokens.pad,
+                eos_token_id=sorted(tokens.ends),
+                pad_token_id=PAD,
             )
             made.append(out[:, ids.shape[1] :].cpu())
         seconds = time.perf_counter() - start
-    return Measured(sum(useful(new, tokens.end) for new in made), seconds)
+    return Measured(sum(useful(new, tokens.ends) for new in made), seconds)
 
 
-def padded(prompts: Sequence[tuple[int, ...]], pad: int, device: Any) -> tuple[Tensor, Tensor]:
+def padded(prompts: Sequence[tuple[int, ...]], device: Any) -> tuple[Tensor, Tensor]:
     """(B, T) ids, padded on the left, and (B, T) mask."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts])
+    ids = torch.tensor([[PAD] * (longest - len(p)) + list(p) for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     return ids.to(device), mask.to(device)
 
 
-def useful(new: Tensor, end: int) -> int:
+def useful(new: Tensor, ends: Set[int]) -> int:
     """How many of (B, T) ids stand before each row's first end token, those end tokens included."""
-    ended = (new == end).long()
+    ended = torch.isin(new, torch.tensor(sorted(ends))).long()
     return int((ended.cumsum(1) - ended == 0).sum())
 
 

@@ -37,7 +37,28 @@ def open_tokens(
         tokenizer = tokenizers.from_pretrained(base, trust_remote_code=trust_remote_code)
     except Exception as cause:
         raise _cannot_open(model, cause) from cause
-    return ChatTokens(tokenizer, placeholder=placeholder)
+    return ChatTokens(tokenizer, placeholder=placeholder, ends=_ends(base, trust_remote_code))
+
+
+def _ends(model: str, trust_remote_code: bool) -> list[int]:
+    """The ids at which ``generate`` would stop. Raises: ModelError: no such model."""
+    from transformers import AutoConfig, GenerationConfig
+
+    configs: Any = AutoConfig
+    generation: Any = GenerationConfig
+    try:
+        config = configs.from_pretrained(model, trust_remote_code=trust_remote_code)
+        try:
+            given = generation.from_pretrained(model).eos_token_id
+        except OSError:  # It has no file of these, which is usual.
+            given = None
+    except Exception as cause:
+        raise _cannot_open(model, cause) from cause
+    of_text = config.get_text_config()
+    for ends in (given, *(getattr(one, "eos_token_id", None) for one in (config, of_text))):
+        if ends is not None:
+            return [ends] if isinstance(ends, int) else list(ends)
+    return []
 
 
 def config_of(model: str, trust_remote_code: bool = False) -> Any:

@@ -15,6 +15,7 @@ from pydantic import Field
 from .config import Config
 from .errors import ModelError
 from .models import open_model
+from .tokens import PAD
 from .types import Completion, Message
 
 DISCRIMINATOR = "discriminator.safetensors"
@@ -89,8 +90,7 @@ class ScalarModel:
         import torch
 
         longest, device = max(map(len, rows)), self.head.weight.device
-        pad = self._tokens.pad
-        ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=device)
+        ids = torch.tensor([row + [PAD] * (longest - len(row)) for row in rows], device=device)
         last = torch.tensor([len(row) - 1 for row in rows], device=device)
         hidden = self.body(input_ids=ids, use_cache=False).last_hidden_state
         return self.head(hidden[torch.arange(len(rows), device=device), last])[:, 0]

@@ -1,13 +1,13 @@
 """Messages to token ids, the same way for whoever samples and whoever learns. Imports no torch."""
 
-import copy
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
+from .encoding import Encoder, Growing
 from .errors import ModelError, PolicyError, PromptError
 from .types import Completion, Message
 
@@ -21,6 +21,23 @@ class Rendered(NamedTuple):
     """It holds sampled turns, but had to be tokenised from its text."""
 
 
+class Frame(NamedTuple):
+    """What a template puts around an answer."""
+
+    end: int
+    """What it writes after one; the end token if that is none of the special ones."""
+    before: str = ""
+    """White space between what asks for an answer and the answer."""
+    after: str = ""
+    """White space between the answer and its end."""
+    opening: int | None = None
+    """The last token of what asks for an answer."""
+
+
+PAD = 0
+"""Stands where no token is, and is masked: any id that every model's embeddings have will do."""
+
+
 class ChatTokens:
     """Renders a conversation through a tokenizer's chat template.
 
@@ -30,7 +47,11 @@ class ChatTokens:
     """
 
     def __init__(
-        self, tokenizer: Any, remember: int = 1 << 22, placeholder: int | None = None
+        self,
+        tokenizer: Any,
+        remember: int = 1 << 22,
+        placeholder: int | None = None,
+        ends: Iterable[int] = (),
     ) -> None:
         """``tokenizer``: a transformers tokenizer with a chat template.
 
@@ -40,6 +61,9 @@ class ChatTokens:
         ``placeholder``: the id that stands for an image, one for each, in models that read images;
         whoever samples makes as many of it as the image is worth.
 
+        ``ends``: the ids that end an answer by the model's own settings, beside what its tokenizer
+        calls the end.
+
         Raises:
             ModelError: it has no chat template, or no end token.
         """
@@ -48,24 +72,21 @@ class ChatTokens:
                 f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; use an "
                 "instruction-tuned model, or put a chat_template.jinja beside its tokenizer"
             )
-        if tokenizer.eos_token_id is None:
+        given = tuple(ends) if tokenizer.eos_token_id is None else (tokenizer.eos_token_id, *ends)
+        if not given:
             raise ModelError(f"the tokenizer of {tokenizer.name_or_path!r} has no end token")
         self.tokenizer = tokenizer
         self._placeholder = placeholder
-        # What is inside does the same at a fifth of the cost; a copy, which nobody else sets up.
-        self._fast: Any = copy.deepcopy(getattr(tokenizer, "backend_tokenizer", None))
-        if self._fast is not None:
-            self._fast.no_truncation()
-            self._fast.no_padding()
+        self._encode = Encoder(tokenizer)
         self.fingerprint = _fingerprint(tokenizer)
         """Of the vocabulary: what an id means."""
-        self.eos: int = tokenizer.eos_token_id
-        self.end: int = self._end_of_turn()
-        """What an answer ends with: mostly ``eos``, but some templates close turns otherwise."""
-        self.end_text: str = tokenizer.convert_ids_to_tokens(self.end)
-        self.pad: int = self.eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         added = tokenizer.added_tokens_decoder
         self._controls = {i: one.content for i, one in added.items() if one.special}
+        self._frame = self._framed(given[0])
+        self.end = self._frame.end
+        """What an answer that was not sampled ends with."""
+        self.ends = frozenset({self.end, *given})
+        """Each of them ends an answer that is sampled."""
         self.breaks = 0
         self.prompts = 0
         self._remember = remember
@@ -104,16 +125,31 @@ class ChatTokens:
         return self.completion(completion.text)
 
     def completion(self, text: str) -> tuple[int, ...]:
-        """The ids of an answer that was not sampled, its end token included."""
-        return (*self._encode(text), self.end)
+        """The ids of an answer that was not sampled, its end token included.
+
+        As a conversation has them in which the template has written it.
+        """
+        frame = self._frame
+        return (*self._encode(frame.before + text + frame.after, frame.opening), frame.end)
 
     def text(self, ids: Sequence[int]) -> str:
         """Sampled ids as text, without the end token."""
         return self.tokenizer.decode(
-            [i for i in ids if i != self.end],
+            list(ids[:-1] if ids and ids[-1] in self.ends else ids),
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,
         )
+
+    def growing(self) -> Growing:
+        """``text`` of ids that come one after another."""
+        return Growing(self.text, self._piece)
+
+    def _piece(self, token: int) -> str:
+        return "" if token in self._controls else self.tokenizer.convert_ids_to_tokens(token) or ""
+
+    def ends_of(self, stops: Sequence[str]) -> frozenset[int]:
+        """``ends``, and the special tokens among stop texts: no text shows those."""
+        return self.ends.union(i for i, content in self._controls.items() if content in stops)
 
     def control(self, text: str) -> str:
         """The first control token that ``text`` would be read as holding; empty if it holds none.
@@ -154,26 +190,45 @@ class ChatTokens:
         whole = self._render(messages, add_generation_prompt=True)
         if before is None or said is None:
             return Rendered(whole, self._encode(whole), False)
-        # Many templates trim what was said; the tokens are those sampled all the same.
-        for text in (said.text, said.text.strip()):
-            if whole.startswith(before.text + text):
-                since = whole[len(before.text) + len(text) :]
-                if said.token_ids[-1] == self.end:
-                    since = since.removeprefix(self.end_text)
-                return Rendered(whole, (*before.ids, *said.token_ids, *self._encode(since)), False)
-        return Rendered(whole, self._encode(whole), True)
+        since = self._since(whole[len(before.text) :], said)
+        if since is None or not whole.startswith(before.text):
+            return Rendered(whole, self._encode(whole), True)
+        ids = (*before.ids, *said.token_ids)
+        return Rendered(whole, (*ids, *self._encode(since, ids[-1])), False)
 
-    def _end_of_turn(self) -> int:
-        """The special token that the template writes after an answer; the end token if none."""
-        answer = "ANSWER"
+    def _since(self, rest: str, said: Message) -> str | None:
+        """What comes after ``said`` and its end in ``rest``; None if that begins otherwise."""
+        bare = said.text.strip()
+        # Many templates trim what was said, or write spaces around it; the tokens are those
+        # sampled all the same.
+        for whole, text in ((rest, said.text), (rest, bare), (rest.lstrip(), bare)):
+            if whole.startswith(text):
+                since, end = whole[len(text) :], self._spelt(said.token_ids[-1])
+                ended = (one for one in (since, since.lstrip()) if end and one.startswith(end))
+                return next(ended, end + since)[len(end) :]
+        return None
+
+    def _spelt(self, token: int) -> str:
+        """A token as the template's words have it, if nothing shows it in an answer's text."""
+        if token in self._controls:
+            return self._controls[token]
+        return self.tokenizer.decode([token]) if token in self.ends else ""
+
+    def _framed(self, end: int) -> Frame:
+        """``end``: the end token if the template writes none."""
+        asked, answer = Message("user", "?"), "ANSWER"
         try:
-            shown = self._render((Message("user", "?"), Message("assistant", answer)))
+            opened = self._render((asked,), add_generation_prompt=True)
+            shown = self._render((asked, Message("assistant", answer)))
         except PolicyError:
-            return self.eos
-        after = self._encode(shown.rpartition(answer)[2].strip())
-        added = self.tokenizer.added_tokens_decoder
-        is_special = bool(after) and after[0] in added and added[after[0]].special
-        return after[0] if is_special else self.eos
+            return Frame(end)
+        between, _, after = shown.removeprefix(opened).rpartition(answer)
+        before = between if shown.startswith(opened) and not between.strip() else ""
+        opening = next(reversed(self._encode(opened)), None)
+        closing = self._encode(after.strip())
+        if not closing or closing[0] not in self._controls:
+            return Frame(end, before, "", opening)
+        return Frame(closing[0], before, after[: len(after) - len(after.lstrip())], opening)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         try:
@@ -193,11 +248,6 @@ class ChatTokens:
         if self._placeholder is None:
             return message.text
         return [{"type": "image"}] * len(message.images) + [{"type": "text", "text": message.text}]
-
-    def _encode(self, text: str) -> tuple[int, ...]:
-        if self._fast is not None:
-            return tuple(self._fast.encode(text, add_special_tokens=False).ids)
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def cut(text: str, stops: Sequence[str]) -> str:

@@ -21,8 +21,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
     ``scratch``: as users get it. The others have large random weights, so that a wrong mask or
     position shows: ``qwen3``; ``llama``, with a template that drops thoughts; ``mistral``, with a
-    sliding window; ``wide``, with far more logits than its tokenizer has tokens; ``vllm``, a
-    ``qwen3`` with heads of a size that vLLM knows.
+    sliding window; ``hybrid``, with a layer of linear attention; ``wide``, with far more logits
+    than its tokenizer has tokens; ``vllm``, a ``qwen3`` with heads of a size that vLLM knows.
     """
     import torch
 
@@ -97,6 +97,15 @@ def _lively(kind: str, scratch_folder: Path, folder: Path) -> None:
                 tokenizer.chat_template = THINKING
             case "mistral":
                 config = hf.MistralConfig(**settings, sliding_window=6)
+            case "hybrid":
+                config = hf.Qwen3_5TextConfig(
+                    **settings,
+                    layer_types=["linear_attention", "full_attention"],
+                    linear_num_key_heads=2,
+                    linear_num_value_heads=4,
+                    linear_key_head_dim=16,
+                    linear_value_head_dim=16,
+                )
             case _:
                 raise ValueError(kind)
         model = hf.AutoModelForCausalLM.from_config(config)

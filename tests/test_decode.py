@@ -16,12 +16,13 @@ import torch
 import transformers
 from scipy.stats import chisquare  # pyright: ignore[reportUnknownVariableType]
 
-from selfwright.agents.engines.decode import Memory, Sampled, Want, sample
+from selfwright.agents.engines.cache import Memory
+from selfwright.agents.engines.decode import Sampled, Want, sample
 
-PAD = 0
-NEVER = -1
-"""An end token that is never sampled."""
-KINDS = ("qwen3", "llama", "mistral", "qwen3 eager", "wide")
+NEVER = frozenset[int]()
+"""No token ends what is sampled."""
+END = {1}
+KINDS = ("qwen3", "llama", "mistral", "qwen3 eager", "wide", "hybrid")
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +97,11 @@ def test_greedy_is_generate_token_for_token(
     net = model(kind)
     prompts = prompts_of(lengths)
     wants = [Want(prompt, 0, temperature=0.0, max_tokens=14) for prompt in prompts]
-    endless = sample(net, wants, NEVER, PAD)
+    endless = sample(net, wants, NEVER)
     # A token that some row says in mid-sentence becomes the end, so that rows end unevenly.
     said = next(x for x in endless[0].ids[3:] if x != endless[0].ids[0])
     longest = max(lengths)
-    width = [(PAD,) * (longest - len(prompt)) + prompt for prompt in prompts]
+    width = [(0,) * (longest - len(prompt)) + prompt for prompt in prompts]
     with torch.inference_mode():
         made = net.generate(
             torch.tensor(width),
@@ -108,9 +109,9 @@ def test_greedy_is_generate_token_for_token(
             do_sample=False,
             max_new_tokens=14,
             eos_token_id=said,
-            pad_token_id=PAD,
+            pad_token_id=0,
         )[:, longest:].tolist()
-    for result, row in zip(sample(net, wants, said, PAD), made, strict=True):
+    for result, row in zip(sample(net, wants, {said}), made, strict=True):
         expected = row[: row.index(said) + 1] if said in row else row
         assert result.ids == expected
         assert result.finish == ("stop" if said in row else "length")
@@ -124,7 +125,7 @@ def test_logprobs_are_those_of_a_plain_forward_pass(model: Callable[[str], Any],
         Want(prompt, k, temperature=0.5 + k, top_p=0.9, max_tokens=5 + 3 * k)
         for k, prompt in enumerate(prompts)
     ]
-    for want, result in zip(wants, sample(net, wants, NEVER, PAD), strict=True):
+    for want, result in zip(wants, sample(net, wants, NEVER), strict=True):
         assert len(result.ids) == want.max_tokens and result.finish == "length"
         assert result.logprobs == pytest.approx(logprobs_of(net, want.prompt, result.ids), abs=1e-4)
 
@@ -133,7 +134,7 @@ def test_logprobs_are_those_of_a_plain_forward_pass(model: Callable[[str], Any],
 def test_frequencies_are_the_softmax(small: Any, temperature: float, top_p: float) -> None:
     prompt, count = (1, 5, 2), 4000
     wants = [Want(prompt, seed, temperature, top_p, max_tokens=2) for seed in range(7, 7 + count)]
-    seen = Counter(tuple(result.ids) for result in sample(small, wants, NEVER, PAD))
+    seen = Counter(tuple(result.ids) for result in sample(small, wants, NEVER))
 
     def distribution(before: Sequence[int]) -> list[float]:
         with torch.inference_mode():
@@ -167,9 +168,9 @@ def test_frequencies_are_the_softmax(small: Any, temperature: float, top_p: floa
 def test_the_tiniest_top_p_or_temperature_is_greedy(model: Callable[[str], Any]) -> None:
     net = model("qwen3")
     prompts = prompts_of((6, 9))
-    greedy = sample(net, [Want(p, 1, 0.0, max_tokens=6) for p in prompts], NEVER, PAD)
-    narrow = sample(net, [Want(p, 1, 1.0, 1e-9, max_tokens=6) for p in prompts], NEVER, PAD)
-    cold = sample(net, [Want(p, 1, 1e-6, max_tokens=6) for p in prompts], NEVER, PAD)
+    greedy = sample(net, [Want(p, 1, 0.0, max_tokens=6) for p in prompts], NEVER)
+    narrow = sample(net, [Want(p, 1, 1.0, 1e-9, max_tokens=6) for p in prompts], NEVER)
+    cold = sample(net, [Want(p, 1, 1e-6, max_tokens=6) for p in prompts], NEVER)
     assert ids(greedy) == ids(narrow) == ids(cold)
 
 
@@ -196,12 +197,12 @@ def test_company_does_not_matter(model: Callable[[str], Any], kind: str) -> None
     # Rows end at many different times, so finished ones ride along and are dropped again.
     net, wants = model(kind), mixed(40)
     with shapes_read(net) as shapes:
-        together = sample(net, wants, 1, PAD)
+        together = sample(net, wants, END)
     rows = [rows for rows, _ in shapes]
     assert rows[0] == len({want.prompt for want in wants}) < 40
     assert rows[1:] == sorted(rows[1:], reverse=True) and rows[-1] <= 5
     for want, result in zip(wants, together, strict=True):
-        (alone,) = sample(net, [want], 1, PAD)
+        (alone,) = sample(net, [want], END)
         assert alone.ids == result.ids and alone.finish == result.finish
         assert alone.logprobs == pytest.approx(result.logprobs, abs=1e-4)
         assert len(result.ids) <= want.max_tokens
@@ -213,10 +214,10 @@ def test_equal_prompts_are_read_once_and_answered_apart(model: Callable[[str], A
     net, (prompt,) = model("qwen3"), prompts_of((12,))
     wants = [Want(prompt, seed, 3.0, max_tokens=4) for seed in range(30)]
     with shapes_read(net) as shapes:
-        results = sample(net, wants, NEVER, PAD)
+        results = sample(net, wants, NEVER)
     assert shapes[0] == (1, 12) and shapes[1] == (30, 1)
     assert len({tuple(result.ids) for result in results}) > 25
-    again = sample(net, [*wants, wants[4]], NEVER, PAD)
+    again = sample(net, [*wants, wants[4]], NEVER)
     assert again[-1].ids == results[4].ids and ids(again[:-1]) == ids(results)
 
 
@@ -224,7 +225,7 @@ def test_few_rows_are_not_copied_every_token(model: Callable[[str], Any]) -> Non
     net = model("qwen3")
     wants = [Want(prompt, 0, max_tokens=10) for prompt in prompts_of((5, 6))]
     with shapes_read(net) as shapes:
-        sample(net, [*wants, replace(wants[0], seed=1, max_tokens=3)], NEVER, PAD)
+        sample(net, [*wants, replace(wants[0], seed=1, max_tokens=3)], NEVER)
     assert [rows for rows, _ in shapes] == [2, 3, 3, *[2] * 7]
 
 
@@ -236,7 +237,7 @@ def test_choices_are_the_only_answers(model: Callable[[str], Any]) -> None:
     wants = [
         Want(prompts[k % 3], k, temperature=8.0, max_tokens=9, choices=choices) for k in range(300)
     ]
-    results = sample(net, wants, end, PAD)
+    results = sample(net, wants, {end})
     seen = Counter(tuple(result.ids) for result in results)
     assert set(seen) == set(choices)
     assert {result.finish for result in results} == {"stop"}
@@ -249,7 +250,7 @@ def test_greedy_takes_the_likelier_choice(model: Callable[[str], Any]) -> None:
     net, end = model("llama"), 1
     for prompt in prompts_of([5] * 12):
         choices = ((50, end), (60, end), (70, end))
-        (result,) = sample(net, [Want(prompt, 0, 0.0, choices=choices)], end, PAD)
+        (result,) = sample(net, [Want(prompt, 0, 0.0, choices=choices)], {end})
         first = [logprobs_of(net, prompt, choice)[0] for choice in choices]
         assert tuple(result.ids) == choices[first.index(max(first))]
 
@@ -257,8 +258,8 @@ def test_greedy_takes_the_likelier_choice(model: Callable[[str], Any]) -> None:
 def test_ends_at_the_end_token_at_a_stop_or_at_the_length(model: Callable[[str], Any]) -> None:
     net, (prompt,) = model("qwen3"), prompts_of((7,))
     want = Want(prompt, 3, max_tokens=12)
-    (endless,) = sample(net, [want], NEVER, PAD)
-    (ended,) = sample(net, [want], endless.ids[5], PAD)
+    (endless,) = sample(net, [want], NEVER)
+    (ended,) = sample(net, [want], {endless.ids[5]})
     assert ended.ids == endless.ids[: endless.ids.index(endless.ids[5]) + 1]
     assert (endless.finish, ended.finish) == ("length", "stop")
 
@@ -266,10 +267,10 @@ def test_ends_at_the_end_token_at_a_stop_or_at_the_length(model: Callable[[str],
         return endless.ids[2] in so_far
 
     stop = replace(want, stopped=said_third)
-    (stopped,) = sample(net, [stop], NEVER, PAD)
+    (stopped,) = sample(net, [stop], NEVER)
     assert stopped.ids == endless.ids[: endless.ids.index(endless.ids[2]) + 1]
     assert stopped.finish == "stop"
-    (one,) = sample(net, [replace(want, max_tokens=1)], NEVER, PAD)
+    (one,) = sample(net, [replace(want, max_tokens=1)], NEVER)
     assert one.ids == endless.ids[:1]
 
 
@@ -285,10 +286,10 @@ def test_remembered_conversations_go_on_as_if_read_anew(
             for k, talk in enumerate(talks)
         ]
         with shapes_read(net) as shapes:
-            kept = sample(net, wants, 1, PAD, memory)
+            kept = sample(net, wants, END, memory)
         # From the second turn on only what is new is read: the last token, and what came since.
         assert shapes[0][1] == max(map(len, talks)) if turn == 0 else shapes[0][1] <= 12
-        anew = sample(net, wants, 1, PAD)
+        anew = sample(net, wants, END)
         assert ids(kept) == ids(anew)
         for one, other in zip(kept, anew, strict=True):
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
@@ -303,7 +304,7 @@ def test_memory_forgets_the_oldest_and_may_be_cleared(model: Callable[[str], Any
     first, second, third = prompts_of((8, 9, 10))
 
     def talk(prompt: tuple[int, ...]) -> tuple[int, ...]:
-        (said,) = sample(net, [Want(prompt, 0, max_tokens=3)], NEVER, PAD, memory)
+        (said,) = sample(net, [Want(prompt, 0, max_tokens=3)], NEVER, memory)
         return (*prompt, *said.ids, 5)
 
     one = talk(first)
@@ -325,10 +326,58 @@ def test_memory_forgets_the_oldest_and_may_be_cleared(model: Callable[[str], Any
 def test_known_and_new_conversations_may_be_asked_together(model: Callable[[str], Any]) -> None:
     net, memory = model("qwen3"), Memory(1 << 30)
     talks = prompts_of((8, 15))
-    said = sample(net, [Want(talk, 0, max_tokens=3) for talk in talks], NEVER, PAD, memory)
+    said = sample(net, [Want(talk, 0, max_tokens=3) for talk in talks], NEVER, memory)
     longer = [(*talk, *result.ids, 9, 8, 7) for talk, result in zip(talks, said, strict=True)]
     wants = [Want(talk, 5, max_tokens=4) for talk in (*longer, *prompts_of((4, 30), seed=9))]
-    assert ids(sample(net, wants, NEVER, PAD, memory)) == ids(sample(net, wants, NEVER, PAD))
+    assert ids(sample(net, wants, NEVER, memory)) == ids(sample(net, wants, NEVER))
+
+
+def test_a_model_that_keeps_states_reads_one_length_at_a_time(model: Callable[[str], Any]) -> None:
+    net, wants, memory = model("hybrid"), mixed(24), Memory(1 << 30)
+    with shapes_read(net) as shapes:
+        together = sample(net, wants, END, memory)
+    lengths = {len(want.prompt) for want in wants}
+    assert [columns for _, columns in shapes if columns > 1] == [
+        *(n for n in dict.fromkeys(len(want.prompt) for want in wants) if n > 1)
+    ]
+    assert len(lengths) > 5 and memory.nbytes == 0
+    for want, result in zip(wants, together, strict=True):
+        (alone,) = sample(net, [want], END)
+        assert alone.ids == result.ids and alone.finish == result.finish
+        expected = logprobs_of(net, want.prompt, result.ids)
+        assert result.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_layers_are_masked_as_their_kind_wants_it() -> None:
+    # Attention within chunks: the masks of other kinds would let tokens see too much.
+    torch.manual_seed(0)
+    config: Any = transformers.Llama4TextConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        intermediate_size_mlp=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_local_experts=2,
+        attention_chunk_size=8,
+        layer_types=["chunked_attention", "full_attention"],
+        initializer_range=0.3,
+        pad_token_id=None,
+    )
+    net: Any = transformers.Llama4ForCausalLM(config).eval()
+    prompts = [tuple(k % 60 for k in prompt) for prompt in prompts_of((19, 6, 11))]
+    wants = [Want(prompt, k, max_tokens=7) for k, prompt in enumerate(prompts)]
+    for want, result in zip(wants, sample(net, wants, NEVER), strict=True):
+        expected = logprobs_of(net, want.prompt, result.ids)
+        assert result.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_choices_may_hold_an_end_token(model: Callable[[str], Any]) -> None:
+    choices = ((20, 1, 21, 1), (30, 1))
+    wants = [Want((5, 6), k, 9.0, choices=choices) for k in range(20)]
+    assert {tuple(one.ids) for one in sample(model("qwen3"), wants, END)} == set(choices)
 
 
 def test_weights_that_overflow_are_an_error_not_an_answer(small: Any) -> None:
@@ -338,7 +387,7 @@ def test_weights_that_overflow_are_an_error_not_an_answer(small: Any) -> None:
         weight[2] = torch.nan
     try:
         with pytest.raises(FloatingPointError, match="not finite"):
-            sample(small, [Want((1, 2), 0, max_tokens=2)], NEVER, PAD)
+            sample(small, [Want((1, 2), 0, max_tokens=2)], NEVER)
     finally:
         with torch.no_grad():
             weight.copy_(original)

@@ -172,7 +172,8 @@ def test_an_end_of_turn_that_is_not_the_end_token(tokenizer: Callable[[str], Any
     made = tokenizer(APPENDING["plain"])
     made.eos_token = "<|pad|>"
     tokens = ChatTokens(made)
-    assert tokens.end == made.convert_tokens_to_ids("<|end|>") != tokens.eos
+    assert tokens.end == made.convert_tokens_to_ids("<|end|>") != made.eos_token_id
+    assert tokens.ends == {tokens.end, made.eos_token_id}
     assert tokens.completion("1")[-1] == tokens.end
     prompts, _ = play(tokens, [Turn("a", (70,), "end"), Turn("b", (), "end")])
     assert prompts[1][: len(prompts[0]) + 2] == (*prompts[0], 70, tokens.end)

@@ -4,6 +4,7 @@
 # pyright: reportUnknownMemberType=false
 
 import asyncio
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
 from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
-from selfwright.core.errors import PolicyError
+from selfwright.core.errors import ModelError, PolicyError
 from selfwright.core.types import Completion, Message, Sampling
 
 Folder = Callable[[str], Path]
@@ -225,6 +226,54 @@ def test_sampling_that_breaks_is_a_policy_error(model_folder: Folder) -> None:
         ask(policy)
     policy.model.load_state_dict(original)
     assert len(ask(policy)) == len(PROMPTS)
+
+
+def test_an_answer_ends_where_generate_would_stop(model_folder: Folder, tmp_path: Path) -> None:
+    shutil.copytree(model_folder("qwen3"), tmp_path / "several")
+    file = tmp_path / "several" / "generation_config.json"
+    # So many that every answer meets one, the tokenizer's own not among them.
+    ends = list(range(20, 120))
+    file.write_text(json.dumps({"eos_token_id": ends}))
+    policy = policy_of(tmp_path / "several")
+    assert policy.tokens.ends == {*ends, policy.tokens.end}
+    finished = 0
+    for prompt, said in zip(
+        PROMPTS, ask(policy, PROMPTS, Sampling(0.0, max_tokens=9)), strict=True
+    ):
+        row = torch.tensor([policy.tokens.prompt(prompt)])
+        with torch.inference_mode():
+            made = policy.model.generate(row, do_sample=False, max_new_tokens=9, pad_token_id=0)
+        assert tuple(made[0, row.shape[1] :].tolist()) == said.token_ids
+        ended = said.token_ids[-1] in ends
+        assert said.finish == ("stop" if ended else "length")
+        assert said.text == policy.tokens.text(said.token_ids[: len(said.token_ids) - ended])
+        finished += ended
+    assert finished > 3
+
+
+def test_a_padding_token_without_an_embedding_harms_nobody(
+    model_folder: Folder, tmp_path: Path
+) -> None:
+    base = model_folder("qwen3")
+    shutil.copytree(base, tmp_path / "padded")
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(base)  # pyright: ignore
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "padded")
+    said, usual = ask(policy_of(tmp_path / "padded")), ask(policy_of(base))
+    assert [one.token_ids for one in said] == [one.token_ids for one in usual]
+
+
+def test_a_model_that_the_engine_cannot_run_is_refused_when_it_is_opened(
+    model_folder: Folder, tmp_path: Path
+) -> None:
+    shutil.copytree(model_folder("qwen3"), tmp_path / "recurrent")
+    for file in ("model.safetensors", "config.json", "generation_config.json"):
+        (tmp_path / "recurrent" / file).unlink()
+    hf: Any = transformers
+    config = hf.RwkvConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, eos_token_id=1)
+    hf.RwkvForCausalLM(config).save_pretrained(tmp_path / "recurrent")
+    with pytest.raises(ModelError, match=r"cannot run .*RwkvForCausalLM.*policy\.use: vllm"):
+        policy_of(tmp_path / "recurrent")
 
 
 def test_closing_answers_everybody(model_folder: Folder) -> None:

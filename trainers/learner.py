@@ -29,6 +29,7 @@ from ..core.errors import LearnerError
 from ..core.models import open_model
 from ..core.origin import note_base
 from ..core.seeds import derive
+from ..core.tokens import PAD
 from ..core.types import (
     AdversarialLoss,
     Batch,
@@ -171,8 +172,14 @@ class PlainLearner:
             target_modules=config.targets,
             task_type="CAUSAL_LM",
         )
-        with self._randomness("lora"):
-            return get_peft_model(weights, settings, autocast_adapter_dtype=True)
+        try:
+            with self._randomness("lora"):
+                return get_peft_model(weights, settings, autocast_adapter_dtype=True)
+        except ValueError as cause:
+            raise LearnerError(
+                f"no LoRA can be put on {self._base!r} ({type(weights).__name__}) with "
+                f"learner.targets: {config.targets}: {cause}"
+            ) from cause
 
     @contextmanager
     def _randomness(self, *parts: int | str) -> Generator[None]:
@@ -438,8 +445,7 @@ class PlainLearner:
     def _tensors(self, rows: Sequence[Row]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """(B, T) ids, padded on the right, and (N,), (N,): row and position of trained tokens."""
         longest = max((len(row.ids) for row in rows), default=1)
-        pad = self._tokens.pad
-        ids = torch.tensor([row.ids + [pad] * (longest - len(row.ids)) for row in rows] or [[pad]])
+        ids = torch.tensor([row.ids + [PAD] * (longest - len(row.ids)) for row in rows] or [[PAD]])
         spots = [
             (k, at)
             for k, row in enumerate(rows)

@@ -6,6 +6,7 @@ TRL is an optional part: ``pip install 'selfwright[trl]'``.
 # datasets has no types, transformers has few.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 
+import copy
 import importlib.util
 import logging
 import math
@@ -24,7 +25,7 @@ from ..core.errors import LearnerError, PolicyError
 from ..core.models import open_model, open_tokens
 from ..core.origin import layers_of, note_base
 from ..core.seeds import derive
-from ..core.tokens import ChatTokens
+from ..core.tokens import PAD, ChatTokens
 from ..core.types import Batch, Example, Metrics, Pair
 from .export import to_preferences
 from .learner import LearnerConfig, PlainLearner
@@ -142,7 +143,7 @@ class TRLLearner(PlainLearner):
                     dataset_kwargs={"skip_prepare_dataset": True},
                 ),
                 train_dataset=Dataset.from_dict(labelled),
-                processing_class=self._tokens.tokenizer,
+                processing_class=_padding(self._tokens.tokenizer, self._model),
                 optimizers=(self._optimizer, LambdaLR(self._optimizer, share)),
             )
             log = _run(trainer)
@@ -226,7 +227,7 @@ def fit_dpo(
             ),
             # TRL would tokenise all of it again: it gets one to look at, then the ids.
             train_dataset=to_preferences(pairs[:1]),
-            processing_class=tokens.tokenizer,
+            processing_class=_padding(tokens.tokenizer, weights),
             peft_config=_lora(config, "CAUSAL_LM"),
         )
         trainer.train_dataset = _listed(rows)
@@ -269,7 +270,7 @@ def fit_reward(
                 disable_dropout=not config.dropout,
             ),
             train_dataset=_listed(rows),
-            processing_class=tokens.tokenizer,
+            processing_class=_padding(tokens.tokenizer, weights),
             peft_config=_lora(config, "SEQ_CLS", modules_to_save=["score"]),
         )
         log = _run(trainer)
@@ -297,6 +298,15 @@ def _trl() -> Any:
     logging.getLogger("trl").setLevel(logging.ERROR)
     disable_progress_bars()
     return trl
+
+
+def _padding(tokenizer: Any, model: Any) -> Any:
+    """A copy whose padding token the embeddings of ``model`` have: TRL also writes to it."""
+    made = copy.deepcopy(tokenizer)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if made.pad_token_id is None or made.pad_token_id >= rows:
+        made.pad_token = made.convert_ids_to_tokens(PAD)
+    return made
 
 
 def _arguments(

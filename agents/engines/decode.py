@@ -3,15 +3,17 @@
 # torch's tolist and numpy's random are partly untyped.
 # pyright: reportUnknownMemberType=false
 
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
+
+from ...core.tokens import PAD
+from .cache import Memory, attends_only, check_used, copy_places, layers_for
 
 
 @dataclass(frozen=True)
@@ -37,142 +39,46 @@ class Sampled:
     finish: str = "length"
 
 
-class RoomyLayer(DynamicLayer):
-    """A cache layer that writes into room reserved ahead, instead of copying itself every token."""
-
-    def __init__(self, room: int) -> None:
-        super().__init__()
-        self._room = room
-        self._length = 0
-        self.store: tuple[Tensor, Tensor] | None = None
-        """Keys and values, (B, H, room, D) each."""
-
-    def begin(self, keys: Tensor, values: Tensor) -> None:
-        """Start with these columns, (B, H, T, D), already there."""
-        self._append(keys, values)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        return self._append(key_states, value_states)
-
-    def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if self.store is None:
-            batch, heads, _, width = keys.shape
-            self.dtype, self.device = keys.dtype, keys.device
-            self.is_initialized = True
-            self.store = (
-                keys.new_empty(batch, heads, self._room, width),
-                values.new_empty(batch, heads, self._room, values.shape[-1]),
-            )
-        end = self._length + keys.shape[2]
-        for store, states in zip(self.store, (keys, values), strict=True):
-            store[:, :, self._length : end] = states
-        self._length = end
-        return self._show(self.store)
-
-    def get_seq_length(self) -> int:
-        return self._length
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        assert self.store is not None
-        # A new store: whoever remembers the old one finds it as it was.
-        keys, values = (store.index_select(0, indices) for store in self.store)
-        self.store = (keys, values)
-        self._show(self.store)
-
-    def _show(self, store: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        shown = (store[0][:, :, : self._length], store[1][:, :, : self._length])
-        self.keys, self.values = shown
-        return shown
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the keys and values of a conversation so far are."""
-
-    stores: list[tuple[Tensor, Tensor]]
-    """Per layer."""
-    row: int
-    offset: int
-    """The column of its first token."""
-    length: int
-
-
-class Memory:
-    """Keys and values of conversations, so that the next turn reads only what is new.
-
-    Forgets its oldest batches once it holds more than ``limit`` bytes, even the last. Must be
-    cleared whenever the model's weights change.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._places: dict[tuple[int, ...], Place] = {}
-        self._batches: deque[list[tuple[Tensor, Tensor]]] = deque()
-        self._lengths: Counter[int] = Counter()
-
-    def find(self, prompt: tuple[int, ...]) -> Place | None:
-        """The longest conversation that ``prompt`` goes on from."""
-        for length in sorted(self._lengths, reverse=True):
-            if length < len(prompt):
-                place = self._places.get(prompt[:length])
-                if place is not None:
-                    return place
-        return None
-
-    def keep(
-        self, layers: Sequence[RoomyLayer], rows: Sequence[tuple[int, tuple[int, ...], int]]
-    ) -> None:
-        """Remember ``(row, ids, column of the first)`` of the layers' present stores."""
-        stores = [layer.store for layer in layers if layer.store is not None]
-        for row, ids, offset in rows:
-            if ids not in self._places:
-                self._lengths[len(ids)] += 1
-            self._places[ids] = Place(stores, row, offset, len(ids))
-        self._batches.append(stores)
-        while self.nbytes > self._limit:
-            self._forget(self._batches.popleft())
-
-    @property
-    def nbytes(self) -> int:
-        return sum(k.nbytes + v.nbytes for stores in self._batches for k, v in stores)
-
-    def _forget(self, batch: list[tuple[Tensor, Tensor]]) -> None:
-        for ids in [ids for ids, place in self._places.items() if place.stores is batch]:
-            del self._places[ids]
-            self._lengths[len(ids)] -= 1
-        self._lengths = +self._lengths
-
-    def clear(self) -> None:
-        self._places.clear()
-        self._batches.clear()
-        self._lengths.clear()
-
-
 @torch.inference_mode()
 def sample(
-    model: Any, wants: Sequence[Want], end: int, pad: int, memory: Memory | None = None
+    model: Any, wants: Sequence[Want], ends: Set[int], memory: Memory | None = None
 ) -> list[Sampled]:
     """Completions of ``wants``, in order. Equal prompts are read once, remembered ones not again.
 
-    The result for one want depends on the others only through rounding.
+    The result for one want depends on the others only through rounding. Models that do more than
+    attend to what they have read are asked prompts of one length at a time, and remember nothing.
+
+    ``ends``: the tokens that end a completion.
 
     Raises:
         FloatingPointError: the model's logits are not finite.
+        ValueError: the model keeps what it has read in a way of its own.
     """
+    if attends_only(model):
+        return _sample(model, wants, ends, memory)
+    made: dict[int, Sampled] = {}
+    for length in dict.fromkeys(len(want.prompt) for want in wants):
+        group = [k for k, want in enumerate(wants) if len(want.prompt) == length]
+        found = _sample(model, [wants[k] for k in group], ends, None)
+        made |= zip(group, found, strict=True)
+    return [made[k] for k in range(len(wants))]
+
+
+def _sample(
+    model: Any, wants: Sequence[Want], ends: Set[int], memory: Memory | None
+) -> list[Sampled]:
     device = model.device
     prompts = list(dict.fromkeys(want.prompt for want in wants))
     steps = max(want.max_tokens for want in wants)
-    layers, real, logits = _read(model, prompts, steps, pad, memory)
-    cache = Cache(layers=list(layers))
+    layers, real, logits = _read(model, prompts, steps, memory)
+    cache: Any = Cache(layers=list(layers))
     longest = real.shape[1] - steps
     padded = any(len(prompt) < longest for prompt in prompts)
     ready = _reads_masks(model)
     place = {prompt: k for k, prompt in enumerate(prompts)}
     rows = torch.tensor([place[want.prompt] for want in wants], device=device)
     if len(prompts) != len(wants):
-        cache.batch_select_indices(rows)
+        cache.reorder_cache(rows)
     real, logits = real[rows], logits[rows]
     lengths = torch.tensor([len(want.prompt) for want in wants], device=device)
 
@@ -195,7 +101,7 @@ def sample(
 
     for step in range(steps):
         tokens, logprobs = chooser(logits, live, step, results)
-        running = _record(wants, results, live, tokens, logprobs, end)
+        running = _record(wants, results, live, tokens, logprobs, ends)
         left = int(running.sum())
         if not left or step + 1 == steps:
             remember(torch.ones_like(running))
@@ -204,7 +110,7 @@ def sample(
         if left * 2 <= len(live) or left < len(live) <= 8:
             remember(~running)
             keep = running.nonzero()[:, 0].to(device)
-            cache.batch_select_indices(keep)
+            cache.reorder_cache(keep)
             real, live, tokens, lengths = real[keep], live[keep], tokens[keep], lengths[keep]
         seen = _mask(real[:, : longest + step + 1], 1, ready) if padded else None
         logits = _forward(model, tokens[:, None], seen, (lengths + step)[:, None], cache)
@@ -215,63 +121,35 @@ def _read(
     model: Any,
     prompts: Sequence[tuple[int, ...]],
     steps: int,
-    pad: int,
     memory: Memory | None,
-) -> tuple[list[RoomyLayer], Tensor, Tensor]:
+) -> tuple[list[Any], Tensor, Tensor]:
     """The cache after the prompts, which columns are real (B, T + steps), and (B, V) logits.
 
     Prompts stand flush right. What memory knows of every one of them is copied, the rest read.
     """
-    ids, real = _left_padded(prompts, steps, pad)
+    ids, real = _left_padded(prompts, steps)
     ids, real = ids.to(model.device), real.to(model.device)
     longest = ids.shape[1]
-    depth = model.config.get_text_config().num_hidden_layers
-    layers = [RoomyLayer(longest + steps) for _ in range(depth)]
+    layers = layers_for(model, longest + steps)
     places = [place for prompt in prompts if memory and (place := memory.find(prompt))]
     known = 0
     if len(places) == len(prompts):
         known = longest - max(len(p) - at.length for p, at in zip(prompts, places, strict=True))
-        _copy(layers, places, [longest - len(prompt) for prompt in prompts], known)
+        copy_places(layers, places, [longest - len(prompt) for prompt in prompts], known)
     padded = any(len(prompt) < longest for prompt in prompts)
     seen = None
     if padded or known:
         seen = _mask(real[:, :longest], longest - known, _reads_masks(model))
     positions = (real[:, :longest].cumsum(1) - 1).clamp(min=0)[:, known:]
     logits = _forward(model, ids[:, known:], seen, positions, Cache(layers=list(layers)))
+    check_used(layers)
     return layers, real, logits
 
 
-def _copy(
-    layers: Sequence[RoomyLayer], places: Sequence[Place], offsets: Sequence[int], width: int
-) -> None:
-    """Fill the first ``width`` columns of every row from where its conversation is remembered.
-
-    ``offsets``: the column at which each row's prompt begins now.
-    """
-    batches: dict[int, list[int]] = {}
-    for k, place in enumerate(places):
-        batches.setdefault(id(place.stores), []).append(k)
-    for number, layer in enumerate(layers):
-        first = places[0].stores[number][0]
-        columns = torch.arange(width, device=first.device)
-        filled = [
-            store.new_zeros(len(places), store.shape[1], width, store.shape[3])
-            for store in places[0].stores[number]
-        ]
-        for members in batches.values():
-            rows = torch.tensor([places[k].row for k in members], device=first.device)
-            shift = torch.tensor([places[k].offset - offsets[k] for k in members])
-            where = (columns + shift.to(first.device)[:, None]).clamp(min=0)
-            for target, store in zip(filled, places[members[0]].stores[number], strict=True):
-                taken = store[rows[:, None], :, where.clamp(max=store.shape[2] - 1)]  # (R, W, H, D)
-                target[torch.tensor(members, device=first.device)] = taken.transpose(1, 2)
-        layer.begin(*filled)
-
-
-def _left_padded(prompts: Sequence[tuple[int, ...]], steps: int, pad: int) -> tuple[Tensor, Tensor]:
+def _left_padded(prompts: Sequence[tuple[int, ...]], steps: int) -> tuple[Tensor, Tensor]:
     """(B, T) ids, and (B, T + steps) bool: which positions are, or will be, no padding."""
     longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), pad)
+    ids = torch.full((len(prompts), longest), PAD)
     real = torch.ones((len(prompts), longest + steps), dtype=torch.bool)
     for k, prompt in enumerate(prompts):
         ids[k, longest - len(prompt) :] = torch.tensor(prompt)
@@ -327,7 +205,7 @@ def _record(
     live: Tensor,
     tokens: Tensor,
     logprobs: Tensor,
-    end: int,
+    ends: Set[int],
 ) -> Tensor:
     """Append what was sampled to the unfinished; which rows still run, (B,) bool on the CPU."""
     running: list[bool] = []
@@ -342,10 +220,17 @@ def _record(
             raise FloatingPointError("the model's logits are not finite")
         result.ids.append(token)
         result.logprobs.append(logprob)
-        if token == end or (want.stopped is not None and want.stopped(result.ids)):
+        if _over(want, result.ids, ends):
             result.finish = "stop"
         running.append(result.finish != "stop" and len(result.ids) < want.max_tokens)
     return torch.tensor(running)
+
+
+def _over(want: Want, ids: Sequence[int], ends: Set[int]) -> bool:
+    if want.choices:
+        # In which an end token may stand in the middle.
+        return tuple(ids) in want.choices
+    return ids[-1] in ends or (want.stopped is not None and want.stopped(ids))
 
 
 class Chooser:

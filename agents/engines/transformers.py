@@ -13,7 +13,7 @@ from pydantic import Field
 
 from ...core.adapters import merge, restore
 from ...core.config import PolicyConfig
-from ...core.errors import PolicyError, PromptError
+from ...core.errors import ModelError, PolicyError, PromptError
 from ...core.models import device_of, open_model, open_weights, unready
 from ...core.origin import ADAPTER
 from ...core.tokens import cut
@@ -62,13 +62,14 @@ class TransformersPolicy:
         return unready(model, config.trust_remote_code) if model else ""
 
     def __init__(self, config: TransformersConfig, model: str, seed: int) -> None:
-        """Raises: PolicyError: the model cannot be loaded, or has no chat template."""
+        """Raises: PolicyError: the model cannot be loaded or run, or has no chat template."""
         self._config = config
         self._name = model
         self._seed = seed
         opened = open_model(model, config.device, config.dtype, config.trust_remote_code)
         self.model: Any = frozen(opened[0])
         self.tokens = opened[1]
+        _try(self.model, model, self.tokens.end)
         self.checkpoint = "base"
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self._context: int = limit or 1 << 30
@@ -229,7 +230,7 @@ class TransformersPolicy:
             )
             for request in requests
         ]
-        made = sample(self.model, wants, tokens.end, tokens.pad, self._memory)
+        made = sample(self.model, wants, tokens.ends, self._memory)
         return [
             Completion(
                 self._text(request, tuple(one.ids)),
@@ -249,16 +250,20 @@ class TransformersPolicy:
     def _stopper(self, request: Request) -> Callable[[Sequence[int]], bool] | None:
         """Looks at every token as it is sampled, and has it heard."""
         tokens, stops, heard = self.tokens, request.sampling.stop, request.heard
-        if not stops and heard is None and tokens.eos == tokens.end:
+        if not stops and heard is None:
             return None
+        ends, text = tokens.ends_of(stops), tokens.growing()
+        longest = max(map(len, stops), default=0)
 
         def stopped(ids: Sequence[int]) -> bool:
             if heard is not None:
                 request.answer.get_loop().call_soon_threadsafe(heard, tuple(ids))
-            if ids[-1] == tokens.eos:
+            if ids[-1] in ends:
                 return True
-            text = tokens.text(ids) if stops else ""
-            return any(stop in text for stop in stops)
+            # What was settled before was looked at then.
+            begin = max(0, text.settled - longest)
+            said = text(ids) if stops else ""
+            return any(said.find(stop, begin) >= 0 for stop in stops)
 
         return stopped
 
@@ -317,12 +322,30 @@ def frozen(model: Any) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def _try(model: Any, name: str, token: int) -> None:
+    """Have the engine sample a little. Raises: ModelError: it cannot run such a model."""
+    from .cache import kinds_of
+    from .decode import Want, sample
+
+    wants = [Want((token,) * length, 0, 0.0, max_tokens=2) for length in (1, 2)]
+    try:
+        sample(model, wants, frozenset())
+    except FloatingPointError:
+        pass  # A matter of these weights: a checkpoint may have others.
+    except Exception as cause:
+        kinds = ", ".join(sorted(kinds_of(model)))
+        raise ModelError(
+            f"policy.use: transformers cannot run {name!r} ({type(model).__name__}, layers of "
+            f"{kinds}): {type(cause).__name__}: {cause}; policy.use: vllm runs more kinds"
+        ) from cause
+
+
 def _shapes(model: Any) -> dict[str, Any]:
     return {name: weight.shape for name, weight in model.state_dict().items()}
 
 
 def memory(gigabytes: float) -> Any:
     """Room for keys and values, or None for no room. torch is imported here, not with this file."""
-    from .decode import Memory
+    from .cache import Memory
 
     return Memory(int(gigabytes * 1e9)) if gigabytes else None

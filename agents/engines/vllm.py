@@ -211,13 +211,12 @@ class VLLMPolicy:
         return await self.score(prompt, said) if sampling.choices else said
 
     def _sampling(self, sampling: Sampling, seed: int, most: int) -> dict[str, Any]:
-        tokens = self.tokens
         asked: dict[str, Any] = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": most,
             "seed": seed % 2**31,
-            "stop_token_ids": sorted({tokens.end, tokens.eos}),
+            "stop_token_ids": sorted(self.tokens.ends_of(sampling.stop)),
             "logprobs": 0,
         }
         if sampling.choices:

@@ -70,8 +70,10 @@ class Desk:
         if heard is None or tokens is None or not isinstance(policy, HasStream):
             return await policy.complete(prompt, sampling, seed)
 
+        text = tokens.growing()
+
         def sampled(ids: Sequence[int]) -> None:
-            heard(certain(tokens.text(ids), sampling.stop))
+            heard(certain(text(ids), sampling.stop))
 
         return await policy.stream(prompt, sampling, seed, sampled)
 
