@@ -9,8 +9,10 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ..core.asking import yes_share
+from ..core.checked import answer_of
 from ..core.config import JudgeConfig
 from ..core.errors import JudgeError
+from ..core.files import read_words
 from ..core.protocols import HasAttempts, Policy
 from ..core.seeds import derive
 from ..core.types import Completion, Message, Sampling, Stop, Trajectory, Verdict
@@ -48,6 +50,8 @@ class ModelJudgeConfig(JudgeConfig):
     def _there(self) -> Self:
         if self.rubric and not Path(self.rubric).is_file():
             raise ValueError(f"there is no rubric file {self.rubric!r}")
+        if self.rubric:
+            read_words(Path(self.rubric))
         return self
 
 
@@ -82,7 +86,7 @@ class ModelJudge(Asks):
         super().__init__(config.model)
         self._config = config
         self._world = world
-        self._rubric = Path(config.rubric).read_text("utf-8") if config.rubric else RUBRIC
+        self._rubric = read_words(Path(config.rubric)) if config.rubric else RUBRIC
 
     async def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
         policy = await self.policy()
@@ -106,7 +110,7 @@ class ModelJudge(Asks):
         last = trajectory.steps[-1].action.text
         if self._config.shows == "answer":
             if isinstance(self._world, HasAttempts):
-                last = self._world.answer(trajectory.task, last) or ""
+                last = answer_of(self._world, trajectory.task, last) or ""
             return cleaned(last)
         if not cleaned(last):
             return ""
