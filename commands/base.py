@@ -8,9 +8,9 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 
@@ -18,12 +18,13 @@ from .. import __version__
 from ..agents import scratch
 from ..core.config import Config, PolicyConfig, WarmStart
 from ..core.draw import draw, starts
-from ..core.errors import LearnerError, RecipeError, WorldError
-from ..core.files import DRAFT, read_json, write_json
+from ..core.errors import LearnerError, RecipeError, StoreError, WorldError
+from ..core.files import DRAFT, check_writable, read_json, write_json
 from ..core.protocols import Agent, HasExpert, Hire, Learner, Policy, alone
 from ..core.recipe import Recipe
 from ..core.rollout import ExpertPlayer, PolicyPlayer, rollouts, turn_seed
 from ..core.seeds import derive
+from ..core.sources import code_of
 from ..core.types import Batch, Completion, Example, Sampling, Start, Trajectory
 from ..core.worlds import Worlds
 from .progress import Progress
@@ -39,9 +40,16 @@ STORY = "story.json"
 
 
 def cache() -> Path:
-    """Where models made here are kept: ``$SELFWRIGHT_CACHE``, or in the user's cache folder."""
+    """Where models made here are kept: ``$SELFWRIGHT_CACHE``, or in the user's cache folder.
+
+    Raises:
+        StoreError: there is neither.
+    """
     given = os.environ.get("SELFWRIGHT_CACHE")
-    return Path(given) if given else Path.home() / ".cache" / "selfwright"
+    try:
+        return Path(given) if given else Path.home() / ".cache" / "selfwright"
+    except RuntimeError:
+        raise StoreError("there is no home folder for models; set $SELFWRIGHT_CACHE") from None
 
 
 async def prepare(recipe: Recipe, worlds: Worlds, progress: Progress, hire: Hire = alone) -> str:
@@ -52,6 +60,7 @@ async def prepare(recipe: Recipe, worlds: Worlds, progress: Progress, hire: Hire
     Raises:
         ModelError: the model cannot be opened or made.
         RecipeError: it must be made or warmed up, but the world has no expert.
+        StoreError: it must be made, and there is no place to keep it.
     """
     config = recipe.policy.config
     assert isinstance(config, PolicyConfig)
@@ -59,7 +68,7 @@ async def prepare(recipe: Recipe, worlds: Worlds, progress: Progress, hire: Hire
         scratch.parse(config.model)
     if not made_here(config):
         return str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
-    folder = cache() / "models" / _key(recipe, config)
+    folder = cache() / "models" / key_of(recipe)
     if (folder / "config.json").is_file():
         progress.say(f"base model made earlier: {story_of(folder)}, {folder}")
         return str(folder)
@@ -69,7 +78,7 @@ async def prepare(recipe: Recipe, worlds: Worlds, progress: Progress, hire: Hire
             f"{recipe.environment.use} has no expert to learn from; give a trained model, and no "
             "policy.warm_start"
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(folder.parent, "set $SELFWRIGHT_CACHE to a folder that can be written to")
     _remove_drafts(folder.parent)
     mine = f"{DRAFT}{os.getpid()}@{socket.gethostname()}-"
     draft = Path(tempfile.mkdtemp(prefix=mine, dir=folder.parent))
@@ -103,6 +112,11 @@ def story_of(folder: Path) -> str:
     return words
 
 
+def made_as(folder: Path) -> str:
+    """The ``key_of`` what a model made here was made from."""
+    return read_json(folder / STORY).get("key", "")
+
+
 def _remove_drafts(folder: Path) -> None:
     """Remove what processes of this machine left half made when they were killed."""
     for draft in folder.glob(f"{DRAFT}*@{socket.gethostname()}-*"):
@@ -111,16 +125,20 @@ def _remove_drafts(folder: Path) -> None:
             shutil.rmtree(draft, ignore_errors=True)
 
 
-def _key(recipe: Recipe, config: PolicyConfig) -> str:
-    """A hash of all that the model depends on."""
+def key_of(recipe: Recipe) -> str:
+    """A hash of all that a model made here depends on: settings, files and the plug-ins' code."""
+    config = recipe.policy.config
+    assert isinstance(config, PolicyConfig)
+    played = {"environment": recipe.environment.dump(), "agent": recipe.agent.dump()}
     told = {
         "version": [__version__, MADE],
         "model": config.model,
         "files": _contents(Path(config.model)),
         "warm_start": None if config.warm_start is None else config.warm_start.model_dump(),
         "sampling": [config.max_tokens, config.stop, config.listed],
-        "environment": recipe.environment.dump(),
-        "agent": recipe.agent.dump(),
+        **played,
+        "data": {name: _hash(Path(name)) for name in sorted(_named(played))},
+        "code": code_of(recipe.environment.plugin, recipe.agent.plugin),
         "seed": recipe.seed,
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
@@ -130,10 +148,26 @@ def _contents(folder: Path) -> dict[str, str]:
     if not folder.is_dir():
         return {}
     return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        str(file.relative_to(folder)): _hash(file)
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
+
+
+def _named(value: Any) -> set[str]:
+    """The files that settings name."""
+    if isinstance(value, str):
+        return {value} if os.path.isfile(value) else set()
+    if isinstance(value, Mapping):
+        value = list(cast("Mapping[str, Any]", value).values())
+    if isinstance(value, list | tuple):
+        return {name for one in cast("Sequence[Any]", value) for name in _named(one)}
+    return set()
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 async def _make(
@@ -144,7 +178,7 @@ async def _make(
     progress: Progress,
     hire: Hire,
 ) -> None:
-    began = time.monotonic()
+    began, key = time.monotonic(), key_of(recipe)
     agent: Agent = recipe.agent.make()
     warm = config.warm_start
     noise = 0.0 if warm is None else warm.noise
@@ -171,6 +205,7 @@ async def _make(
         scratch.make(model, texts, folder, derive(recipe.seed, "scratch"))
         model = str(folder)
     story: dict[str, Any] = {
+        "key": key,
         "environment_steps": sum(len(trajectory.steps) for trajectory in shown),
         "tokens_trained": 0,
         "updates": 0,
@@ -242,7 +277,7 @@ async def _clone(
     )
     began, done, share, tokens = time.monotonic(), 0, 0.0, 0.0
     loop = asyncio.get_running_loop()
-    scratchpad = Path(tempfile.mkdtemp(prefix="selfwright-"))
+    scratchpad = Path(tempfile.mkdtemp(prefix=DRAFT, dir=folder))  # Known to be writable.
     try:
         with progress.stage("warm start", warm.updates) as tell:
             while done < warm.updates and time.monotonic() - began < warm.seconds:

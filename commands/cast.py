@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..core.asking import patient
+from ..core.checked import checked_task, same
 from ..core.config import JudgeConfig, PolicyConfig
 from ..core.judging import judged
 from ..core.protocols import (
@@ -230,16 +231,20 @@ SCANNED = 100_000
 
 
 def namer(worlds: Worlds) -> Callable[[str], Task]:
-    """Finds training tasks by their ids; raises ValueError where there is none."""
+    """Finds training tasks by their ids; raises ValueError where there is none.
+
+    And WorldError where it is no task, or two share an id.
+    """
     found: dict[str, Task] = {}
 
     def named(id: str) -> Task:
         if isinstance(worlds.sample, HasNamedTasks):
-            return worlds.sample.named(id)
+            return checked_task(worlds.sample.named(id), f"named({id!r})")
         if not found:
             tasks = worlds.tasks("train")
-            every = (tasks[index] for index in range(min(len(tasks), SCANNED)))
-            found.update({task.id: task for task in every})
+            for index in range(min(len(tasks), SCANNED)):
+                task = tasks[index]
+                same(found.setdefault(task.id, task), task)
         if id not in found:
             raise ValueError(f"there is no training task {id!r}")
         return found[id]

@@ -12,10 +12,12 @@ from typing import Any, Literal, TypeVar
 import psutil
 from pydantic import ValidationError
 
+from ..core.checked import alike, answer_of, readable, same
 from ..core.config import Fleet
 from ..core.errors import PluginError, WorldError
 from ..core.plugins import load
 from ..core.protocols import HasAttempts, HasExpert, HasRandom
+from ..core.seeds import derive
 from ..core.types import Observation, Task, TimeStep
 from ..core.worlds import World, Worlds, open_worlds
 
@@ -214,9 +216,9 @@ async def _tasks(exam: Examination) -> str:
         again, there = exam.here.tasks(split), exam.there.tasks(split)
         for index in _spread(len(tasks), SAMPLE):
             one = tasks[index]
-            _check_task(one, f"{split}[{index}]")
+            readable(one)
             for other in (again[index], there[index]):
-                if _plain(one) != _plain(other):
+                if one.id != other.id or not alike(one, other):
                     raise Broken(f"{split}[{index}] is {one!r}, asked again {other!r}")
         sizes.append(f"{len(tasks)} {split}")
     return ", ".join(sizes)
@@ -231,11 +233,10 @@ async def _splits(exam: Examination) -> str:
         for index in _spread(len(tasks), 4 * SAMPLE):
             task = tasks[index]
             looked += 1
-            home, same = met.setdefault(task.id, (split, task))
+            home, first = met.setdefault(task.id, (split, task))
             if home != split:
                 raise Broken(f"task {task.id!r} is in {home} and in {split}")
-            if _plain(same) != _plain(task):
-                raise Broken(f"{split} has two tasks {task.id!r}: {same!r} and {task!r}")
+            same(first, task)
     return f"{looked} tasks sampled, {looked - len(met)} of them once more in their own split"
 
 
@@ -255,12 +256,12 @@ async def _play_some(exam: Examination) -> int:
     async with exam.here.lease() as world:
         for number, task in enumerate(_some(exam, "train")):
             choose = _expert if number % 2 and _has(exam, HasExpert) else _stranger(exam, number)
-            episode = await exam.watch.play(world, task, number, choose, LONGEST)
+            episode = await exam.watch.play(world, task, _seed(number), choose, LONGEST)
             exam.played.append(episode)
             turns += len(episode.steps)
         task = exam.here.tasks("train")[0]
         for action in ODD_ACTIONS:
-            await exam.watch.timed("reset", world.reset(task, 0))
+            await exam.watch.timed("reset", world.reset(task, _seed(0)))
             await exam.watch.timed("step", world.step(action))
     return turns
 
@@ -320,7 +321,7 @@ async def _experts(exam: Examination) -> str:
     async with exam.here.lease() as world:
         for split in ("train", "validation"):
             for task in _some(exam, split):
-                shown.append(await exam.watch.play(world, task, len(shown), _expert))
+                shown.append(await exam.watch.play(world, task, _seed(len(shown)), _expert))
     for episode in shown:
         if not episode.success and not episode.gave_up:
             raise Broken(
@@ -346,8 +347,8 @@ async def _no_oracle(exam: Examination) -> str:
     async with mute, mute.lease() as world:
         for number, task in enumerate(_mapped(mute, "train", exam.episodes)):
             stranger = _stranger(exam, number)
-            wrong = await exam.watch.play(world, task, number, stranger)
-            right = await exam.watch.play(world, task, number, _expert)
+            wrong = await exam.watch.play(world, task, _seed(number), stranger)
+            right = await exam.watch.play(world, task, _seed(number), _expert)
             for episode in (wrong, right):
                 _never_told(episode)
             if right.steps and max(step.reward for step in right.steps) < 1:
@@ -369,7 +370,7 @@ async def _memory(exam: Examination) -> str:
         async def resets(count: int) -> float:
             for number in range(count):
                 task = tasks[number % min(len(tasks), SAMPLE)]
-                first = await exam.watch.timed("reset", world.reset(task, number))
+                first = await exam.watch.timed("reset", world.reset(task, _seed(number)))
                 action = await _stranger(exam, number)(world, first, 0)
                 await exam.watch.timed("step", world.step(action or ""))
             return sum(map(_resident_mb, exam.there.processes))
@@ -418,10 +419,15 @@ def _stranger(exam: Examination, seed: int) -> Chooser:
         if observation.actions:
             return random.Random(f"{seed} {turn}").choice(observation.actions)
         if _has(exam, HasRandom):
-            return await world.random(seed * 1000 + turn)
+            return await world.random(_seed(seed, turn))
         return ODD_ACTIONS[turn % len(ODD_ACTIONS)]
 
     return choose
+
+
+def _seed(*parts: int) -> int:
+    """One as wide as those of runs."""
+    return derive("check", *parts)
 
 
 def _replay(episode: Episode) -> Chooser:
@@ -457,27 +463,6 @@ def _spread(length: int, count: int) -> list[int]:
     return [place * (length - 1) // max(1, count - 1) for place in range(count)]
 
 
-def _plain(task: Task) -> tuple[str, str, int]:
-    return task.id, task.instruction, task.max_steps
-
-
-def _check_task(task: object, where: str) -> None:
-    if not isinstance(task, Task):
-        raise Broken(f"{where} is {task!r}; wanted a Task")
-    fields: dict[str, object] = {"id": task.id, "instruction": task.instruction}
-    for name, value in fields.items():
-        if not isinstance(value, str) or not value:
-            raise Broken(f"{where}.{name} is {value!r}; wanted a text")
-    steps = _loose(task.max_steps)
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise Broken(f"{where}.max_steps is {steps!r}; wanted an int of at least 1")
-
-
-def _loose(value: object) -> object:
-    """Forget what the type should be: that is what is being checked."""
-    return value
-
-
 def _alike(episode: Episode, again: Episode) -> None:
     for turn, (one, other) in enumerate(zip(episode.seen, again.seen, strict=False)):
         if one != other:
@@ -503,7 +488,7 @@ def _same_words(sample: HasAttempts, wrong: Episode, right: Episode) -> int:
     """How many right attempts were compared to a wrong one of the same turn."""
     compared = 0
     for turn, (one, other) in enumerate(zip(wrong.steps, right.steps, strict=False)):
-        answers = [sample.answer(wrong.task, e.actions[turn]) for e in (wrong, right)]
+        answers = [answer_of(sample, wrong.task, e.actions[turn]) for e in (wrong, right)]
         if None in answers or one.reward >= other.reward:
             continue
         # Either answer may stand in either text: the right one is often part of the task.
@@ -531,5 +516,6 @@ def _short(value: object) -> str:
 
 
 def _words(error: Exception) -> str:
-    name = "" if isinstance(error, WorldError) and str(error) else f"{type(error).__name__}: "
+    # What a world raised in another process is a WorldError by the name that it had there.
+    name = "" if type(error) is WorldError and str(error) else f"{type(error).__name__}: "
     return f"{name}{error}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, cast
 import typer
 
 from .. import __version__
+from ..core.checked import no_unicode
 from ..core.errors import (
     DiskError,
     ModelError,
@@ -64,6 +65,11 @@ def call(arguments: Sequence[str]) -> int:
     0 is success; 1 a run or a check that failed; 2 a bad recipe, file or command line; 130 an
     interrupt. Only faults nobody foresaw leave as exceptions.
     """
+    for argument in arguments:
+        if fault := no_unicode(argument):
+            # Paths and names are kept with results, as UTF-8.
+            print(f"selfwright: {argument!a} is not in UTF-8: {fault}", file=sys.stderr)
+            return 2
     try:
         code = app(list(arguments) or ["--help"], "selfwright", standalone_mode=False)
     except typer.TyperException as error:
@@ -387,7 +393,7 @@ def _stdout_for_results() -> Generator[TextIO]:
     os.dup2(2, 1)
     sys.stdout = sys.stderr
     try:
-        with open(kept, "w", encoding="utf-8", closefd=False) as results:
+        with open(kept, "w", -1, "utf-8", "backslashreplace", closefd=False) as results:
             yield results
     finally:
         sys.stdout = python_stdout

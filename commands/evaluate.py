@@ -13,16 +13,24 @@ from rich.console import Console
 
 from ..core import evaluation as files
 from ..core.asking import patient
+from ..core.checked import answer_of
 from ..core.config import Config, Evaluation, Fleet, JudgeConfig, PolicyConfig
 from ..core.draw import draw, starts
-from ..core.errors import JudgeError, RecipeError, StoreError
+from ..core.errors import JudgeError, RecipeError, StoreError, TooManyFailures
 from ..core.evaluation import EvaluationResult, TaskResult, summarise
-from ..core.files import read_json
+from ..core.files import check_writable, read_json
 from ..core.judging import judged
 from ..core.origin import ADAPTER, found_base, parts_of
 from ..core.protocols import AsksPolicies, HasAttempts, HasExpert, Judge, Policy
 from ..core.recipe import Section, section
-from ..core.rollout import ExpertPlayer, Player, PolicyPlayer, RandomPlayer, rollouts
+from ..core.rollout import (
+    ExpertPlayer,
+    Failures,
+    Player,
+    PolicyPlayer,
+    RandomPlayer,
+    rollouts,
+)
 from ..core.seeds import derive
 from ..core.statistics import Agreement, Introspection, agreement, introspection_table
 from ..core.store import TRAJECTORIES, write_trajectories
@@ -50,8 +58,16 @@ class Exam:
     judge: Section
 
 
-def exam_tasks(worlds: Worlds, split: str, count: int, seed: int) -> list[Task]:
-    return draw(worlds.tasks(split), count, derive(seed, "evaluation", split))
+def drawn(worlds: Worlds, split: str, count: int, seed: int, progress: Progress) -> list[Task]:
+    """``draw``; where there are fewer tasks than were asked for, it is said."""
+    tasks = draw(worlds.tasks(split), count, seed)
+    if len(tasks) < count:
+        progress.note(f"{count} {split} tasks were asked for, and the world has {len(tasks)}")
+    return tasks
+
+
+def exam_tasks(worlds: Worlds, split: str, count: int, seed: int, progress: Progress) -> list[Task]:
+    return drawn(worlds, split, count, derive(seed, "evaluation", split), progress)
 
 
 async def examine(
@@ -59,7 +75,7 @@ async def examine(
 ) -> tuple[EvaluationResult, list[Judged]]:
     """Play and judge each task once; for worlds of attempts, fill the introspection table too."""
     began = time.monotonic()
-    tasks = exam_tasks(worlds, exam.split, exam.tasks, exam.seed)
+    tasks = exam_tasks(worlds, exam.split, exam.tasks, exam.seed, progress)
     seed = derive(exam.seed, "evaluation")
     with progress.stage(f"evaluating {name}", len(tasks)) as tell:
         played = await rollouts(player, worlds, starts(tasks, 1, exam.seed), seed, tell)
@@ -117,6 +133,9 @@ async def introspect(
     """RISE's table, sampled at temperature 1: votes among greedy samples would all agree.
 
     With the episodes that were played for it.
+
+    Raises:
+        TooManyFailures: too many could not be played, or their answers not be read.
     """
     world = worlds.sample
     assert isinstance(world, HasAttempts)
@@ -135,11 +154,24 @@ async def introspect(
             player, silent, starts(longer, 1, exam.seed), derive(seed, "sequential")
         )
 
+    played = [*parallel, *oracle, *sequential]
+    failures = Failures(
+        len(played),
+        exam.fleet.max_failures,
+        TooManyFailures,
+        "episodes' answers could not be read",
+        "environment.max_failures",
+    )
+
     def samples(trajectory: Trajectory) -> list[tuple[str | None, bool]]:
-        return [
-            (world.answer(trajectory.task, step.action.text), step.reward >= 1)
-            for step in trajectory.steps
-        ]
+        found: list[tuple[str | None, bool]] = []
+        try:
+            for step in trajectory.steps:
+                answer = answer_of(world, trajectory.task, step.action.text)
+                found.append((answer, step.reward >= 1))
+        except Exception as cause:
+            failures.add(cause)  # It is as short as one that broke there.
+        return found
 
     table = introspection_table(
         [
@@ -150,7 +182,7 @@ async def introspect(
         [[right for _, right in samples(t)] for t in oracle],
         turns,
     )
-    return table, [*parallel, *oracle, *sequential]
+    return table, played
 
 
 def card_of(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -179,13 +211,15 @@ async def evaluate(
 
     Raises:
         RecipeError: the world is not named, or an option is wrong.
-        StoreError: there is no such checkpoint.
+        StoreError: there is no such checkpoint, or the output cannot be written.
     """
     progress = Progress(console)
     card = read_card(checkpoint)
     exam, policy = settle(
         card, checkpoint, environment, overrides, split, tasks, seed, temperature, judged_by
     )
+    folder = output or default_output(checkpoint, exam, overrides)
+    check_writable(folder, "use another --output")
     settings = exam.environment.config.model_dump(mode="json")
     async with await open_worlds(exam.environment.use, settings, exam.fleet) as worlds:
         player = await seated(checkpoint, card, policy, exam, worlds)
@@ -202,7 +236,6 @@ async def evaluate(
                 await other.close()
             if isinstance(player, PolicyPlayer):
                 await player.policy.close()
-    folder = output or default_output(checkpoint, exam, overrides)
     folder.mkdir(parents=True, exist_ok=True)
     result = replace(result, checkpoint=checkpoint)
     write_trajectories(folder / TRAJECTORIES, episodes, folder / "images")
@@ -211,7 +244,7 @@ async def evaluate(
     told.pop("results")
     scores = [one.score for one in result.results if one.score is not None]
     mean = sum(scores) / len(scores) if scores else None
-    return told | {"folder": str(folder), "mean_score": mean}
+    return told | {"folder": str(folder), "mean_score": mean, "tasks_asked": exam.tasks}
 
 
 def read_card(checkpoint: str) -> dict[str, Any] | None:

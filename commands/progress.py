@@ -14,10 +14,17 @@ HEARTBEAT_S = 30.0
 class Progress:
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._noted: set[str] = set()
 
     def say(self, line: str) -> None:
         """One line that stays. The text is shown as it is, never as markup."""
         self._console.print(escape(line), highlight=False)
+
+    def note(self, text: str) -> None:
+        """Say ``text``, once however often it is noted."""
+        if text not in self._noted:
+            self._noted.add(text)
+            self.say(f"note: {text}")
 
     @contextmanager
     def stage(self, name: str, total: int = 0) -> Generator[Callable[[int], None]]:

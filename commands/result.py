@@ -48,7 +48,9 @@ def conclude(
     def total(key: str) -> int:
         return int(sum(metrics.get(key, 0.0) for metrics in rounds))
 
-    warm = read_json(kept.path(BASE) / STORY) if kept.has(f"{BASE}/{STORY}") else None
+    warm: dict[str, Any] | None = None
+    if kept.has(f"{BASE}/{STORY}"):
+        warm = {k: v for k, v in read_json(kept.path(BASE) / STORY).items() if k != "key"}
     training = sum(sum(seconds(metrics).values()) for metrics in rounds)
     validation = sum(seconds(metrics).get("validation", 0.0) for metrics in rounds)
     examining = sum(exam.wall_s for exam in exams.values())

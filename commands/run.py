@@ -23,11 +23,11 @@ from ..core.rollout import failures_by_name, rollouts
 from ..core.run import Run, iteration_name
 from ..core.seeds import derive
 from ..core.store import TRAJECTORIES, write_trajectories
-from ..core.types import Judged, Metrics, Stop
+from ..core.types import Judged, Metrics, Stop, Task
 from ..core.worlds import Worlds, open_worlds
-from .base import made_here, prepare
+from .base import key_of, made_as, made_here, prepare
 from .cast import Cast
-from .evaluate import examine, tokens_sampled
+from .evaluate import drawn, exam_tasks, examine, tokens_sampled
 from .progress import Progress
 from .ready import check
 from .report import report
@@ -35,6 +35,10 @@ from .result import BASE, conclude, phase_base, phase_name, points, seconds
 
 PATIENCE = 3
 """Iterations in a row from which nothing could be learned, after which a run stops."""
+
+
+LOOKED_AT = 32
+"""Training tasks that a run looks at before it plays anything."""
 
 
 class Alarm(Exception):
@@ -67,6 +71,7 @@ async def run(recipe: Recipe, output: Path, console: Console, hire: Hire = alone
             return read_json(kept.path("result.json"))
         check(recipe, str(kept.path(BASE)) if kept.has(BASE) else policy_of(recipe).model)
         async with await open_worlds(recipe.environment.use, settings, recipe.fleet) as worlds:
+            look_at_tasks(recipe, worlds, progress)
             judge: Judge = recipe.judge.make(worlds.sample)
             base = await begun(recipe, worlds, kept, progress, hire)
             cast = Cast(recipe, worlds, recipe.agent.make(), judge, progress, hire)
@@ -79,12 +84,34 @@ async def run(recipe: Recipe, output: Path, console: Console, hire: Hire = alone
         return result
 
 
+def look_at_tasks(recipe: Recipe, worlds: Worlds, progress: Progress) -> None:
+    """Before anything is played: all that is evaluated on, and some of what is trained on.
+
+    Raises:
+        WorldError: some are no tasks, or two share an id.
+    """
+    settings = recipe.evaluation
+    exam_tasks(worlds, settings.split, settings.tasks, recipe.seed, progress)
+    if settings.every:
+        validation_tasks(recipe, worlds, progress)
+    if len(tasks := worlds.tasks("train")):
+        draw(tasks, LOOKED_AT, derive(recipe.seed, "look"))
+
+
+def validation_tasks(recipe: Recipe, worlds: Worlds, progress: Progress) -> list[Task]:
+    count, seed = recipe.evaluation.validation_tasks, derive(recipe.seed, "validation")
+    return drawn(worlds, "validation", count, seed, progress)
+
+
 async def begun(recipe: Recipe, worlds: Worlds, kept: Run, progress: Progress, hire: Hire) -> str:
     """The base model: a plain one, that is no adapter, nor a run.
 
     One made here is kept with the run, which then needs no other place; and so is what an adapter
     makes of its base, as what is learned stands on both.
     """
+    made_anew = made_here(policy_of(recipe)) and not kept.begun
+    if kept.has(BASE) and made_anew and made_as(kept.path(BASE)) != key_of(recipe):
+        kept.discard(BASE)  # Of a world that was another one then.
     if not kept.has(BASE):
         made = await prepare(recipe, worlds, progress, hire)
         plain, adapters = layers_of(made)
@@ -266,7 +293,7 @@ async def play(cast: Cast, plan: Plan, index: int) -> list[Judged]:
     if not plan.tasks:
         return []
     seed = derive(cast.recipe.seed, "iteration", index)
-    tasks = draw(cast.worlds.tasks("train"), plan.tasks, derive(seed, "tasks"))
+    tasks = drawn(cast.worlds, "train", plan.tasks, derive(seed, "tasks"), cast.progress)
     begin = starts(tasks, plan.attempts, seed, plan.turns)
     what = f"iteration {index + 1}: playing"
     return await cast.round(cast.called(plan.player), begin, seed, what)
@@ -362,7 +389,7 @@ async def validated(cast: Cast, index: int) -> Metrics:
         return {}
     clock = Clock()
     seed = derive(cast.recipe.seed, "validation")
-    tasks = draw(cast.worlds.tasks("validation"), settings.validation_tasks, seed)
+    tasks = validation_tasks(cast.recipe, cast.worlds, cast.progress)
     player = cast.player(settings.temperature)
     played = await rollouts(player, cast.worlds, starts(tasks, 1, seed), seed)
     return {

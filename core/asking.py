@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from .checked import checked_completion
 from .errors import PolicyError
 from .protocols import HasEmbeddings, Policy
 from .rollout import Failures, deadline
@@ -36,13 +37,15 @@ class Patient:
     ) -> Completion:
         async with deadline(self.timeout_s, "the policy's completion"):
             said = await self.policy.complete(prompt, sampling, seed)
+        checked_completion(said, self.checkpoint)
         if self.told:
             self.told(said)
         return said
 
     async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
         async with deadline(self.timeout_s, "the policy's log-probabilities"):
-            return await self.policy.score(prompt, said)
+            scored = await self.policy.score(prompt, said)
+        return checked_completion(scored, self.checkpoint)
 
     async def load(self, checkpoint: Path | None) -> None:
         await self.policy.load(checkpoint)

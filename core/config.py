@@ -2,13 +2,16 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from .checked import all_unicode
 
 
 class Config(BaseModel):
     """Base of every config: frozen, unknown keys refused, nothing coerced from the wrong type."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    _unicode = field_validator("*")(all_unicode)
 
 
 class Use(BaseModel):

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 
+from .checked import same
 from .errors import WorldError
 from .seeds import derive
 from .types import Start, Task
@@ -12,7 +13,7 @@ def draw(tasks: Sequence[Task], count: int, seed: int) -> list[Task]:
     """``count`` tasks with distinct ids, in random order; fewer if there seem to be no more.
 
     Raises:
-        WorldError: the split is empty.
+        WorldError: the split is empty, or two different tasks of those looked at share an id.
     """
     if not len(tasks):
         raise WorldError("the split holds no tasks")
@@ -27,7 +28,7 @@ def draw(tasks: Sequence[Task], count: int, seed: int) -> list[Task]:
     chosen: dict[str, Task] = {}
     for index in indices:
         task = tasks[index]
-        chosen.setdefault(task.id, task)
+        same(chosen.setdefault(task.id, task), task)
         if len(chosen) == count:
             break
     return list(chosen.values())

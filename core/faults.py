@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from .checked import all_unicode
 from .plugins import nearest
 from .strict_yaml import KeyPath
 
@@ -51,6 +52,14 @@ def validate(
     Args:
         also: keys that may stand beside the model's own, to be named when one is misspelled.
     """
+    half: list[tuple[KeyPath, str]] = []
+    for key, value in values.items():
+        try:
+            all_unicode(value)
+        except ValueError as error:
+            half.append(((key,), str(error)))
+    if half:
+        return None, half
     try:
         # As JSON, so that a strict model takes a list for a tuple and text for a path or an enum.
         return model.model_validate_json(json.dumps(values)), []

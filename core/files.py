@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -32,10 +33,44 @@ def atomic_write(path: Path) -> Generator[IO[bytes]]:
         draft.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        raise DiskError(f"cannot write {path}: {error.strerror or error}") from error
+        # Arrow's errors have a number, but words of its own.
+        said = os.strerror(error.errno) if error.errno else str(error)
+        raise DiskError(f"cannot write {path}: {said}") from error
     finally:
         with suppress(OSError):  # it is renamed if all went well
             draft.unlink()
+
+
+def check_writable(folder: Path, advice: str) -> None:
+    """Make ``folder``, and try to write a file in it, which is removed again.
+
+    To be called before the work whose outcome is to lie there.
+
+    Raises:
+        StoreError: it cannot be; ``advice`` says what to do.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=DRAFT) as file:
+            file.write(b"x")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise StoreError(f"cannot write to {folder}: {error.strerror or error}; {advice}") from None
+
+
+def read_words(path: Path) -> str:
+    """The text of somebody's file, in UTF-8, its line ends as they are; without a byte-order mark.
+
+    Raises:
+        ValueError: it cannot be read, or is in another encoding.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8: {error.reason} at byte {error.start}") from error
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from itertools import groupby
 
+from .checked import checked_verdicts, mended
 from .config import JudgeConfig
 from .errors import JudgeError
 from .protocols import Judge
@@ -39,10 +40,11 @@ async def judged(
         async with room:
             try:
                 async with deadline(config.timeout_s, "the judge"):
-                    return checked(await judge.judge(group), len(group))
+                    return checked_verdicts(await judge.judge(group), len(group))
             except Exception as cause:
                 failures.add(cause)
-                return [Verdict(None, f"{type(cause).__name__}: {cause}", BROKEN)] * len(group)
+                words = mended(f"{type(cause).__name__}: {cause}")
+                return [Verdict(None, words, BROKEN)] * len(group)
 
     try:
         async with asyncio.TaskGroup() as several:
@@ -54,15 +56,3 @@ async def judged(
         for group, task in zip(groups, tasks, strict=True)
         for trajectory, verdict in zip(group, task.result(), strict=True)
     ]
-
-
-def checked(verdicts: Sequence[Verdict], wanted: int) -> list[Verdict]:
-    """The verdicts, if they are what a judge should give. Raises: ValueError: they are not."""
-    if len(verdicts) != wanted:
-        raise ValueError(f"{len(verdicts)} verdicts for {wanted} trajectories")
-    for verdict in verdicts:
-        if verdict.score is not None and not 0 <= verdict.score <= 1:
-            raise ValueError(
-                f"a score of {verdict.score}; wanted one in [0, 1], or None if undecided"
-            )
-    return list(verdicts)

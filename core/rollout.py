@@ -10,8 +10,9 @@ from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, n
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from .checked import checked_completion, mended, no_text
 from .config import Fleet, Rollout
-from .errors import Late, TooManyFailures, WorkerLost, WorldError
+from .errors import Late, PolicyError, TooManyFailures, WorkerLost, WorldError
 from .protocols import Agent, Policy
 from .seeds import derive
 from .types import (
@@ -80,7 +81,11 @@ class PolicyPlayer:
     async def answer(
         self, task: Task, history: Sequence[Step], observation: Observation, seed: int
     ) -> Action:
-        """What it does; no world is needed for that."""
+        """What it does; no world is needed for that.
+
+        Raises:
+            PolicyError: what was said, or what the agent made of it, is no text.
+        """
         sampling = self.sampling
         if self.listed and observation.actions:
             sampling = Sampling(
@@ -94,8 +99,11 @@ class PolicyPlayer:
         version = self.version()
         async with deadline(self.timeout_s, "the policy's completion"):
             completion = await self.policy.complete(prompt, sampling, seed)
-        completion = replace(completion, version=version)
-        return Action(self.agent.parse(completion.text), completion)
+        completion = replace(checked_completion(completion, self.name), version=version)
+        text = self.agent.parse(completion.text)
+        if fault := no_text(text):
+            raise PolicyError(f"{type(self.agent).__name__}.parse gave {fault}; wanted a str")
+        return Action(text, completion)
 
 
 @dataclass(frozen=True)
@@ -454,7 +462,7 @@ def failed(start: Start, steps: Sequence[Step], policy: str, cause: BaseExceptio
         start.seed,
         start.attempt,
         min(len(start.prefix), len(steps)),
-        error=f"{type(cause).__name__}: {cause}",
+        error=mended(f"{type(cause).__name__}: {cause}"),
     )
 
 

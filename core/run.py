@@ -78,12 +78,12 @@ class Run:
         try:
             _refuse_other(folder, recipe, differences)  # another process may have begun meanwhile
             _remove_drafts(folder)
-            if not _begun(folder):
+            if not run.begun:
                 stored = dict[str, Any]()
                 if run.has("recipe.json"):
                     stored = cast("dict[str, Any]", read_json(folder / "recipe.json"))
                 if differences(stored, _plain(recipe)):
-                    _discard(folder / "base")  # another recipe's
+                    run.discard("base")  # another recipe's
                 write_json(folder / "recipe.json", recipe)
         except BaseException:
             run.close()
@@ -98,6 +98,11 @@ class Run:
             StoreError: One is missing before the last.
         """
         return len(iterations(self.folder))
+
+    @property
+    def begun(self) -> bool:
+        """Whether an evaluation or an iteration is committed."""
+        return _begun(self.folder)
 
     def path(self, name: str) -> Path:
         """Where ``name`` (``iterations/0003``, ``result.json``) lies, there or not yet."""
@@ -134,6 +139,15 @@ class Run:
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
+
+    def discard(self, name: str) -> None:
+        """Remove a committed folder; killed meanwhile, it is a draft and no half of a whole."""
+        path = self.path(name)
+        if path.exists():
+            draft = path.with_name(DRAFT + path.name)
+            with _naming(path):
+                path.rename(draft)
+                shutil.rmtree(draft)
 
     def close(self) -> None:
         """Let go of the lock."""
@@ -200,15 +214,6 @@ def _refuse_other(folder: Path, recipe: dict[str, Any], differences: Differences
             f"{folder} holds a run of another recipe; {_ADVICE}. Stored there and wanted now:\n"
             + "\n".join(f"  {line}" for line in lines)
         )
-
-
-def _discard(path: Path) -> None:
-    """Remove a committed folder; killed meanwhile, it is a draft and no half of a whole."""
-    if path.exists():
-        draft = path.with_name(DRAFT + path.name)
-        with _naming(path):
-            path.rename(draft)
-            shutil.rmtree(draft)
 
 
 def _plain(recipe: dict[str, Any]) -> dict[str, Any]:

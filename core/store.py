@@ -118,7 +118,8 @@ def write_trajectories(path: Path, judged: Sequence[Judged], images: Path) -> No
     except (pa.ArrowException, UnicodeError, OverflowError, TypeError) as error:
         raise StoreError(f"cannot write {path}: {_culprit(judged, rows) or error}") from error
     with atomic_write(path) as file:
-        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+        # By its name: Arrow's threads, given a file of Python's, may outlive the interpreter.
+        pq.write_table(table, str(file.name), compression="zstd", write_page_checksum=True)
 
 
 def read_trajectories(path: Path, images: Path | None = None) -> list[Judged]:
@@ -211,8 +212,9 @@ class _Album:
 def _table(path: Path) -> tuple[Any, str]:
     """The checked table, and the name of its images' folder."""
     try:
-        with path.open("rb") as file:
-            table = pq.read_table(file, page_checksum_verification=True)
+        # No file of Python's: Arrow's threads may outlive the interpreter, and then abort it.
+        with pa.OSFile(str(path), "rb") as file:
+            table = pq.ParquetFile(file, page_checksum_verification=True).read()
         metadata = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
     except FileNotFoundError:
         raise StoreError(f"{path} is missing") from None

@@ -17,18 +17,19 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, BinaryIO
 
-from .plugins import load
-from .types import Observation, Task, TimeStep
-from .worlds import (
-    GRACE_S,
+from .checked import (
+    Tasks,
+    UnreadableTask,
+    checked_action,
+    checked_answer,
     checked_expert,
     checked_observation,
-    checked_text,
     checked_time_step,
-    made,
-    offered,
-    told,
+    readable,
 )
+from .plugins import load
+from .types import Observation, Task, TimeStep
+from .worlds import GRACE_S, made, offered, told
 
 OPTIONAL = ("expert", "random", "answer", "without_oracle")
 PR_SET_PDEATHSIG = 1
@@ -68,10 +69,10 @@ class Server:
         number, what = question.pop("id"), question.pop("call")
         try:
             method: Callable[..., Awaitable[Any]] = getattr(self, f"on_{what}")
-            answer = {"id": number, "value": await method(**question)}
+            answer = json.dumps({"id": number, "value": await method(**question)})
         except (Exception, asyncio.CancelledError) as error:
-            answer = {"id": number, "error": told(error)}
-        self._out.write(json.dumps(answer).encode() + b"\n")
+            answer = json.dumps({"id": number, "error": told(error)})
+        self._out.write(answer.encode() + b"\n")
         self._out.flush()
 
     async def on_open(
@@ -93,15 +94,16 @@ class Server:
 
     async def on_task(self, split: str, index: int) -> list[Any]:
         task = self._task(split, index)
-        return [task.id, task.instruction, task.max_steps]
+        fault = task.fault if isinstance(task, UnreadableTask) else ""
+        return [task.id, task.instruction, task.max_steps, fault]
 
     async def on_answer(self, split: str, index: int, action: str) -> str | None:
-        return self._any().answer(self._task(split, index), action)
+        return checked_answer(self._any().answer(self._task(split, index), action), self._name)
 
     async def on_reset(
         self, instance: int, split: str, index: int, seed: int, max_steps: int
     ) -> Any:
-        task = self._task(split, index)
+        task = readable(self._task(split, index))
         if task.max_steps != max_steps:
             task = replace(task, max_steps=max_steps)
         reset = self._instances[instance].reset(task, seed)
@@ -117,7 +119,7 @@ class Server:
 
     async def on_random(self, instance: int, seed: int) -> str:
         draw = offered(self._instances[instance], "random", self._name)
-        return checked_text(await self._run(instance, draw(seed)), self._name)
+        return checked_action(await self._run(instance, draw(seed)), self._name, "random")
 
     async def on_drop(self, instance: int) -> None:
         if running := self._running.pop(instance, None):
@@ -151,7 +153,7 @@ class Server:
 
     def _split(self, split: str) -> Sequence[Task]:
         if split not in self._splits:
-            self._splits[split] = self._any().tasks(split)
+            self._splits[split] = Tasks(self._any().tasks(split), self._name, split)
         return self._splits[split]
 
     def _task(self, split: str, index: int) -> Task:

@@ -15,14 +15,23 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Protocol, Self, cast, overload
+from typing import Any, Protocol, Self
 
+from .checked import (
+    Tasks,
+    UnreadableTask,
+    checked_action,
+    checked_expert,
+    checked_observation,
+    checked_time_step,
+    readable,
+)
 from .config import Fleet
 from .errors import WorkerLost, WorldError
 from .plugins import load
@@ -34,7 +43,6 @@ LOSSES = 3
 """How often a worker of a cluster may be lost before what was asked of it counts as failed."""
 LAST_WORDS = 12
 """Lines of a dead process's standard error that its error message quotes."""
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class World(Protocol):
@@ -62,7 +70,7 @@ class Host(Protocol):
     def sample(self) -> Any: ...
     @property
     def processes(self) -> list[int]: ...
-    def tasks(self, split: str) -> Sequence[Task]: ...
+    def tasks(self, split: str) -> Any: ...
     async def open(self) -> None: ...
     async def add(self) -> World: ...
     async def drop(self, world: World) -> None: ...
@@ -124,7 +132,8 @@ class Worlds:
         return self._host.processes
 
     def tasks(self, split: str) -> Sequence[Task]:
-        return self._host.tasks(split)
+        """Each is looked at when it is asked for; see ``core.checked``."""
+        return Tasks(self._host.tasks(split), self._name, split)
 
     @asynccontextmanager
     async def lease(self) -> AsyncGenerator[World]:
@@ -253,7 +262,8 @@ class InlineWorld:
 
     async def reset(self, task: Task, seed: int) -> Observation:
         with call_to(self):
-            return checked_observation(await self.instance.reset(task, seed), self._name)
+            seen = await self.instance.reset(readable(task), seed)
+            return checked_observation(seen, self._name)
 
     async def step(self, action: str) -> TimeStep:
         with call_to(self):
@@ -265,9 +275,8 @@ class InlineWorld:
 
     async def random(self, seed: int) -> str:
         with call_to(self):
-            return checked_text(
-                await offered(self.instance, "random", self._name)(seed), self._name
-            )
+            drawn = await offered(self.instance, "random", self._name)(seed)
+            return checked_action(drawn, self._name, "random")
 
     async def close(self) -> None:
         self.gone = True
@@ -295,7 +304,7 @@ class InlineHost:
         self._sample = self._make()
         self._spare.append(self._sample)
 
-    def tasks(self, split: str) -> Sequence[Task]:
+    def tasks(self, split: str) -> Any:
         return self._sample.tasks(split)
 
     async def add(self) -> World:
@@ -328,7 +337,7 @@ class RemoteTask(Task):
     index: int
 
 
-class RemoteTasks(Sequence[RemoteTask]):
+class RemoteTasks:
     """A split of a world in another process; items are fetched when asked for."""
 
     def __init__(self, host: "ProcessHost", split: str) -> None:
@@ -339,19 +348,13 @@ class RemoteTasks(Sequence[RemoteTask]):
     def __len__(self) -> int:
         return self._length
 
-    @overload
-    def __getitem__(self, index: int) -> RemoteTask: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[RemoteTask]: ...
-    def __getitem__(self, index: int | slice) -> RemoteTask | Sequence[RemoteTask]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self._length))]
-        place = index + self._length if index < 0 else index
-        if not 0 <= place < self._length:
-            raise IndexError(f"{self._split} has {self._length} tasks, no {index}")
-        fields = self._host.ask_now("task", split=self._split, index=place)
-        name, instruction, max_steps = fields
-        return RemoteTask(name, instruction, max_steps, self._split, place)
+    def __getitem__(self, index: int) -> Task:
+        """``index``: from 0 to the length, not from the end."""
+        asked = self._host.ask_now("task", split=self._split, index=index)
+        name, instruction, max_steps, fault = asked
+        if fault:
+            return UnreadableTask(name, instruction, max_steps, fault)
+        return RemoteTask(name, instruction, max_steps, self._split, index)
 
 
 class RemoteSample:
@@ -363,7 +366,7 @@ class RemoteSample:
         for name in offers:
             setattr(self, name, getattr(self, f"_{name}"))
 
-    def tasks(self, split: str) -> Sequence[Task]:
+    def tasks(self, split: str) -> RemoteTasks:
         return self._host.tasks(split)
 
     def _answer(self, task: Task, action: str) -> str | None:
@@ -452,7 +455,7 @@ class ProcessHost:
         offers = await self._opened(self._start())
         self._sample = RemoteSample(self, offers)
 
-    def tasks(self, split: str) -> Sequence[Task]:
+    def tasks(self, split: str) -> RemoteTasks:
         if split not in self._tasks:
             self._tasks[split] = RemoteTasks(self, split)
         return self._tasks[split]
@@ -627,7 +630,8 @@ class LocalWorker:
 
     def _hear(self) -> None:
         assert self._process.stdout
-        with suppress(ValueError):  # no JSON: treated as a death
+        # No JSON, or none of ours: treated as a death.
+        with suppress(ValueError, LookupError, TypeError):
             for line in self._process.stdout:
                 self._settle(json.loads(line))
         self._bury()
@@ -694,6 +698,7 @@ def offered(instance: Any, method: str, world: str) -> Any:
 
 
 def place_of(task: Task) -> tuple[str, int]:
+    task = readable(task)
     if not isinstance(task, RemoteTask):
         raise WorldError(
             f"task {task.id!r} is a {type(task).__name__}; a world in its own process plays the "
@@ -723,70 +728,3 @@ def raised(kind: str, text: str, traceback: str) -> WorldError:
 def observation_from(fields: dict[str, Any]) -> Observation:
     images = tuple(base64.b64decode(image) for image in fields["images"])
     return Observation(fields["text"], images, tuple(fields["actions"]))
-
-
-def checked_observation(value: object, world: str) -> Observation:
-    """``value``, if it is what ``reset`` should give.
-
-    Raises:
-        WorldError: it is not; the message says what came and what is right.
-    """
-    if not isinstance(value, Observation):
-        raise WorldError(f"{world} gave {_said(value)}; wanted an Observation")
-    text, images, actions = _loose(value.text), _loose(value.images), _loose(value.actions)
-    if not isinstance(text, str):
-        raise WorldError(f"{world}: Observation.text is {_said(text)}; wanted a str")
-    if not _all(images, _is_png):
-        raise WorldError(f"{world}: Observation.images is {_said(images)}; wanted PNG bytes")
-    if not _all(actions, lambda action: isinstance(action, str)):
-        raise WorldError(f"{world}: Observation.actions is {_said(actions)}; wanted a tuple of str")
-    return value
-
-
-def checked_time_step(value: object, world: str) -> TimeStep:
-    """``value``, if it is what ``step`` should give; its reward made a float.
-
-    Raises:
-        WorldError: it is not; the message says what came and what is right.
-    """
-    if not isinstance(value, TimeStep):
-        raise WorldError(f"{world} gave {_said(value)}; wanted a TimeStep")
-    checked_observation(value.observation, world)
-    reward = _loose(value.reward)
-    if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
-        raise WorldError(f"{world}: TimeStep.reward is {_said(reward)}; wanted a finite float")
-    for field in ("terminated", "truncated", "success"):
-        flag = getattr(value, field)
-        if not isinstance(flag, bool):
-            raise WorldError(f"{world}: TimeStep.{field} is {_said(flag)}; wanted a bool")
-    if value.success and not value.terminated:
-        raise WorldError(f"{world}: TimeStep.success without terminated; success ends an episode")
-    return replace(value, reward=float(reward))
-
-
-def checked_expert(value: object, world: str) -> str | None:
-    return None if value is None else checked_text(value, world)
-
-
-def checked_text(value: object, world: str) -> str:
-    if not isinstance(value, str):
-        raise WorldError(f"{world} gave {_said(value)}; wanted an action, a str")
-    return value
-
-
-def _loose(value: object) -> object:
-    """Forget what the type should be: that is what is being checked."""
-    return value
-
-
-def _all(values: object, right: Callable[[object], bool]) -> bool:
-    return isinstance(values, tuple) and all(map(right, cast(tuple[object, ...], values)))
-
-
-def _is_png(value: object) -> bool:
-    return isinstance(value, bytes) and value.startswith(PNG)
-
-
-def _said(value: object) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"

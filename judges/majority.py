@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ..core.checked import answer_of
 from ..core.config import JudgeConfig
 from ..core.protocols import HasAttempts
 from ..core.statistics import majority
@@ -45,5 +46,5 @@ class MajorityJudge:
             return None
         action = trajectory.steps[-1].action.text
         if isinstance(self._world, HasAttempts):
-            return self._world.answer(trajectory.task, action)
+            return answer_of(self._world, trajectory.task, action)
         return action.strip() or None

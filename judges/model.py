@@ -9,8 +9,10 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ..core.asking import yes_share
+from ..core.checked import answer_of
 from ..core.config import JudgeConfig
 from ..core.errors import JudgeError
+from ..core.files import read_words
 from ..core.protocols import HasAttempts, Policy
 from ..core.seeds import derive
 from ..core.types import Completion, Message, Sampling, Stop, Trajectory, Verdict
@@ -56,9 +58,9 @@ class ModelJudgeConfig(JudgeConfig):
     def words(self) -> str:
         """The rubric. Raises: ValueError: it is no text."""
         try:
-            return Path(self.rubric).read_text("utf-8") if self.rubric else RUBRIC
-        except (OSError, UnicodeDecodeError) as cause:
-            raise ValueError(f"cannot read the rubric file {self.rubric!r}: {cause}") from None
+            return read_words(Path(self.rubric)) if self.rubric else RUBRIC
+        except ValueError as cause:
+            raise ValueError(f"cannot read the rubric file: {cause}") from None
 
 
 class Asks:
@@ -116,7 +118,7 @@ class ModelJudge(Asks):
         last = trajectory.steps[-1].action.text
         if self._config.shows == "answer":
             if isinstance(self._world, HasAttempts):
-                last = self._world.answer(trajectory.task, last) or ""
+                last = answer_of(self._world, trajectory.task, last) or ""
             return cleaned(last)
         if not cleaned(last):
             return ""

@@ -5,6 +5,7 @@ from itertools import combinations
 from typing import Any
 
 from ..core.asking import yes_share
+from ..core.checked import answer_of
 from ..core.config import JudgeConfig
 from ..core.protocols import HasAttempts, Policy
 from ..core.types import Message, Stop, Trajectory, Verdict
@@ -59,7 +60,7 @@ class PairwiseJudge(Asks):
     def _answer(self, trajectory: Trajectory) -> str:
         last = trajectory.steps[-1].action.text if trajectory.steps else ""
         if isinstance(self._world, HasAttempts):
-            last = self._world.answer(trajectory.task, last) or ""
+            last = answer_of(self._world, trajectory.task, last) or ""
         return cleaned(last)
 
 

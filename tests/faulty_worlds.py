@@ -6,6 +6,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 from selfwright.core.config import Config
@@ -13,6 +14,8 @@ from selfwright.core.types import Observation, Task, TimeStep
 
 PICTURE = b"\x89PNG\r\n\x1a\n and so on"
 LEAK_BYTES = 2**20
+HALF = "\ud83d"
+"""Half of an emoji: a str that is no Unicode."""
 
 
 class FaultyConfig(Config):
@@ -45,22 +48,37 @@ class Faulty:
     def tasks(self, split: str) -> Sequence[Task]:
         home = "everywhere" if self.fault == "shared tasks" else split
         steps = 0 if self.fault == "no steps" else 4
-        return [Task(f"{home} {i}", f"Say right, {i}.", steps) for i in range(40)]
+        tasks = [Task(f"{home} {i}", f"Say right, {i}.", steps) for i in range(40)]
+        match self.fault:
+            case "numbers":
+                return [replace(task, id=cast(str, k)) for k, task in enumerate(tasks)]
+            case "namesakes":
+                return [replace(task, id=f"{home} {k % 4}") for k, task in enumerate(tasks)]
+            case "half id":
+                return [replace(task, id=task.id + HALF) for task in tasks]
+            case "half instruction":
+                return [replace(task, instruction=HALF + task.instruction) for task in tasks]
+            case _:
+                return tasks
 
     async def reset(self, task: Task, seed: int) -> Observation:
         self.turn = 0
         if self.fault == "leak":
             self.hoard.append(os.urandom(LEAK_BYTES))
+        if self.fault == "narrow" and seed >= 2**32:
+            raise ValueError("Seed must be between 0 and 2**32 - 1")
         drawn = random.Random() if self.fault == "moody" else random.Random(seed)
         self.drawn = drawn.random()
-        return Observation(f"{task.id}: {self.drawn}", (PICTURE,))
+        actions = ("left", HALF) if self.fault == "half list" else ()
+        half = HALF if self.fault == "half reset" else ""
+        return Observation(f"{task.id}: {self.drawn}{half}", (PICTURE,), actions)
 
     async def step(self, action: str) -> TimeStep:
         self.turn += 1
         if action == "fault" or self.fault.startswith("always"):
             await self._go_wrong()
         right = action == "right"
-        observation = Observation(f"{self.turn}: {action}")
+        observation = Observation(f"{self.turn}: {action}{HALF * (self.fault == 'half step')}")
         reward = 2.0 if right and self.fault == "generous" else float(right)
         if self.fault == "rubbish" and action == "fault":
             return cast(TimeStep, {"reward": 1})
@@ -70,6 +88,8 @@ class Faulty:
 
     async def _go_wrong(self) -> None:
         match self.fault:
+            case "always half words":
+                raise ValueError(f"half of it: {HALF}")
             case "raise":
                 raise ZeroDivisionError("the world fell off its edge")
             case "hang":
@@ -92,12 +112,16 @@ class Faulty:
     async def random(self, seed: int) -> str:
         if self.fault == "pensive":
             await asyncio.sleep(60)
+        if self.fault == "half random":
+            return HALF
         return random.Random(seed).choice(["left", "wrong", "right"])
 
     async def expert(self) -> str | None:
         if self.fault == "pensive":
             await asyncio.sleep(60)
         await asyncio.sleep(0)
+        if self.fault == "half expert":
+            return HALF
         return "left" if self.fault == "liar" else "right"
 
 
@@ -151,6 +175,8 @@ class Sum:
         return random.Random(seed).choice(["1", "2", "3"])
 
     def answer(self, task: Task, action: str) -> str | None:
+        if self.config.fault == "half answer" and action == "2":
+            return HALF
         return action if action.isdigit() else None
 
     def without_oracle(self) -> Any:

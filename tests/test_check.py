@@ -58,6 +58,12 @@ def test_a_sound_world_keeps_the_contract(name: str, config: dict[str, Any]) -> 
     [
         ("Apart", "no start", "opens", "the licence has run out"),
         ("Faulty", "no steps", "tasks", "max_steps is 0; wanted an int of at least 1"),
+        ("Faulty", "numbers", "tasks", "train[0].id is 0; wanted a text"),
+        ("Faulty", "namesakes", "splits", "two tasks are called 'train 0': 'Say right, 0.'"),
+        ("Faulty", "half id", "tasks", "train[0].id is no Unicode: U+D83D at character 7"),
+        ("Faulty", "half reset", "answers", "Observation.text is no Unicode: U+D83D at character"),
+        ("Faulty", "narrow", "answers", "ValueError: Seed must be between 0 and 2**32 - 1"),
+        ("Sum", "half answer", "no oracle", "answer() is no Unicode: U+D83D at character 0"),
         ("Faulty", "shared tasks", "splits", "is in train and in validation"),
         ("Faulty", "moody", "same process", "does not repeat itself: after reset once"),
         ("Faulty", "moody", "two processes", "does not repeat itself"),

@@ -47,6 +47,7 @@ MISTAKES = [
     ("run broken.yaml", "broken.yaml:2: not valid YAML"),
     ("run nowhere.yaml", "nowhere.yaml: no such file, nor a recipe that comes with selfwright"),
     ("run .", ".: is a folder; a recipe is a YAML file"),
+    ('run good.yaml -o agent.system="\\ud83d"', "agent.system: no Unicode: U+D83D at character 0"),
     ("run bad.yaml -o trainer", "-o trainer: wanted key.path=value, such as trainer.use=rise"),
     ("run bad.yaml -o", "Option '-o' requires an argument"),
     ("run bad.yaml -o environment.numbers=x", "numbers: wanted a whole number, got the text 'x'"),
@@ -68,6 +69,12 @@ MISTAKES = [
     ("evaluate ./nothing --environment countdown", "there is no checkpoint at ./nothing"),
     ("evaluate expert --environment countdown -o policy.temperature=1", "--temperature"),
     ("evaluate expert --environment countdown -o trainer.tau=1", "'trainer' is none of them"),
+    ("evaluate expert --environment countdown --output empty.yaml/x", "Not a directory; use"),
+    ("run good.yaml --output empty.yaml/x", "cannot use empty.yaml/x for a run: Not a directory"),
+    (
+        "bench-methods good.yaml -o budget.tokens=9 -o trainer.source=self --output empty.yaml/x",
+        "cannot use empty.yaml/x/good-0 for a run: Not a directory",
+    ),
     ("run good.yaml -o policy.model=./nowhere", "cannot open the model './nowhere'"),
     ("run good.yaml -o policy.model=scratch:100x4", "a width that is a multiple of 32"),
     ("run good.yaml -o environment.largest=2 -o environment.numbers=2", "no puzzle for"),
@@ -87,6 +94,47 @@ def test_a_mistake_is_one_clear_message(
     assert said in err
     assert "Traceback" not in err and "pydantic" not in err
     assert len(err.splitlines()) <= 4, "the recipe's own faults are three"
+
+
+def test_a_cache_that_cannot_be_written_is_said_before_anything_is_made(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, place in (("SELFWRIGHT_CACHE", "empty.yaml/a"), ("HOME", "empty.yaml")):
+        monkeypatch.delenv("SELFWRIGHT_CACHE", raising=False)
+        monkeypatch.setenv(variable, place)
+        assert call(["run", "good.yaml", "--output", variable]) == 2
+        (said,) = capfd.readouterr().err.splitlines()
+        assert said.startswith(f"cannot write to {place}/") and "Not a directory" in said
+        assert said.endswith("set $SELFWRIGHT_CACHE to a folder that can be written to")
+
+
+def test_an_argument_that_is_not_in_utf_8_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    assert call(["evaluate", os.fsdecode(b"caf\xe9"), "--environment", "countdown"]) == 2
+    assert capfd.readouterr().err.startswith("selfwright: 'caf\\udce9' is not in UTF-8")
+
+
+def test_an_evaluation_tells_how_many_tasks_it_was_asked_for(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent)])
+    line = "evaluate expert --environment faulty_worlds:Faulty --json --tasks"
+    for asked, there in ((50, 40), (30, 30)):
+        assert call([*line.split(), str(asked)]) == 0
+        out, err = capfd.readouterr()
+        told = json.loads(out)
+        assert (told["tasks"], told["tasks_asked"]) == (there, asked)
+        note = "note: 50 test tasks were asked for, and the world has 40"
+        assert err.count(note) == (asked == 50)
+
+
+def test_two_tasks_of_one_name_are_not_evaluated_on(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent)])
+    line = "evaluate expert --environment faulty_worlds:Faulty -o environment.fault=namesakes"
+    assert call(line.split()) == 1
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("two tasks are called 'test ") and "Traceback" not in err
 
 
 def script(*arguments: str, code: str = "") -> subprocess.CompletedProcess[str]:

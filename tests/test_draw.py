@@ -48,6 +48,15 @@ def test_endless_and_repetitive_splits() -> None:
         draw([], 1, 0)
 
 
+def test_two_tasks_of_one_name_are_refused_with_both() -> None:
+    namesakes = [Task("one", f"Do {k}.", 3) for k in range(2)]
+    with pytest.raises(WorldError, match=r"two tasks are called 'one': 'Do .\.' .*'Do .\.'"):
+        draw(namesakes, 2, 0)
+    same_words = [Task("one", "Do it.", steps) for steps in (3, 4)]
+    with pytest.raises(WorldError, match=r"\(3 steps\)"):
+        draw(same_words, 2, 0)
+
+
 class Endless(list[Task]):
     """As large as a sequence may be."""
 

@@ -34,7 +34,8 @@ def table_of(exam: Exam, player: Player) -> tuple[Introspection, list[Trajectory
     async def run() -> tuple[Introspection, list[Trajectory]]:
         settings = exam.environment.config.model_dump(mode="json")
         async with await open_worlds(exam.environment.use, settings, exam.fleet) as worlds:
-            tasks = exam_tasks(worlds, exam.split, exam.tasks, exam.seed)
+            progress = Progress(Console(file=io.StringIO()))
+            tasks = exam_tasks(worlds, exam.split, exam.tasks, exam.seed, progress)
             return await introspect(exam, player, worlds, tasks)
 
     return asyncio.run(run())

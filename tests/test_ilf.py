@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 from casting import context_of, episode
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -33,7 +34,7 @@ from selfwright.core.types import (
     Trajectory,
     Verdict,
 )
-from selfwright.trainers.feedback import NO_FEEDBACK, Item, shuffled
+from selfwright.trainers.feedback import NO_FEEDBACK, Item, read_feedback, shuffled
 from selfwright.trainers.ilf import ILF, ILFConfig
 from selfwright.trainers.selection import QUESTIONS, cosine, instruct, pick, shares
 
@@ -379,9 +380,34 @@ def test_feedback_about_tasks_that_are_not_for_training_is_refused(tmp_path: Pat
         made(**keys)
 
 
+@given(
+    st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, max_size=4),
+    st.sampled_from(["\n", "\r\n", "\n\n", " \n\t\r\n"]),
+    st.booleans(),
+    st.booleans(),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_line_ends_where_its_line_feed_stands(
+    words: list[str], end: str, mark: bool, ascii: bool
+) -> None:
+    words = [*words, "U+2028\u2028U+2029\u2029U+0085\x85."]
+    rows = [{"trajectory": 0, "step": 0, "feedback": text} for text in words]
+    text = end.join(json.dumps(row, ensure_ascii=ascii) for row in rows)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "said.jsonl")
+        file.write_bytes(text.encode("utf-8-sig" if mark else "utf-8"))
+        items = read_feedback(file, [failure("a")], 1.0)
+        assert [item.feedback for item in items] == words
+        file.write_bytes(text.encode("utf-16"))
+        with pytest.raises(ValueError, match=r"said\.jsonl is not in UTF-8"):
+            read_feedback(file, [failure("a")], 1.0)
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
+        ({"trajectory": 0, "step": 0, "feedback": "\ud83d"}, "feedback: Input should be a valid"),
+        ("\u2028", "Expecting value"),
         ({"trajectory": 7, "step": 0, "feedback": "x"}, "trajectory 7 is unknown, there are 3"),
         ({"trajectory": 0, "step": 4, "feedback": "x"}, "step 4 of trajectory 0 is none of its 1"),
         ({"trajectory": 2, "step": 0, "feedback": "x"}, "trajectory 2 did not fail"),

@@ -254,6 +254,54 @@ def test_what_a_chat_cannot_be_asked(asked: Any, code: str) -> None:
     with_server(use)
 
 
+HALF = "\ud83d"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", talk(f"x{HALF}")),
+        ("/v1/chat/completions", talk([{"type": "text", "text": HALF}])),
+        ("/v1/chat/completions", talk("x", stop=[HALF])),
+        ("/v1/chat/completions", talk("x", model=HALF)),
+        ("/v1/sessions", {"task": {"instruction": HALF}}),
+        ("/v1/sessions", {"task": {"instruction": "x", "id": HALF}}),
+        ("act", seen(HALF)),
+        ("act", seen("x", actions=["y", HALF])),
+        ("/playground/games", {"world": HALF}),
+    ],
+)
+def test_half_of_an_emoji_is_refused_wherever_it_stands(path: str, body: Any) -> None:
+    async def use(client: httpx2.AsyncClient) -> None:
+        kind = {"content-type": "application/json"}
+        to = f"/v1/sessions/{await opened(client)}/act" if path == "act" else path
+        # As other programs escape it: it has no UTF-8.
+        response = await client.post(to, content=json.dumps(body), headers=kind)
+        assert refusal(response) == (400, "invalid_request")
+
+    with_server(use)
+
+
+class Halves(Echo):
+    """Says what is no text."""
+
+    async def complete(
+        self, prompt: Sequence[Message], sampling: Sampling, seed: int
+    ) -> Completion:
+        return Completion(HALF)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_policy_that_says_half_an_emoji_could_not_answer(stream: bool) -> None:
+    async def use(client: httpx2.AsyncClient) -> None:
+        response = await client.post("/v1/chat/completions", json=talk("x", stream=stream))
+        assert refusal(response) == (503, "policy_failed")
+        acted = await client.post(f"/v1/sessions/{await opened(client)}/act", json=seen())
+        assert refusal(acted) == (503, "policy_failed")
+
+    with_server(use, Halves)
+
+
 def test_another_model_is_not_found() -> None:
     async def use(client: httpx2.AsyncClient) -> None:
         response = await client.post("/v1/chat/completions", json=talk("x", model="gpt"))

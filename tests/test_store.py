@@ -5,6 +5,8 @@
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import hashlib
+import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -183,6 +185,22 @@ def test_what_cannot_be_kept_names_its_trajectory(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="step 0 has a reward or logprob that is NaN"):
         write_trajectories(tmp_path / "a.parquet", [nan], tmp_path / "images")
     assert not (tmp_path / "a.parquet").exists()
+
+
+def test_a_script_that_wrote_and_read_ends_well(tmp_path: Path) -> None:
+    path = tmp_path / "seed=3" / "a.parquet"  # No column of its folder's name.
+    path.parent.mkdir()
+    write_trajectories(path, [episode(b"x")], tmp_path / "images")
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from selfwright.core.store import read_trajectories, write_trajectories\n"
+        "one = read_trajectories(Path(sys.argv[1]))\n"
+        "write_trajectories(Path(sys.argv[1]), one, Path(sys.argv[2]))\n"
+        "assert read_trajectories(Path(sys.argv[1])) == one\n"
+    )
+    command = [sys.executable, "-c", code, str(path), str(tmp_path / "images")]
+    for _ in range(4):
+        assert subprocess.run(command, timeout=60).returncode == 0
 
 
 def test_a_run_reads_as_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

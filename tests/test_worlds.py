@@ -15,6 +15,7 @@ from typing import Any, ClassVar, cast
 import psutil
 import pytest
 
+from selfwright.core.checked import checked_observation, checked_time_step
 from selfwright.core.config import Fleet
 from selfwright.core.errors import PluginError, WorldError
 from selfwright.core.protocols import HasAttempts, HasExpert, HasRandom
@@ -25,8 +26,6 @@ from selfwright.core.worlds import (
     ProcessHost,
     World,
     Worlds,
-    checked_observation,
-    checked_time_step,
     open_worlds,
 )
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..core.asking import ask
 from ..core.errors import RecipeError
+from ..core.files import read_words
 from ..core.protocols import Context
 from ..core.seeds import derive
 from ..core.store import read_trajectories
@@ -21,6 +22,8 @@ QUESTION = (
     "That attempt did not succeed. Say in one or two sentences what is wrong with it and what "
     "would have to change. Do not give the answer itself."
 )
+BLANK = " \t\r"
+"""White space of JSON within a line."""
 NO_FEEDBACK = "That attempt did not succeed. Try again."
 
 
@@ -56,18 +59,16 @@ class Line(BaseModel):
 def read_feedback(path: Path, given: Sequence[Judged], threshold: float) -> list[Item]:
     """The items of a feedback file about the trajectories ``given``.
 
+    A line ends where its line feed stands: JSON may hold other line separators as they are.
+
     Raises:
         ValueError: listing every line that is malformed, or about something that is not there, or
             about an attempt that did not fail.
     """
     items: list[Item] = []
     faults: list[str] = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    for number, text in enumerate(lines, 1):
-        if not text.strip():
+    for number, text in enumerate(read_words(path).split("\n"), 1):
+        if not text.strip(BLANK):
             continue
         try:
             line = Line.model_validate(json.loads(text))

@@ -2,8 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from ...core.checked import all_unicode
 from ...core.config import Config
 from .games import Split
 
@@ -14,6 +15,7 @@ class Loose(BaseModel):
     """Unknown fields are ignored, as OpenAI's servers do."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+    _unicode = field_validator("*")(all_unicode)
 
 
 class TextPart(Loose):

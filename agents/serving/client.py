@@ -17,6 +17,7 @@ from typing import Any, Self, TypeVar
 import httpx2
 from pydantic import BaseModel, ValidationError
 
+from ...core.checked import checked_completion, no_text
 from ...core.errors import PolicyError
 from ...core.types import Action, Completion, Observation, Step, Task
 from ...core.worlds import World
@@ -172,6 +173,9 @@ class Session:
             actions: those legal now; none: free text.
             reward: what the world paid for the action before.
             seed: of this action; None: it follows from the session's.
+
+        Raises:
+            PolicyError: the server refuses, cannot be reached, or answers with no text.
         """
         seen = {
             "text": text,
@@ -187,6 +191,9 @@ class Session:
             told.finish,
             told.tokenizer,
         )
+        checked_completion(said, "the server")
+        if fault := no_text(told.action):
+            raise PolicyError(f"the server's action is {fault}; wanted a str")
         return Acted(Action(told.action, said), told.valid, told.checkpoint, told.step)
 
     async def end(self) -> None:

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from ...core.checked import checked_completion
 from ...core.protocols import HasStream, Policy
 from ...core.tokens import ChatTokens, cut
 from ...core.types import Completion, Message, Sampling
@@ -55,6 +56,7 @@ class Desk:
         sampling = replace(sampling, max_tokens=min(sampling.max_tokens, self._limits.tokens))
         async with self._champion.answering():
             said = await self._said(prompt, sampling, seed, heard)
+        checked_completion(said, self.checkpoint)
         self._metrics.tokens.labels("completion").inc(len(said.token_ids))
         self._metrics.tokens.labels("prompt").inc(self.length(prompt))
         return said
