@@ -100,9 +100,10 @@ class WarmStart(Config):
     skill: float | None = Field(default=None, gt=0, le=1)
     """Stop once this share of validation tasks is solved greedily; None: do all ``updates``."""
     updates: int = Field(default=2000, ge=1)
-    """The most optimiser steps."""
-    seconds: float = Field(default=600.0, gt=0)
-    """The most wall-clock time. A run stopped by time is not exactly repeatable; by skill it is."""
+    """The most optimiser steps. Short of ``skill`` it ends here all the same, with a warning."""
+    seconds: float | None = Field(default=None, exclude=True)
+    """Ends nothing any more, for what came out hung on the machine; older recipes and runs say it.
+    ``updates`` is the bound."""
     demonstrations: int = Field(default=20_000, ge=1)
     """Expert episodes to clone, one per training task."""
     batch_size: int = Field(default=256, ge=1)
