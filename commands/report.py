@@ -75,6 +75,9 @@ class IterationCosts(BaseModel):
 
 class WarmStart(_Part):
     wall_s: float
+    skill: float | None = None
+    """The share of validation tasks that it came to solve."""
+    wanted: float | None = None
 
 
 class PhaseResult(_Part):
@@ -244,6 +247,9 @@ def headline(run: Run) -> tuple[str, str]:
     )
     if compared.verdict == "inconclusive":
         basis += " This may well be chance; the run proves neither gain nor loss."
+    if (warm := result.warm_start) and (warm.skill or 0.0) < (warm.wanted or 0.0):
+        shares = f"{percent(warm.skill or 0.0)}, not the {percent(warm.wanted or 0.0)} asked for"
+        basis += f" Its warm start came to solve {shares}."
     if result.stopped:
         basis += f" The run was stopped {result.stopped}."
     return claim, basis

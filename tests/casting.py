@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from selfwright.agents.chat import Chat, ChatConfig
+from selfwright.commands.base import prepare
+from selfwright.commands.progress import Progress
 from selfwright.commands.run import run
 from selfwright.core.protocols import Context
 from selfwright.core.recipe import read
@@ -24,6 +26,7 @@ from selfwright.core.types import (
     Trajectory,
     Verdict,
 )
+from selfwright.core.worlds import open_worlds
 
 SINGLE = """
 seed: 3
@@ -41,6 +44,25 @@ def played(recipe: Path, overrides: Sequence[str], output: Path) -> dict[str, An
     """The result of a whole run, in this process."""
     console = Console(file=io.StringIO())
     return asyncio.run(run(read(recipe, overrides), output, console))
+
+
+WARM = """scratch:32x1, warm_start: {
+  demonstrations: 800, learning_rate: 5e-3, noise: 0.3, batch_size: 64, KEYS}"""
+"""With mistakes, so that it can go on after one."""
+
+
+def warmed(folder: Path, keys: str) -> tuple[Path, str]:
+    """The base of ``SINGLE``, with those keys of its warm start; and what was said meanwhile."""
+    (folder / "tiny.yaml").write_text(SINGLE.replace("MODEL", WARM.replace("KEYS", keys)))
+    recipe = read(folder / "tiny.yaml")
+    said = io.StringIO()
+
+    async def make() -> str:
+        settings = recipe.environment.config.model_dump(mode="json")
+        async with await open_worlds(recipe.environment.use, settings, recipe.fleet) as worlds:
+            return await prepare(recipe, worlds, Progress(Console(file=said, soft_wrap=True)))
+
+    return Path(asyncio.run(make())), said.getvalue()
 
 
 def context_of(**parts: Any) -> Context:

@@ -1,10 +1,21 @@
 """Models that many tests share: tiny, untrained, made once per session."""
 
+import fcntl
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# Before torch is imported, and for every process that a test starts: several tests run at once, and
+# over matrices this small threads would mostly wait for one another.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+# How long an example takes says how busy the machine is. Whole tests have their time limit.
+settings.register_profile("selfwright", deadline=None)
+settings.load_profile("selfwright")
 
 THINKING = (
     "{% for m in messages %}<|{{ m.role }}|>\n"
@@ -24,13 +35,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     sliding window; ``hybrid``, with a layer of linear attention; ``wide``, with far more logits
     than its tokenizer has tokens; ``vllm``, a ``qwen3`` with heads of a size that vLLM knows.
     """
-    import torch
-
     from selfwright.agents import scratch
     from selfwright.environments.countdown import Countdown, CountdownConfig
 
-    # Threads would mostly wait for one another over matrices this small.
-    torch.set_num_threads(1)
     made: dict[str, Path] = {}
     root = tmp_path_factory.mktemp("models")
 
@@ -51,17 +58,17 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 @pytest.fixture(scope="session")
 def player(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that plays the world of ``casting.SINGLE`` a little."""
-    from casting import SINGLE, played
+    from casting import warmed
 
-    room = tmp_path_factory.mktemp("player")
-    # With mistakes, so that it can go on after one.
-    warm = "warm_start: {updates: 200, demonstrations: 800, learning_rate: 5e-3, noise: 0.3"
-    text = SINGLE.replace("MODEL", f"scratch:32x1, {warm}, batch_size: 64}}")
-    (room / "tiny.yaml").write_text(text)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SELFWRIGHT_CACHE", str(room / "cache"))
-        played(room / "tiny.yaml", ["iterations=1"], room / "run")
-    return room / "run" / "base"
+    room = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        room = room.parent  # All workers': whoever comes first makes it for all.
+    room = room / "player"
+    room.mkdir(exist_ok=True)
+    with (room / "lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        patch.setenv("SELFWRIGHT_CACHE", str(room))
+        return warmed(room, "updates: 200")[0]
 
 
 def _lively(kind: str, scratch_folder: Path, folder: Path) -> None:

@@ -15,6 +15,8 @@ from selfwright.commands.bench import bench, page, planned, render
 from selfwright.core.config import Budget
 from selfwright.core.errors import RecipeError
 
+pytestmark = pytest.mark.method
+
 
 @pytest.fixture
 def recipes(player: Path, tmp_path: Path) -> list[str]:

@@ -12,7 +12,12 @@ from selfwright.commands.check import CheckReport, check, render
 from selfwright.core.config import Fleet
 from selfwright.core.errors import PluginError
 
-GAMES = ("arithmetic", "cookingworld", "mapreader", "peckingorder", "simonsays", "twc")
+GAMES: list[dict[str, Any]] = [
+    {"game": "coin", "parameters": {"numLocations": 4}},
+    {"game": "sorting", "listed": False},
+    *({"game": game} for game in ("arithmetic", "cookingworld", "mapreader")),
+    *({"game": game} for game in ("peckingorder", "simonsays", "twc")),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +39,7 @@ def failed(report: CheckReport) -> dict[str, str]:
     [
         ("countdown", {}),
         ("countdown", {"numbers": 4, "operators": "+-*/"}),
-        ("textworld_express", {"game": "coin", "parameters": {"numLocations": 4}}),
-        ("textworld_express", {"game": "sorting", "listed": False}),
-        *(("textworld_express", {"game": game}) for game in GAMES),
+        *(pytest.param("textworld_express", game, marks=pytest.mark.jvm) for game in GAMES),
         ("faulty_worlds:Faulty", {}),
         ("faulty_worlds:Together", {}),
         ("faulty_worlds:Sum", {}),

@@ -140,7 +140,7 @@ def test_two_tasks_of_one_name_are_not_evaluated_on(
 def script(*arguments: str, code: str = "") -> subprocess.CompletedProcess[str]:
     """The real command, or ``code`` in a fresh interpreter."""
     command = [sys.executable, "-c", code] if code else [str(SCRIPT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
 def test_the_installed_command() -> None:
@@ -228,5 +228,5 @@ def test_an_interrupt_while_waiting_is_one_line() -> None:
     with subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True) as one:
         assert one.stdout and one.stdout.readline() == "ready\n"
         os.kill(one.pid, signal.SIGINT)
-        _, err = one.communicate(timeout=30)
+        _, err = one.communicate(timeout=240)
     assert (one.returncode, err) == (130, "selfwright: interrupted\n")

@@ -56,7 +56,7 @@ def loaded(code: str) -> set[str]:
     """The top-level modules that a fresh interpreter has loaded after ``code``."""
     code = f"{code}\nimport sys; print('LOADED', *{{name.split('.')[0] for name in sys.modules}})"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True
     )
     return set(done.stdout.splitlines()[-1].split()[1:])
 

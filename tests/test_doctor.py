@@ -76,9 +76,9 @@ def pid_in(file: Path) -> int:
     return int(file.read_text())
 
 
+@pytest.mark.vllm
 def test_the_command_tells_of_every_probe(capfd: pytest.CaptureFixture[str]) -> None:
-    served = ["--vllm-python", str(VLLM)] if VLLM.exists() else []
-    code = call(["doctor", "--json", *served])
+    code = call(["doctor", "--json", "--vllm-python", str(VLLM)])
     told = json.loads(capfd.readouterr().out)
     findings = [Finding(**finding) for finding in told["findings"]]
     assert {finding.name.split("/")[0] for finding in findings} == set(doctor.probes(None))
@@ -89,7 +89,7 @@ def test_the_command_tells_of_every_probe(capfd: pytest.CaptureFixture[str]) -> 
     for finding in findings:
         assert (finding.status == "ok") == (not finding.remedy), finding
     # What the tests themselves could not run without.
-    well = {"python", "ports", "torch", "textworld", "adapter", *(["vllm"] if served else [])}
+    well = {"python", "ports", "torch", "textworld", "adapter", "vllm"}
     assert {finding.name for finding in findings if finding.status == "ok"} >= well, findings
 
 

@@ -26,6 +26,8 @@ from selfwright.commands.crew import Crew
 from selfwright.core.files import read_json
 from selfwright.trainers.critic import Critic, CriticConfig
 
+pytestmark = [pytest.mark.multi, pytest.mark.xdist_group("launch")]
+
 SHIPPED = Path(__file__).parents[1] / "recipes/accelerate"
 PHASES = SINGLE.replace(
     "trainer: {use: grpo, tasks_per_iteration: 12, attempts_per_task: 4}",

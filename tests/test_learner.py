@@ -695,6 +695,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.multi
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_learn_as_one(
     model_folder: Folder, other: Path, tmp_path: Path, sharded: bool
@@ -725,7 +726,7 @@ def test_two_processes_learn_as_one(
     spec.loader.exec_module(alone)
     alone.learn(folder, str(other), str(tmp_path / "one"))
     try:
-        said = [process.communicate(timeout=120) for process in started]
+        said = [process.communicate(timeout=240) for process in started]
     finally:
         for process in started:
             process.kill()

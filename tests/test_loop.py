@@ -7,14 +7,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
+from selfwright.commands.cli import call
 from selfwright.core.store import TRAJECTORIES, read_trajectories
 from selfwright.core.types import Stop
+
+pytestmark = [pytest.mark.method, pytest.mark.xdist_group("loop")]
 
 COMMAND = Path(sys.executable).parent / "selfwright"
 TINY = """
@@ -41,23 +45,45 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def selfwright(room: Path) -> Selfwright:
-    """The installed command, in a folder of its own, with the models it makes kept there."""
+    """The command, in a folder of its own, with the models it makes kept there.
+
+    In this process: most of a tiny run's time would go into starting another.
+    """
 
     def run(
         *arguments: object, check: bool = True, cache: str = "cache"
     ) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [str(COMMAND), *map(str, arguments)],
-            cwd=room,
-            env=surroundings(room, cache),
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        line = list(map(str, arguments))
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            written(1, room / "out") as out,
+            written(2, room / "err") as err,
+            redirect_stdout(out),
+            redirect_stderr(err),
+        ):
+            patch.chdir(room)
+            for name, value in surroundings(room, cache).items():
+                patch.setenv(name, value)
+            code = call(line)
+        said = (room / "out").read_text(), (room / "err").read_text()
+        done = subprocess.CompletedProcess(line, code, *said)
         assert not check or done.returncode == 0, done.stderr
         return done
 
     return run
+
+
+@contextmanager
+def written(descriptor: int, path: Path) -> Generator[TextIO]:
+    """What is written there goes into the file."""
+    kept = os.dup(descriptor)
+    with path.open("w") as file:
+        os.dup2(file.fileno(), descriptor)
+        try:
+            yield file
+        finally:
+            os.dup2(kept, descriptor)
+            os.close(kept)
 
 
 def surroundings(room: Path, cache: str = "cache") -> dict[str, str]:

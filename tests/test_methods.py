@@ -29,6 +29,8 @@ from selfwright.judges.reward import RewardJudge
 from selfwright.trainers.guards import CANARIES
 from selfwright.trainers.self_judge import SelfJudge
 
+pytestmark = pytest.mark.method
+
 METHODS: dict[str, list[str]] = {
     "grpo": ["trainer.kl=0.05"],
     "rloo": ["trainer.use=rloo", "trainer.kl=0.05", "trainer.kl_in=reward"],

@@ -130,6 +130,7 @@ def policy(player: Path) -> TransformersPolicy:
     return TransformersPolicy(TransformersConfig(model=str(player), max_tokens=8), str(player), 0)
 
 
+@pytest.mark.method
 def test_rounds_share_their_slots_and_no_batch_waits_for_who_has_none(
     policy: TransformersPolicy,
 ) -> None:
@@ -177,6 +178,7 @@ def versions_of(folder: Path) -> list[int]:
     ]
 
 
+@pytest.mark.method
 def test_playing_ahead_is_bounded_and_told(player: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(SINGLE.replace("MODEL", str(player)))
@@ -208,6 +210,7 @@ def test_playing_ahead_is_bounded_and_told(player: Path, tmp_path: Path) -> None
     assert set(versions_of(output / "iterations" / "0004")) == {4}
 
 
+@pytest.mark.method
 def test_a_budget_is_not_played_beyond(player: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(SINGLE.replace("MODEL", str(player)))
@@ -218,6 +221,7 @@ def test_a_budget_is_not_played_beyond(player: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "run" / "iterations").glob(".draft*"))
 
 
+@pytest.mark.method
 def test_late_attempts_are_stored_and_not_learned(player: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(SINGLE.replace("MODEL", str(player)))

@@ -12,6 +12,8 @@ import pytest
 
 from selfwright.core.store import TRAJECTORIES, read_trajectories
 
+pytestmark = [pytest.mark.method, pytest.mark.xdist_group("plugin_package")]
+
 SOURCE = Path(__file__).parent / "plugin_world"
 RECIPE = """
 iterations: 1
@@ -34,7 +36,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Python:
     shutil.copytree(SOURCE, work / "source", ignore=shutil.ignore_patterns("__pycache__"))
     options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target"]
     install = [sys.executable, "-m", "pip", "install", *options, work / "site", work / "source"]
-    subprocess.run(install, check=True, timeout=120)
+    subprocess.run(install, check=True, timeout=240)
     paths = [str(work / "site"), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
@@ -49,7 +51,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Python:
             cwd=work,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
         )
 
     return run

@@ -36,6 +36,8 @@ from selfwright.core.types import (
 )
 from selfwright.core.worlds import LOSSES, RemoteTask, RemoteWorld, World, open_worlds
 
+pytestmark = [pytest.mark.multi, pytest.mark.xdist_group("ray")]
+
 HERE = Path(__file__).parent
 
 

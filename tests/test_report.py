@@ -386,3 +386,11 @@ def test_visible_keeps_ordinary_text() -> None:
     assert visible(ordinary) == ordinary
     assert visible("a\r\nb\rc") == "a\nb⟨U+000D⟩c"
     assert visible("\ud800\ufeff\x85\uffff") == "⟨U+D800⟩⟨U+FEFF⟩⟨U+0085⟩⟨U+FFFF⟩"
+
+
+def test_a_base_short_of_its_skill_is_no_secret(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    for skill, told in ((0.21, True), (0.38, False)):
+        change(tmp_path, warm_start={"wall_s": 61.4, "skill": skill, "wanted": 0.38})
+        short = "Its warm start came to solve 21.0%, not the 38.0% asked for"
+        assert (short in words(page_of(tmp_path))) == told

@@ -212,7 +212,10 @@ attempt(lambda draft: write_trajectories(draft / "all.parquet", seen, folder / "
 print("torch" in sys.modules, run.finished, os.listdir(folder / "iterations"))
 """
     process = launch("from dataclasses import replace\n" + code, tmp_path)
-    lines = process.communicate(timeout=30)[0].splitlines()
+    assert process.stdout
+    # Not communicate(): it misses what was read along with the first line.
+    lines = process.stdout.read().splitlines()
+    process.wait(30)
     assert [line.partition("cannot write ")[2].split(":")[1] for line in lines[:3]] == [
         " File too large"
     ] * 3

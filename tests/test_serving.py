@@ -29,6 +29,8 @@ from selfwright.core.rollout import rollouts
 from selfwright.core.types import Completion, Message, Observation, Sampling, Task, TimeStep
 from selfwright.core.worlds import open_worlds
 
+pytestmark = pytest.mark.server
+
 WORLD: dict[str, Any] = {"numbers": 2, "largest": 9, "attempts": 3}
 TASK = {"task": {"instruction": "do it", "max_steps": 3}}
 

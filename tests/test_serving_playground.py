@@ -1,11 +1,11 @@
 """The playground in a real browser: by keyboard alone, in a narrow window, with hostile text."""
 
 import asyncio
-import shutil
 import struct
 import zlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,15 @@ from serving import Echo, limits, running, served, transformers_policy
 from test_serving import refusal
 
 from selfwright.agents.serving.app import playground
+from selfwright.core.chromium import chromium as found
 from selfwright.core.config import Config, Fleet
 from selfwright.core.types import Completion, Message, Observation, Sampling, Task, TimeStep
 from selfwright.core.worlds import Worlds, open_worlds
 
-CHROMIUM = shutil.which("chromium") or "chromium"
+pytestmark = [pytest.mark.server, pytest.mark.browser]
+
+chromium = cache(found)
+"""One for all tests of this process."""
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"> \u202egnp.exe"
 
 
@@ -93,7 +97,7 @@ async def browsing(
     url: str, width: int = 1100, height: int = 900, dark: bool = False
 ) -> AsyncGenerator[Page]:
     async with async_playwright() as play:
-        browser = await play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = await play.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         page = await browser.new_page(
             viewport={"width": width, "height": height},
             color_scheme="dark" if dark else "light",
@@ -277,7 +281,7 @@ def test_a_token_is_asked_for() -> None:
         what = served(Echo(), worlds=GALLERY)
         token = "s\u00e9same \u2603"
         async with running(what, token=token) as client, async_playwright() as play:
-            browser = await play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            browser = await play.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
             page = await browser.new_page()
             await page.goto(str(client.base_url))
             await page.wait_for_selector("#door:not([hidden])")

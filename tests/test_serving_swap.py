@@ -20,6 +20,8 @@ from selfwright.core.recipe import section
 from selfwright.core.statistics import Comparison, compare_outcomes
 from selfwright.core.types import Message, Sampling
 
+pytestmark = pytest.mark.server
+
 
 def adapter(base: Path, folder: Path, spread: float, seed: int = 0) -> Path:
     """A LoRA on ``base``: with no spread it changes nothing, with a large one it spoils all."""

@@ -20,6 +20,8 @@ from selfwright.environments.textworld_express import (
     squeezed,
 )
 
+pytestmark = [pytest.mark.jvm, pytest.mark.xdist_group("textworld_express")]
+
 GAMES = get_args(Game)
 Log = list[Observation | TimeStep]
 

@@ -50,6 +50,8 @@ from selfwright.trainers.trl_learner import (
     weighed,
 )
 
+pytestmark = pytest.mark.method
+
 SETTINGS = {"rank": 4, "alpha": 8, "learning_rate": 1e-2, "batch_size": 16, "device": "cpu"}
 
 

@@ -36,6 +36,7 @@ PYTHON = os.environ.get(
     "SELFWRIGHT_VLLM_PYTHON", str(Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python")
 )
 PROMPTS = [(Message("user", f"make {k} from 3 {k * 7}" + " 8" * (k % 4)),) for k in range(24)]
+one_server = pytest.mark.xdist_group("one vllm server")
 T = TypeVar("T")
 Folder = Callable[[str], Path]
 Run = Callable[..., Any]
@@ -125,6 +126,8 @@ def either(policy: VLLMPolicy, request: pytest.FixtureRequest) -> Iterator[VLLMP
     replica.generates = True
 
 
+@pytest.mark.vllm
+@one_server
 def test_it_is_the_same_model(run: Run, either: VLLMPolicy, model_folder: Folder) -> None:
     policy = either
     mine = in_process(model_folder("vllm"))
@@ -142,6 +145,8 @@ def test_it_is_the_same_model(run: Run, either: VLLMPolicy, model_folder: Folder
         assert theirs.token_ids == said.token_ids and theirs.text == said.text
 
 
+@pytest.mark.vllm
+@one_server
 def test_log_probabilities_are_those_of_temperature_one(run: Run, policy: VLLMPolicy) -> None:
     for said, prompt in zip(
         run(ask(policy, Sampling(0.5, 0.8, max_tokens=6))), PROMPTS, strict=True
@@ -149,12 +154,16 @@ def test_log_probabilities_are_those_of_temperature_one(run: Run, policy: VLLMPo
         assert gap(run(policy.score(prompt, said)), said) < 1e-3
 
 
+@pytest.mark.vllm
+@one_server
 def test_seeds_decide_what_is_sampled(run: Run, policy: VLLMPolicy) -> None:
     once, again, other = (run(ask(policy, Sampling(max_tokens=12), k)) for k in (0, 0, 99))
     assert [a.token_ids for a in once] == [a.token_ids for a in again]
     assert [a.token_ids for a in once] != [a.token_ids for a in other]
 
 
+@pytest.mark.vllm
+@one_server
 def test_stop_texts_and_choices(run: Run, either: VLLMPolicy) -> None:
     policy = either
     whole = run(ask(policy, Sampling(0.0, max_tokens=12)))
@@ -172,6 +181,8 @@ def test_stop_texts_and_choices(run: Run, either: VLLMPolicy) -> None:
     assert all(sum(one.logprobs) < -1 for one in said)
 
 
+@pytest.mark.vllm
+@one_server
 def test_it_is_heard_while_it_speaks(run: Run, either: VLLMPolicy) -> None:
     heard: list[Sequence[int]] = []
     sampling = Sampling(max_tokens=40)
@@ -190,6 +201,8 @@ def test_it_is_heard_while_it_speaks(run: Run, either: VLLMPolicy) -> None:
 TURNS = st.lists(st.text("0123456789 +-*make", min_size=1, max_size=12), min_size=1, max_size=4)
 
 
+@pytest.mark.vllm
+@one_server
 @pytest.mark.parametrize("template", ["plain", "thinking", "trimmed"])
 @settings(
     deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -254,6 +267,8 @@ def templated(policy: VLLMPolicy, model_folder: Folder, template: str) -> ChatTo
     return ChatTokens(tokenizer)
 
 
+@pytest.mark.vllm
+@one_server
 def test_adapters_are_swapped_in_live(
     run: Run, policy: VLLMPolicy, model_folder: Folder, checkpoints: list[Path]
 ) -> None:
@@ -286,6 +301,8 @@ def edited(checkpoint: Path, folder: Path, change: Callable[[str], str]) -> Path
     return folder
 
 
+@pytest.mark.vllm
+@one_server
 def test_a_broken_adapter_is_found_out(
     run: Run, policy: VLLMPolicy, checkpoints: list[Path], tmp_path: Path
 ) -> None:
@@ -323,6 +340,8 @@ def test_a_broken_adapter_is_found_out(
     assert "holds no adapter" in refused(tmp_path)
 
 
+@pytest.mark.vllm
+@one_server
 def test_a_full_disk_is_named(
     run: Run, model_folder: Folder, policy: VLLMPolicy, checkpoints: list[Path], tmp_path: Path
 ) -> None:
@@ -351,6 +370,8 @@ def test_a_full_disk_is_named(
     assert not run(served(policy))
 
 
+@pytest.mark.vllm
+@one_server
 def test_no_room_in_the_context(run: Run, policy: VLLMPolicy) -> None:
     with pytest.raises(PolicyError, match="exceed the server's context of"):
         run(policy.complete((Message("user", "9 " * 3000),), Sampling(max_tokens=5), 0))
@@ -358,6 +379,7 @@ def test_no_room_in_the_context(run: Run, policy: VLLMPolicy) -> None:
         run(policy.complete(PROMPTS[0], Sampling(max_tokens=0), 0))
 
 
+@pytest.mark.vllm
 @pytest.mark.timeout(600)
 def test_replicas_share_the_work_and_one_that_dies_or_hangs_is_started_again(
     run: Run, model_folder: Folder, checkpoints: list[Path]
@@ -416,9 +438,8 @@ def everybody(group: int) -> list[psutil.Process]:
     return found
 
 
-def test_a_run_learns_from_what_vllm_samples(
-    policy: VLLMPolicy, player: Path, tmp_path: Path
-) -> None:
+@pytest.mark.vllm
+def test_a_run_learns_from_what_vllm_samples(player: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(SINGLE.replace("MODEL", str(player)))
     overrides = ["policy.use=vllm", f"policy.python={PYTHON}", "policy.memory_gb=0.25"]

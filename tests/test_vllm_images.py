@@ -90,6 +90,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.vllm
 def test_it_shows_images(seeing: Path) -> None:
     """What it samples is what the model thinks of those pixels, there and here."""
     pictures = [picture(seed) for seed in range(3)]

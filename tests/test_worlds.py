@@ -337,7 +337,7 @@ asyncio.run(main())
     ("name", "config", "family"),
     [
         ("faulty_worlds:Apart", {"fault": "block"}, 1),
-        ("textworld_express", {}, 2),
+        pytest.param("textworld_express", {}, 2, marks=pytest.mark.jvm),
     ],
 )
 def test_a_killed_parent_leaves_nothing_behind(
