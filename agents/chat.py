@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from ..core.config import Config
-from ..core.types import Message, Observation, Step, Task
+from ..core.types import Message, Observation, Parsed, Prompt, Step, Task
 
 
 class ChatConfig(Config):
@@ -30,28 +30,24 @@ class Chat:
     def __init__(self, config: ChatConfig) -> None:
         self._config = config
 
-    def prompt(
-        self, task: Task, history: Sequence[Step], observation: Observation
-    ) -> tuple[Message, ...]:
-        messages = [Message("system", self._config.system)] if self._config.system else []
+    def prompt(self, task: Task, history: Sequence[Step], observation: Observation) -> Prompt:
+        messages = [Message("system", (self._config.system,))] if self._config.system else []
         seen = [step.observation for step in history] + [observation]
         window = self._config.window
         # A cut window still opens with the first observation: it may hold the problem.
         first = 0 if window is None else max(0, len(history) - (window - 1))
         opening = f"{task.instruction}\n{self._shown(seen[0])}".strip()
-        messages.append(Message("user", opening, seen[0].images))
+        messages.append(Message("user", (*seen[0].images, opening)))
         for k in range(first, len(history)):
             said = history[k].action.completion
-            messages.append(
-                Message("assistant", said.text, token_ids=said.token_ids, tokenizer=said.tokenizer)
-            )
-            messages.append(Message("user", self._shown(seen[k + 1]), seen[k + 1].images))
-        return tuple(messages)
+            messages.append(Message("assistant", (said.text,), said.token_ids, said.tokenizer))
+            messages.append(Message("user", (*seen[k + 1].images, self._shown(seen[k + 1]))))
+        return Prompt(tuple(messages))
 
     def _shown(self, observation: Observation) -> str:
         if not (self._config.list_actions and observation.actions):
             return observation.text
         return f"{observation.text}\nActions: {'; '.join(observation.actions)}".strip()
 
-    def parse(self, completion: str) -> str:
-        return completion.strip()
+    def parse(self, said: str, observation: Observation) -> Parsed:
+        return Parsed(said.strip())

@@ -25,7 +25,7 @@ from selfwright.core.origin import parts_of
 from selfwright.core.protocols import Agent
 from selfwright.core.recipe import section
 from selfwright.core.run import iteration_name, iterations
-from selfwright.core.store import TRAJECTORIES, read_trajectories
+from selfwright.trainers.credit import asked, stored
 
 RESULTS = Path(__file__).parent / "results" / "agreement.json"
 
@@ -61,16 +61,14 @@ async def compared(run: Path, completions: int) -> dict[str, Any]:
                 await policy.load(run / iteration_name(index - 1) / "checkpoint")
             turns = [
                 (one.trajectory, turn)
-                for one in read_trajectories(folder / TRAJECTORIES)
+                for one in stored(folder, agent)
                 for turn in range(one.trajectory.replayed, len(one.trajectory.steps))
                 if one.trajectory.steps[turn].action.completion.version == index
             ]
             gaps: list[float] = []
             for played, turn in random.Random(index).sample(turns, min(completions, len(turns))):
-                step = played.steps[turn]
-                said = step.action.completion
-                prompt = agent.prompt(played.task, played.steps[:turn], step.observation)
-                mine = await policy.score(prompt, said)
+                said = played.steps[turn].action.completion
+                mine = await policy.score(asked(played, turn), said)
                 gaps += [a - b for a, b in zip(mine.logprobs, said.logprobs, strict=True)]
             found.append({"iteration": index + 1, **summary(gaps)})
     finally:

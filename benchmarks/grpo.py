@@ -262,7 +262,10 @@ def with_trl(asked: dict[str, Any]) -> dict[str, Any]:
         return asyncio.run(all_paid())
 
     prompts = [
-        [{"role": m.role, "content": m.text} for m in agent.prompt(task, (), Observation(""))]
+        [
+            {"role": m.role, "content": m.text}
+            for m in agent.prompt(task, (), Observation("")).messages
+        ]
         for task in tasks
     ]
     marks: list[float] = []

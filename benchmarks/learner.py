@@ -376,7 +376,7 @@ def resident(what: str) -> float:
 def make_model(case: Case, folder: Path) -> None:
     """A random model with a tokenizer made from the case's own texts."""
     some = examples(case, 1000)
-    texts = [message.text for example in some for message in example.prompt]
+    texts = [message.text for example in some for message in example.prompt.messages]
     texts += [example.completion.text for example in some]
     scratch.make(case.model, texts, folder, seed=0)
     if case.vocabulary:

@@ -178,11 +178,10 @@ def different(name: str, wanted: Any, got: Any) -> list[str]:
 def episodes(folder: Path) -> "Counter[tuple[str, int, int, tuple[str, ...]]]":
     """An iteration's episodes: task, attempt, replayed steps, what was done; and how often each."""
     found: Counter[tuple[str, int, int, tuple[str, ...]]] = Counter()
-    for path in sorted(folder.glob("*.parquet")):
-        for item in read_trajectories(path):
-            episode = item.trajectory
-            actions = tuple(step.action.text for step in episode.steps)
-            found[episode.task.id, episode.attempt, episode.replayed, actions] += 1
+    for item in read_trajectories(folder):
+        episode = item.trajectory
+        actions = tuple(step.action.text for step in episode.steps)
+        found[episode.task.id, episode.attempt, episode.replayed, actions] += 1
     return found
 
 

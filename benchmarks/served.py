@@ -43,7 +43,16 @@ from selfwright.core.config import Config, Fleet
 from selfwright.core.draw import draw, starts
 from selfwright.core.files import write_json
 from selfwright.core.rollout import PolicyPlayer, rollouts
-from selfwright.core.types import Message, Observation, Sampling, Stop, Task, TimeStep
+from selfwright.core.types import (
+    Message,
+    Observation,
+    Prompt,
+    Sampling,
+    Stop,
+    Task,
+    TimeStep,
+    WorldSpec,
+)
 from selfwright.core.worlds import Worlds, open_worlds
 
 RESULTS = Path(__file__).parent / "results" / "served.json"
@@ -78,7 +87,7 @@ class Corridor:
     """Words, and a wait: what an episode costs beside its completions is known."""
 
     Config = CorridorConfig
-    isolation = "inline"
+    spec = WorldSpec(isolation="inline")
 
     def __init__(self, config: CorridorConfig) -> None:
         self._config = config
@@ -141,7 +150,7 @@ async def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         try:
             (replica,) = policy._replicas  # pyright: ignore[reportPrivateUsage]
             # Until it is there, and then until it is warm.
-            await policy.complete((Message("user", "look"),), Sampling(max_tokens=1), 0)
+            await policy.complete(Prompt((Message("user", ("look",)),)), Sampling(max_tokens=1), 0)
             await replay(policy, AT_ONCE, 1, 0.0, seed=-1)
             single: list[dict[str, Any]] = []
             loaded: list[dict[str, Any]] = []

@@ -125,8 +125,10 @@ def conversation(rng: random.Random, task: Task, tokens: ChatTokens) -> list[Exa
     steps: list[Step] = []
     for _ in range(task.max_steps):
         seen, said = Observation(words(rng, SEEN)), sampled(rng, tokens)
-        examples.append(Example(agent.prompt(task, steps, seen), said))
-        steps.append(Step(seen, Action(agent.parse(said.text), said), 0.0))
+        prompt = agent.prompt(task, steps, seen)
+        examples.append(Example(prompt, said))
+        parsed = agent.parse(said.text, seen)
+        steps.append(Step(seen, Action(parsed.action, said, prompt, parsed.invalid), 0.0))
     return examples
 
 

@@ -194,7 +194,7 @@ async def _make(
     warm = config.warm_start
     noise = 0.0 if warm is None else warm.noise
     count = WORDS if warm is None else warm.demonstrations
-    expert = ExpertPlayer(noise, recipe.fleet.step_timeout_s)
+    expert = ExpertPlayer(agent, noise, recipe.fleet.step_timeout_s)
     tasks = draw(worlds.tasks("train"), count, derive(recipe.seed, "demonstrations"))
     begin = starts(tasks, 1, recipe.seed)
     seed = derive(recipe.seed, "demonstrations")
@@ -203,7 +203,7 @@ async def _make(
     examples = [
         example
         for start, trajectory in zip(begin, shown, strict=True)
-        for example in _examples(agent, expert, start, trajectory, seed)
+        for example in _examples(expert, start, trajectory, seed)
     ]
     if not examples:
         raise WorldError(
@@ -238,14 +238,11 @@ async def _make(
 
 
 def _examples(
-    agent: Agent, expert: ExpertPlayer, start: Start, trajectory: Trajectory, seed: int
+    expert: ExpertPlayer, start: Start, trajectory: Trajectory, seed: int
 ) -> list[Example]:
     """What the expert itself did; the errors mixed in are seen, not learned."""
     return [
-        Example(
-            agent.prompt(trajectory.task, trajectory.steps[:turn], step.observation),
-            Completion(step.action.completion.text),
-        )
+        Example(step.action.prompt, Completion(step.action.completion.text))
         for turn, step in enumerate(trajectory.steps)
         if not expert.errs(turn_seed(seed, start, turn))
     ]

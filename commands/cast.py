@@ -64,6 +64,8 @@ class Cast:
     """How many of the run's iterations the policy has learned from."""
     played: list[Judged] = field(default_factory=list[Judged])
     """Every episode of the iteration in hand."""
+    rounds: int = 0
+    """How often it was played on."""
     asked: int = 0
     """Tokens that were sampled outside of episodes, and not told of yet."""
     stopped: str = ""
@@ -81,7 +83,7 @@ class Cast:
         if name == POLICY:
             return self.player()
         if name == EXPERT:
-            return ExpertPlayer(timeout_s=self.recipe.fleet.step_timeout_s)
+            return ExpertPlayer(self.agent, timeout_s=self.recipe.fleet.step_timeout_s)
         config = self.config(name)
         return player_of(config, self.agent, self.find(name), config.temperature)
 
@@ -114,7 +116,7 @@ class Cast:
         self.learner = self.hire(how.plugin, how.config, base, recipe.seed)
         self.judge = self.examiner
         if phase.judge is not recipe.judge:
-            self.judge = phase.judge.make(self.worlds.sample)
+            self.judge = phase.judge.make()
         self.means = self._means()
         for judge in (self.examiner, self.judge):
             if isinstance(judge, AsksPolicies):
@@ -159,15 +161,20 @@ class Cast:
         """Play what an iteration begins with, and judge it."""
         with self.progress.stage(what, len(begin)) as tell:
             patience = self.recipe.rollout
-            played = await rollouts(player, self.worlds, begin, seed, tell, patience)
+            origin = self.recipe.identity
+            played = await rollouts(player, self.worlds, begin, seed, tell, patience, origin)
         return await self.judged(played)
 
     async def attempt(
         self, player: Player, begin: Sequence[Start], what: str, worlds: Worlds | None = None
     ) -> list[Judged]:
         """Play more, and judge it; the episodes join the iteration's."""
+        self.rounds += 1
+        origin = f"{self.recipe.identity} {self.rounds}"
         with self.progress.stage(what, len(begin)) as tell:
-            played = await rollouts(player, worlds or self.worlds, begin, self.seed, tell)
+            played = await rollouts(
+                player, worlds or self.worlds, begin, self.seed, tell, origin=origin
+            )
         given = await self.judged(played)
         self.played += given
         return given

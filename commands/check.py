@@ -19,7 +19,7 @@ from ..core.plugins import load
 from ..core.protocols import HasAttempts, HasExpert, HasRandom
 from ..core.seeds import derive
 from ..core.types import Observation, Task, TimeStep
-from ..core.worlds import World, Worlds, open_worlds
+from ..core.worlds import World, Worlds, open_worlds, spec_of
 
 T = TypeVar("T")
 
@@ -302,7 +302,7 @@ async def _two_processes(exam: Examination) -> str:
 
 
 async def _rewards(exam: Examination) -> str:
-    least, most = getattr(load("environments", exam.name), "reward_range", (0.0, 1.0))
+    least, most = spec_of(load("environments", exam.name)).reward_range
     sums = [sum(step.reward for step in episode.steps) for episode in exam.played]
     for episode, total in zip(exam.played, sums, strict=True):
         if not least - 1e-6 <= total <= most + 1e-6:

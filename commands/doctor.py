@@ -551,7 +551,7 @@ def round_trip(make: Callable[..., Any] | None = None) -> Finding:
     """
     from ..agents import scratch
     from ..agents.engines.transformers import TransformersConfig, TransformersPolicy
-    from ..core.types import Batch, Completion, Example, Message, TokenArrays
+    from ..core.types import Batch, Completion, Example, Message, Prompt, TokenArrays
     from ..trainers.learner import LearnerConfig, PlainLearner
     from ..trainers.loss import NLL
 
@@ -565,12 +565,13 @@ def round_trip(make: Callable[..., Any] | None = None) -> Finding:
             self.heard.extend(arrays.logprobs.tolist())
             return super().__call__(arrays)
 
-    prompt, said = (Message("user", "make 24 from 3 5 8"),), Completion("3 * 8")
+    words, said = "make 24 from 3 5 8", Completion("3 * 8")
+    prompt = Prompt((Message("user", (words,)),))
     example = Example(prompt, said)
     loss = Overheard()
     with tempfile.TemporaryDirectory(prefix="selfwright-") as folder:
         base, adapter = Path(folder) / "base", Path(folder) / "adapter"
-        scratch.make("scratch:32x2", [prompt[0].text, said.text], base, seed=0)
+        scratch.make("scratch:32x2", [words, said.text], base, seed=0)
         settings = LearnerConfig.model_validate({"rank": 4, "learning_rate": 1e-2})
         learner = PlainLearner(settings, str(base), 0)
         learner.update(Batch(NLL(), (example,), epochs=5), 0.0)

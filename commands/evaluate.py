@@ -13,27 +13,27 @@ from rich.console import Console
 
 from ..core import evaluation as files
 from ..core.asking import patient
-from ..core.checked import answer_of
 from ..core.config import Config, Evaluation, Fleet, JudgeConfig, PolicyConfig
 from ..core.draw import draw, starts
-from ..core.errors import JudgeError, RecipeError, StoreError, TooManyFailures
+from ..core.errors import JudgeError, RecipeError, StoreError
 from ..core.evaluation import EvaluationResult, TaskResult, summarise
 from ..core.files import check_writable, read_json
+from ..core.images import FOLDER as IMAGES
+from ..core.images import STORE
 from ..core.judging import judged
 from ..core.origin import ADAPTER, found_base, parts_of
 from ..core.protocols import AsksPolicies, HasAttempts, HasExpert, Judge, Policy
 from ..core.recipe import Section, section
 from ..core.rollout import (
     ExpertPlayer,
-    Failures,
     Player,
     PolicyPlayer,
     RandomPlayer,
     rollouts,
 )
-from ..core.seeds import derive
+from ..core.seeds import derive, identify
 from ..core.statistics import Agreement, Introspection, agreement, introspection_table
-from ..core.store import TRAJECTORIES, write_trajectories
+from ..core.store import JudgeIdentity, judge_identity, write_trajectories
 from ..core.types import Judged, Sampling, Stop, Task, Trajectory
 from ..core.worlds import Worlds, open_worlds
 from .progress import Progress
@@ -71,14 +71,24 @@ def exam_tasks(worlds: Worlds, split: str, count: int, seed: int, progress: Prog
 
 
 async def examine(
-    exam: Exam, player: Player, judge: Judge, worlds: Worlds, progress: Progress, name: str
+    exam: Exam,
+    player: Player,
+    judge: Judge,
+    worlds: Worlds,
+    progress: Progress,
+    name: str,
+    origin: str,
 ) -> tuple[EvaluationResult, list[Judged]]:
-    """Play and judge each task once; for worlds of attempts, fill the introspection table too."""
+    """Play and judge each task once; for worlds of attempts, fill the introspection table too.
+
+    ``name`` is for people; ``origin`` as in ``rollouts``.
+    """
     began = time.monotonic()
     tasks = exam_tasks(worlds, exam.split, exam.tasks, exam.seed, progress)
     seed = derive(exam.seed, "evaluation")
     with progress.stage(f"evaluating {name}", len(tasks)) as tell:
-        played = await rollouts(player, worlds, starts(tasks, 1, exam.seed), seed, tell)
+        begin = starts(tasks, 1, exam.seed)
+        played = await rollouts(player, worlds, begin, seed, tell, origin=origin)
     config = exam.judge.config
     assert isinstance(config, JudgeConfig)
     episodes = await judged(judge, played, config)
@@ -135,10 +145,8 @@ async def introspect(
     With the episodes that were played for it.
 
     Raises:
-        TooManyFailures: too many could not be played, or their answers not be read.
+        TooManyFailures: too many could not be played.
     """
-    world = worlds.sample
-    assert isinstance(world, HasAttempts)
     turns = exam.turns
     if isinstance(player, PolicyPlayer):
         player = replace(player, sampling=replace(player.sampling, temperature=1.0))
@@ -154,24 +162,8 @@ async def introspect(
             player, silent, starts(longer, 1, exam.seed), derive(seed, "sequential")
         )
 
-    played = [*parallel, *oracle, *sequential]
-    failures = Failures(
-        len(played),
-        exam.fleet.max_failures,
-        TooManyFailures,
-        "episodes' answers could not be read",
-        "environment.max_failures",
-    )
-
     def samples(trajectory: Trajectory) -> list[tuple[str | None, bool]]:
-        found: list[tuple[str | None, bool]] = []
-        try:
-            for step in trajectory.steps:
-                answer = answer_of(world, trajectory.task, step.action.text)
-                found.append((answer, step.reward >= 1))
-        except Exception as cause:
-            failures.add(cause)  # It is as short as one that broke there.
-        return found
+        return [(step.answer or None, step.reward >= 1) for step in trajectory.steps]
 
     table = introspection_table(
         [
@@ -182,7 +174,7 @@ async def introspect(
         [[right for _, right in samples(t)] for t in oracle],
         turns,
     )
-    return table, played
+    return table, [*parallel, *oracle, *sequential]
 
 
 def card_of(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -223,22 +215,25 @@ async def evaluate(
     settings = exam.environment.config.model_dump(mode="json")
     async with await open_worlds(exam.environment.use, settings, exam.fleet) as worlds:
         player = await seated(checkpoint, card, policy, exam, worlds)
-        judge: Judge = exam.judge.make(worlds.sample)
+        judge: Judge = exam.judge.make()
         opened: dict[str, Policy] = {}
         try:
             if isinstance(judge, AsksPolicies):
                 judge.ask_through(opener(player, policy, card, opened, exam.seed))
                 # What cannot be opened is better known before anything is played.
                 await judge.judge([])
-            result, episodes = await examine(exam, player, judge, worlds, progress, checkpoint)
+            origin = identify(asked(checkpoint, exam, overrides))
+            with STORE.kept_in(folder / IMAGES):
+                result, episodes = await examine(
+                    exam, player, judge, worlds, progress, checkpoint, origin
+                )
         finally:
             for other in opened.values():
                 await other.close()
             if isinstance(player, PolicyPlayer):
                 await player.policy.close()
-    folder.mkdir(parents=True, exist_ok=True)
     result = replace(result, checkpoint=checkpoint)
-    write_trajectories(folder / TRAJECTORIES, episodes, folder / "images")
+    write_trajectories(folder, episodes, folder / IMAGES, judge_of(exam.judge))
     path = files.write(folder, result)
     told: dict[str, Any] = read_json(path)
     told.pop("results")
@@ -366,10 +361,10 @@ async def seated(
     if policy is None:
         limit = exam.fleet.step_timeout_s
         if checkpoint == "random":
-            return RandomPlayer(limit)
+            return RandomPlayer(exam.agent.make(), limit)
         if not isinstance(worlds.sample, HasExpert):
             raise RecipeError(f"{exam.environment.use} has no expert to be evaluated")
-        return ExpertPlayer(timeout_s=limit)
+        return ExpertPlayer(exam.agent.make(), timeout_s=limit)
     assert isinstance(policy.config, PolicyConfig)
     base, adapter = weights_of(checkpoint, card)
     model = policy.make(base, exam.seed)
@@ -449,11 +444,21 @@ def sampling_of(config: PolicyConfig, temperature: float) -> Sampling:
     return Sampling(temperature, top_p, config.max_tokens, tuple(config.stop))
 
 
+def judge_of(section: Section) -> JudgeIdentity:
+    """What the verdicts of a recipe's judge are known by."""
+    config = section.config.model_dump(mode="json")
+    rubric: str = config.get("rubric", "")
+    return judge_identity(section.use, config, {rubric: Path(rubric)} if rubric else {})
+
+
+def asked(checkpoint: str, exam: Exam, overrides: Sequence[str]) -> str:
+    return json.dumps([checkpoint, sorted(overrides), exam.temperature, exam.judge.dump()])
+
+
 def default_output(checkpoint: str, exam: Exam, overrides: Sequence[str]) -> Path:
     """Another folder for every way to ask."""
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", checkpoint.strip("/.")) or "model"
     world = re.sub(r"[^A-Za-z0-9_.-]+", "-", exam.environment.use)
-    asked = json.dumps([checkpoint, sorted(overrides), exam.temperature, exam.judge.dump()])
-    mark = hashlib.sha256(asked.encode()).hexdigest()[:6]
+    mark = hashlib.sha256(asked(checkpoint, exam, overrides).encode()).hexdigest()[:6]
     told = (world, exam.split, str(exam.tasks), str(exam.seed), name, mark)
     return Path("runs") / "evaluations" / "-".join(told)

@@ -20,8 +20,9 @@ from ..core import evaluation
 from ..core.errors import StoreError
 from ..core.evaluation import EvaluationResult
 from ..core.files import atomic_write_bytes, read_json
+from ..core.images import SIGNATURE, STORE
 from ..core.statistics import Interval, Introspection, Judgement
-from ..core.types import Judged, Observation, Trajectory
+from ..core.types import Image, Judged, Observation, Trajectory
 from . import charts
 
 EXAMPLES_PER_KIND = 2
@@ -30,7 +31,6 @@ TEXT_SHOWN = 3_000
 """Characters of one text; the rest is counted."""
 IMAGE_BYTES = 8_000_000
 """For all images of the page together."""
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class _Part(BaseModel):
@@ -210,10 +210,10 @@ def _metrics(folder: Path) -> list[dict[str, float]]:
 
 def _load_episodes(run: Run) -> None:
     # pyarrow is slow to import, and a page without episodes is still a page.
-    from ..core.store import TRAJECTORIES, read_trajectories
+    from ..core.store import read_trajectories
 
     for name in ("base", "final"):
-        path = run.folder / "evaluations" / name / TRAJECTORIES
+        path = run.folder / "evaluations" / name
         if path.exists():
             try:
                 run.episodes[name] = read_trajectories(path)
@@ -372,14 +372,18 @@ class Album:
     left: int = IMAGE_BYTES
 
     def uris(self, observation: Observation) -> list[str]:
-        """One per image; empty where it is no PNG or there is no room for it."""
+        """One per image; empty where it cannot be read, is no PNG, or there is no room for it."""
         return [self._uri(image) for image in observation.images]
 
-    def _uri(self, image: bytes) -> str:
-        if not image.startswith(PNG) or len(image) > self.left:
+    def _uri(self, image: Image) -> str:
+        try:
+            png = STORE.read(image)
+        except StoreError:
             return ""
-        self.left -= len(image)
-        return "data:image/png;base64," + base64.b64encode(image).decode()
+        if not png.startswith(SIGNATURE) or len(png) > self.left:
+            return ""
+        self.left -= len(png)
+        return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def clip(text: str) -> str:

@@ -14,6 +14,8 @@ from ..core.config import PolicyConfig
 from ..core.draw import draw, starts
 from ..core.errors import LearnerError
 from ..core.files import read_json, write_json
+from ..core.images import FOLDER as IMAGES
+from ..core.images import STORE
 from ..core.judging import BROKEN
 from ..core.models import save_merged
 from ..core.origin import layers_of, note_base
@@ -22,12 +24,12 @@ from ..core.recipe import Recipe, differences
 from ..core.rollout import failures_by_name, rollouts
 from ..core.run import Run, iteration_name
 from ..core.seeds import derive
-from ..core.store import TRAJECTORIES, write_trajectories
+from ..core.store import write_trajectories
 from ..core.types import Judged, Metrics, Stop, Task
 from ..core.worlds import Worlds, open_worlds
 from .base import key_of, made_as, made_here, prepare
 from .cast import Cast
-from .evaluate import drawn, exam_tasks, examine, tokens_sampled
+from .evaluate import drawn, exam_tasks, examine, judge_of, tokens_sampled
 from .progress import Progress
 from .ready import check
 from .report import report
@@ -63,7 +65,7 @@ async def run(recipe: Recipe, output: Path, console: Console, hire: Hire = alone
     """
     progress = Progress(console)
     settings = recipe.environment.config.model_dump(mode="json")
-    with Run.open(output, recipe.dump(), differences) as kept:
+    with Run.open(output, recipe.dump(), differences) as kept, STORE.kept_in(kept.path(IMAGES)):
         if kept.has("result.json"):
             progress.say(f"{output} holds a finished run; this is its result")
             if not kept.has("report.html"):
@@ -72,7 +74,7 @@ async def run(recipe: Recipe, output: Path, console: Console, hire: Hire = alone
         check(recipe, str(kept.path(BASE)) if kept.has(BASE) else policy_of(recipe).model)
         async with await open_worlds(recipe.environment.use, settings, recipe.fleet) as worlds:
             look_at_tasks(recipe, worlds, progress)
-            judge: Judge = recipe.judge.make(worlds.sample)
+            judge: Judge = recipe.judge.make()
             base = await begun(recipe, worlds, kept, progress, hire)
             cast = Cast(recipe, worlds, recipe.agent.make(), judge, progress, hire)
             try:
@@ -264,8 +266,8 @@ async def iteration(
         cast.learner.export(folder / "checkpoint")
         note_base(folder / "checkpoint", cast.base)
         cast.learner.save(folder / "learner")
-        images = kept.folder / "images"
-        write_trajectories(folder / TRAJECTORIES, cast.played, images)
+        images = kept.path(IMAGES)
+        write_trajectories(folder, cast.played, images, judge_of(cast.phase.judge))
         if isinstance(trainer, HasMemory):
             (folder / "trainer").mkdir()
             trainer.save(folder / "trainer", images)
@@ -306,7 +308,7 @@ async def iterate(
     clock = Clock()
     given = await played
     cast.seed = derive(cast.recipe.seed, "iteration", index)
-    cast.played = [*given]
+    cast.played, cast.rounds = [*given], 0
     batches = await trainer.batches(given)
     metrics = {"time/rollout_s": clock.lap()} | summary(cast.played, cast.asked)
     metrics |= staleness(cast.played, cast.version)
@@ -408,10 +410,11 @@ async def evaluated(cast: Cast, kept: Run, name: str) -> None:
         return
     player = cast.player(cast.exam.temperature)
     exam, judge = cast.exam, cast.examiner
-    result, episodes = await examine(exam, player, judge, cast.worlds, cast.progress, name)
+    origin = f"{cast.recipe.identity} {name}"
+    result, episodes = await examine(exam, player, judge, cast.worlds, cast.progress, name, origin)
     with kept.draft(f"evaluations/{name}") as folder:
         files.write(folder, result)
-        write_trajectories(folder / TRAJECTORIES, episodes, kept.folder / "images")
+        write_trajectories(folder, episodes, kept.path(IMAGES), judge_of(exam.judge))
     low, high = result.interval
     cast.progress.say(
         f"{name}: {result.successes} of {result.tasks} {result.split} tasks solved, "

@@ -213,8 +213,9 @@ class Trial:
         exam = self._exam
         await policy.load(weights)
         player = player_of(self._engine.config, exam.agent.make(), policy, exam.temperature)
-        judge: Judge = exam.judge.make(worlds.sample)
-        result, _ = await examine(exam, player, judge, worlds, self._progress, str(weights))
+        judge: Judge = exam.judge.make()
+        name = str(weights)
+        result, _ = await examine(exam, player, judge, worlds, self._progress, name, name)
         return result.outcomes
 
 

@@ -13,7 +13,7 @@ from .errors import PolicyError
 from .protocols import HasEmbeddings, Policy
 from .rollout import Failures, deadline
 from .seeds import derive
-from .types import Completion, Message, Sampling
+from .types import Completion, Prompt, Sampling
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,7 @@ class Patient:
     def seat(self) -> AbstractContextManager[None]:
         return self.policy.seat()
 
-    async def complete(
-        self, prompt: Sequence[Message], sampling: Sampling, seed: int
-    ) -> Completion:
+    async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
         async with deadline(self.timeout_s, "the policy's completion"):
             said = await self.policy.complete(prompt, sampling, seed)
         checked_completion(said, self.checkpoint)
@@ -42,7 +40,7 @@ class Patient:
             self.told(said)
         return said
 
-    async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
+    async def score(self, prompt: Prompt, said: Completion) -> Completion:
         async with deadline(self.timeout_s, "the policy's log-probabilities"):
             scored = await self.policy.score(prompt, said)
         return checked_completion(scored, self.checkpoint)
@@ -72,9 +70,7 @@ def patient(
     return kind(policy, timeout_s, told)
 
 
-async def yes_share(
-    policy: Policy, prompt: Sequence[Message], yes: str = "yes", no: str = "no"
-) -> float:
+async def yes_share(policy: Policy, prompt: Prompt, yes: str = "yes", no: str = "no") -> float:
     """p(yes) / (p(yes) + p(no)), of the two answers as a whole; in [0, 1]."""
     gap = 0.0
     for text, sign in ((no, 1.0), (yes, -1.0)):
@@ -83,7 +79,7 @@ async def yes_share(
     return 1 / (1 + math.exp(min(gap, 700.0)))
 
 
-Question: TypeAlias = tuple[Sequence[Message], Completion]
+Question: TypeAlias = tuple[Prompt, Completion]
 """A prompt, and what was said to it."""
 
 
@@ -99,7 +95,7 @@ async def score_all(
         len(questions), max_failures, PolicyError, "texts could not be scored", "max_failures"
     )
 
-    async def one(prompt: Sequence[Message], said: Completion) -> Completion | None:
+    async def one(prompt: Prompt, said: Completion) -> Completion | None:
         try:
             return await policy.score(prompt, said)
         except Exception as cause:
@@ -111,7 +107,7 @@ async def score_all(
 
 async def ask(
     policy: Policy,
-    prompts: Sequence[Sequence[Message]],
+    prompts: Sequence[Prompt],
     sampling: Sampling,
     seed: int,
     max_failures: float = 0.5,

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast, overload
 
 from .errors import PolicyError, WorldError
-from .types import Completion, Observation, Task, TimeStep, Verdict
+from .images import picture
+from .types import Completion, Image, Observation, Task, TimeStep, Verdict
 
 T = TypeVar("T")
 
-PNG = b"\x89PNG\r\n\x1a\n"
 MOST_STEPS = 2**31 - 1
 """What a task's ``max_steps`` may be at most, for it is stored in 32 bits."""
 
@@ -119,12 +119,16 @@ def checked_observation(value: object, world: str) -> Observation:
         raise WorldError(f"{world} gave {shown(value)}; wanted an Observation")
     text, images, actions = _loose(value.text), _loose(value.images), _loose(value.actions)
     _check_text(text, f"{world}: Observation.text", "a str")
-    if not _all(images, _is_png):
-        raise WorldError(f"{world}: Observation.images is {shown(images)}; wanted PNG bytes")
+    if not _all(images, _pictured):
+        raise WorldError(
+            f"{world}: Observation.images is {shown(images)}; wanted a tuple of pictures, as "
+            "core.images.picture makes them of PNG files"
+        )
     if not _all(actions, lambda action: isinstance(action, str)):
         raise WorldError(f"{world}: Observation.actions is {shown(actions)}; wanted a tuple of str")
     for place, action in enumerate(value.actions):
         _check_text(action, f"{world}: Observation.actions[{place}]", "a str")
+    _check_text(value.actor, f"{world}: Observation.actor", "a str")
     return value
 
 
@@ -260,9 +264,13 @@ def _loose(value: object) -> object:
     return value
 
 
+def _pictured(image: object) -> bool:
+    """Whether it is a picture, with its bytes, and all that is said of it is true of them."""
+    try:
+        return isinstance(image, Image) and picture(image.png) == image
+    except ValueError:
+        return False
+
+
 def _all(values: object, right: Callable[[object], bool]) -> bool:
     return isinstance(values, tuple) and all(map(right, cast(tuple[object, ...], values)))
-
-
-def _is_png(value: object) -> bool:
-    return isinstance(value, bytes) and value.startswith(PNG)

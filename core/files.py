@@ -18,8 +18,10 @@ DRAFT = ".draft-"
 
 
 @contextmanager
-def atomic_write(path: Path) -> Generator[IO[bytes]]:
+def atomic_write(path: Path, sync: bool = True) -> Generator[IO[bytes]]:
     """A file to write to, which appears at ``path`` only if the block ends well.
+
+    ``sync``: it is to survive a power cut from then on.
 
     Raises:
         StoreError: The file cannot be written, for example because the disk is full.
@@ -28,10 +30,12 @@ def atomic_write(path: Path) -> Generator[IO[bytes]]:
     try:
         with draft.open("xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         draft.replace(path)
-        sync_folder(path.parent)
+        if sync:
+            sync_folder(path.parent)
     except OSError as error:
         # Arrow's errors have a number, but words of its own.
         said = os.strerror(error.errno) if error.errno else str(error)
@@ -73,13 +77,13 @@ def read_words(path: Path) -> str:
         raise ValueError(f"{path} is not in UTF-8: {error.reason} at byte {error.start}") from error
 
 
-def atomic_write_bytes(path: Path, data: bytes) -> None:
+def atomic_write_bytes(path: Path, data: bytes, sync: bool = True) -> None:
     """Write ``data`` to ``path``, replacing it in one step; the folder must exist.
 
     Raises:
         StoreError: The file cannot be written.
     """
-    with atomic_write(path) as file:
+    with atomic_write(path, sync) as file:
         file.write(data)
 
 
@@ -93,7 +97,7 @@ def hard_link(source: str, target: str) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make the names in ``folder`` survive a power cut."""
-    _sync(folder)
+    sync_file(folder)
 
 
 def sync_tree(folder: Path) -> None:
@@ -101,11 +105,12 @@ def sync_tree(folder: Path) -> None:
     for parent, _, names in os.walk(folder):
         for name in names:
             if not os.path.islink(path := Path(parent, name)):
-                _sync(path)
-        _sync(Path(parent))
+                sync_file(path)
+        sync_file(Path(parent))
 
 
-def _sync(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Make its content survive a power cut. Raises: OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -127,6 +132,17 @@ def write_json(path: Path, obj: Any) -> None:
     text = json.dumps(obj, allow_nan=False, ensure_ascii=False, indent=2) + "\n"
     # Half an emoji has no UTF-8; the escape Python writes for it is the one JSON reads.
     atomic_write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def canonical_json(obj: Any) -> str:
+    """``obj`` as the one text that says it: keys sorted, no spaces, finite numbers only.
+
+    Raises:
+        ValueError: a number is not finite. TypeError: JSON has no word for a value.
+    """
+    return json.dumps(
+        obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
 
 
 def _not_finite(obj: Any, key: str) -> str:

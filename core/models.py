@@ -42,16 +42,14 @@ def open_tokens(
 
 def _ends(model: str, trust_remote_code: bool) -> list[int]:
     """The ids at which ``generate`` would stop. Raises: ModelError: no such model."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    configs: Any = AutoConfig
     generation: Any = GenerationConfig
+    config = config_of(model, trust_remote_code)
     try:
-        config = configs.from_pretrained(model, trust_remote_code=trust_remote_code)
-        try:
-            given = generation.from_pretrained(model).eos_token_id
-        except OSError:  # It has no file of these, which is usual.
-            given = None
+        given = generation.from_pretrained(model).eos_token_id
+    except OSError:  # It has no file of these, which is usual.
+        given = None
     except Exception as cause:
         raise _cannot_open(model, cause) from cause
     of_text = config.get_text_config()

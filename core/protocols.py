@@ -4,7 +4,7 @@ How plug-ins are made, by the name of their entry-point group:
 
     selfwright.environments   World(config)
     selfwright.agents         Agent(config)
-    selfwright.judges         Judge(config, world)
+    selfwright.judges         Judge(config)
     selfwright.trainers       Trainer(config, context)
     selfwright.policies       Policy(config, model, seed)
     selfwright.learners       Learner(config, model, seed)
@@ -27,9 +27,10 @@ from .types import (
     Batch,
     Completion,
     Judged,
-    Message,
     Metrics,
     Observation,
+    Parsed,
+    Prompt,
     Sampling,
     Start,
     Step,
@@ -43,10 +44,8 @@ from .types import (
 class Environment(Protocol):
     """A world. One instance plays one episode at a time; ``reset`` may be called again.
 
-    Optional class attributes: ``isolation`` is ``"inline"`` for a world that never blocks (it then
-    runs in this process, thousands at once) and ``"process"``, the default, for any other;
-    ``per_process`` says how many instances one such process hosts (default 1); ``reward_range`` is
-    the least and most an episode may pay (default (0, 1)).
+    What its class says of itself stands in one record, ``spec`` (``core.types.WorldSpec``), which
+    may be left out.
     """
 
     def tasks(self, split: str) -> Sequence[Task]:
@@ -88,7 +87,8 @@ class HasAttempts(Protocol):
     def answer(self, task: Task, action: str) -> str | None:
         """The answer an attempt gives, in one canonical form, without looking at the right one.
 
-        None if the attempt is not a legal one (it then casts no vote).
+        None if the attempt is not a legal one (it then casts no vote). Asked once, when the action
+        is executed; it is kept with the step (there an illegal one is the empty text).
         """
         ...
 
@@ -112,10 +112,10 @@ class HasNamedTasks(Protocol):
 class Agent(Protocol):
     """How a model reads and acts: two pure functions, no I/O."""
 
-    def prompt(
-        self, task: Task, history: Sequence[Step], observation: Observation
-    ) -> tuple[Message, ...]: ...
-    def parse(self, completion: str) -> str: ...
+    def prompt(self, task: Task, history: Sequence[Step], observation: Observation) -> Prompt: ...
+    def parse(self, said: str, observation: Observation) -> Parsed:
+        """What was said, as an action; ``observation`` is what it was said to."""
+        ...
 
 
 class Policy(Protocol):
@@ -131,10 +131,8 @@ class Policy(Protocol):
         """
         ...
 
-    async def complete(
-        self, prompt: Sequence[Message], sampling: Sampling, seed: int
-    ) -> Completion: ...
-    async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
+    async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion: ...
+    async def score(self, prompt: Prompt, said: Completion) -> Completion:
         """``said`` with this policy's own log-probabilities of it.
 
         Its ids are kept if they are of this policy's vocabulary, else they are those of its text.
@@ -171,7 +169,7 @@ class HasStream(Protocol):
 
     async def stream(
         self,
-        prompt: Sequence[Message],
+        prompt: Prompt,
         sampling: Sampling,
         seed: int,
         heard: Callable[[Sequence[int]], None],

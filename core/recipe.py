@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
@@ -14,6 +15,7 @@ from .config import Budget, Config, Evaluation, Fleet, JudgeConfig, PolicyConfig
 from .errors import PluginError, RecipeError
 from .faults import show, validate
 from .plugins import load, nearest
+from .seeds import identify
 from .strict_yaml import KeyPath
 
 SECTIONS = {
@@ -121,6 +123,11 @@ class Recipe:
     def iterations(self) -> int:
         """Of all phases together, at most."""
         return sum(phase.iterations for phase in self.phases)
+
+    @cached_property
+    def identity(self) -> str:
+        """The same for runs that play the same, wherever their worlds are hosted."""
+        return identify(json.dumps(self.dump() | {"environment": self.environment.dump()}))
 
     def dump(self) -> dict[str, Any]:
         """Every key with its value, defaults included, as a recipe would say it."""

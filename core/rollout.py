@@ -14,11 +14,12 @@ from .checked import checked_completion, mended, no_text
 from .config import Fleet, Rollout
 from .errors import Late, PolicyError, TooManyFailures, WorkerLost, WorldError
 from .protocols import Agent, Policy
-from .seeds import derive
+from .seeds import derive, identify
 from .types import (
     Action,
     Completion,
     Observation,
+    Prompt,
     Sampling,
     Start,
     Step,
@@ -95,21 +96,41 @@ class PolicyPlayer:
                 sampling.stop,
                 observation.actions,
             )
-        prompt = self.agent.prompt(task, history, observation)
+        prompt = sharing(self.agent.prompt(task, history, observation), history)
         version = self.version()
         async with deadline(self.timeout_s, "the policy's completion"):
             completion = await self.policy.complete(prompt, sampling, seed)
         completion = replace(checked_completion(completion, self.name), version=version)
-        text = self.agent.parse(completion.text)
-        if fault := no_text(text):
-            raise PolicyError(f"{type(self.agent).__name__}.parse gave {fault}; wanted a str")
-        return Action(text, completion)
+        parsed = self.agent.parse(completion.text, observation)
+        for text in (parsed.action, parsed.invalid):
+            if fault := no_text(text):
+                raise PolicyError(f"{type(self.agent).__name__}.parse gave {fault}; wanted a str")
+        return Action(parsed.action, completion, prompt, parsed.invalid)
+
+
+def sharing(prompt: Prompt, history: Sequence[Step]) -> Prompt:
+    """``prompt``, holding the very messages that the one before began with.
+
+    So the prompts of an episode take memory in proportion to its turns, not to their square.
+    """
+    if not history:
+        return prompt
+    before, now = history[-1].action.prompt.messages, prompt.messages
+    same = next(
+        (k for k, (a, b) in enumerate(zip(before, now, strict=False)) if a != b),
+        min(len(before), len(now)),
+    )
+    return replace(prompt, messages=before[:same] + now[same:])
 
 
 @dataclass(frozen=True)
 class ExpertPlayer:
-    """The world's own expert; with ``noise``, that share of its actions is random instead."""
+    """The world's own expert; with ``noise``, that share of its actions is random instead.
 
+    Its actions carry the prompts that ``agent`` would have shown a model, to be learned from.
+    """
+
+    agent: Agent | None = None
     noise: float = 0.0
     timeout_s: float = 30.0
     """Deadline of one action."""
@@ -131,16 +152,22 @@ class ExpertPlayer:
         seed: int,
     ) -> Action | None:
         async with deadline(self.timeout_s, "the world's expert"):
-            if self.errs(seed):
-                return await uniform(world, observation, seed)
-            text = await world.expert()
-        return None if text is None else Action(text, Completion(text))
+            text = (
+                await uniform(world, observation, seed) if self.errs(seed) else await world.expert()
+            )
+        if text is None:
+            return None
+        return Action(text, Completion(text), unasked(self.agent, task, history, observation))
 
 
 @dataclass(frozen=True)
 class RandomPlayer:
-    """Uniform over the listed actions, or over whatever the world calls random."""
+    """Uniform over the listed actions, or over whatever the world calls random.
 
+    Its actions carry prompts as the expert's do.
+    """
+
+    agent: Agent | None = None
     timeout_s: float = 30.0
     """Deadline of one action."""
     name: str = "random"
@@ -157,15 +184,23 @@ class RandomPlayer:
         seed: int,
     ) -> Action | None:
         async with deadline(self.timeout_s, "the world's random action"):
-            return await uniform(world, observation, seed)
+            text = await uniform(world, observation, seed)
+        return Action(text, Completion(text), unasked(self.agent, task, history, observation))
 
 
-async def uniform(world: World, observation: Observation, seed: int) -> Action:
+def unasked(
+    agent: Agent | None, task: Task, history: Sequence[Step], observation: Observation
+) -> Prompt:
+    """What a model would have been shown, where another one acts; empty without an agent."""
+    if agent is None:
+        return Prompt()
+    return sharing(agent.prompt(task, history, observation), history)
+
+
+async def uniform(world: World, observation: Observation, seed: int) -> str:
     if observation.actions:
-        text = random.Random(seed).choice(observation.actions)
-    else:
-        text = await world.random(seed)
-    return Action(text, Completion(text))
+        return random.Random(seed).choice(observation.actions)
+    return await world.random(seed)
 
 
 class deadline:
@@ -224,6 +259,7 @@ async def play(
     start: Start,
     fleet: Fleet,
     seed: int,
+    id: str,
     steps: list[Step],
     chosen: list[tuple[Observation, Action]],
 ) -> Trajectory:
@@ -242,15 +278,15 @@ async def play(
     async def execute(action: Action) -> None:
         nonlocal observation, last
         async with deadline(fleet.step_timeout_s, "the world's step"):
-            last = await world.step(action.text)
-        steps.append(Step(observation, action, last.reward))
+            last = await executed(world, observation, action)
+        steps.append(Step(observation, action, last.reward, last.answer))
         observation = last.observation
 
     async def again(before: Observation, action: Action) -> None:
-        if observation.text != before.text or over(last):
+        if observation != before or over(last):
             raise WorldError(
                 f"{task.id!r} did not repeat itself: replaying action {len(steps) + 1} met "
-                f"{observation.text[:80]!r} where {before.text[:80]!r} was before; "
+                f"{unlike(observation, before)}; "
                 "a world must depend on nothing but its task, its seed and its actions"
             )
         await execute(action)
@@ -277,7 +313,26 @@ async def play(
         start.attempt,
         len(start.prefix),
         last is not None and last.success,
+        id=id,
+        parent=start.parent,
     )
+
+
+async def executed(world: World, observation: Observation, action: Action) -> TimeStep:
+    """What the world answers; what holds no action is answered for it, in words."""
+    if action.invalid:
+        seen = replace(observation, text=action.invalid)
+        return TimeStep(seen, 0.0, terminated=False, answer="" if world.attempts else None)
+    return await world.step(action.text)
+
+
+def unlike(met: Observation, before: Observation) -> str:
+    """Where two observations differ, in words."""
+    for name in ("text", "actions", "images", "actor"):
+        a, b = getattr(met, name), getattr(before, name)
+        if a != b:
+            return f"the {name} {str(a)[:80]!r} where {str(b)[:80]!r} was before"
+    return "its end, where it went on before"
 
 
 def over(last: TimeStep | None) -> bool:
@@ -351,8 +406,12 @@ async def rollouts(
     seed: int,
     done: Callable[[int], None] = lambda _: None,
     patience: Rollout = PATIENT,
+    origin: str = "",
 ) -> list[Trajectory]:
     """Play every start, at most ``fleet.parallel`` at once; results in the order of ``starts``.
+
+    An episode's id follows from ``origin``, ``seed``, its start and its place among them: whoever
+    plays several rounds names each by another ``origin``.
 
     Several such rounds may be in play: a later one has its turn as an earlier one's last episodes
     are waited for.
@@ -390,7 +449,7 @@ async def rollouts(
         with seat:
             for index, start in queue:
                 if not groups[index].closed:
-                    results[index] = await member(groups[index], start)
+                    results[index] = await member(index, start)
                 ended += 1
                 done(ended)
 
@@ -401,25 +460,26 @@ async def rollouts(
         seat.enter_context(player.seat())
         return seat
 
-    async def member(group: Group, start: Start) -> Trajectory:
-        steps: list[Step] = []
+    async def member(index: int, start: Start) -> Trajectory:
+        group, steps = groups[index], list[Step]()
+        id = identify(origin, seed, index, start.task.id, start.seed, start.attempt, start.parent)
         try:
             async with group.member():
-                trajectory = await attempt(start, steps)
+                trajectory = await attempt(start, id, steps)
         except Late as late:
-            return failed(start, steps, player.name, late)
+            return failed(start, id, steps, player.name, late)
         if trajectory.stop != Stop.FAILED:
             group.end()
         return trajectory
 
-    async def attempt(start: Start, steps: list[Step]) -> Trajectory:
+    async def attempt(start: Start, id: str, steps: list[Step]) -> Trajectory:
         chosen: list[tuple[Observation, Action]] = []
         losses = 0
         while True:
             try:
                 async with worlds.lease() as world:
                     try:
-                        return await play(player, world, start, fleet, seed, steps, chosen)
+                        return await play(player, world, start, fleet, seed, id, steps, chosen)
                     except Exception:
                         worlds.discard(world)
                         raise
@@ -429,7 +489,7 @@ async def rollouts(
                     steps.clear()
                     continue
                 failures.add(cause)
-                return failed(start, steps, player.name, cause)
+                return failed(start, id, steps, player.name, cause)
 
     # All seats are taken before the first slot runs, so that the first batch is a full one. Those
     # that other rounds have still to leave are taken later: a policy would wait for them in vain.
@@ -452,7 +512,9 @@ async def rollouts(
     return [result for result in results if result is not None]
 
 
-def failed(start: Start, steps: Sequence[Step], policy: str, cause: BaseException) -> Trajectory:
+def failed(
+    start: Start, id: str, steps: Sequence[Step], policy: str, cause: BaseException
+) -> Trajectory:
     return Trajectory(
         start.task,
         tuple(steps),
@@ -463,6 +525,8 @@ def failed(start: Start, steps: Sequence[Step], policy: str, cause: BaseExceptio
         start.attempt,
         min(len(start.prefix), len(steps)),
         error=mended(f"{type(cause).__name__}: {cause}"),
+        id=id,
+        parent=start.parent,
     )
 
 

@@ -16,11 +16,11 @@ from .config import Config
 from .errors import ModelError
 from .models import open_model
 from .tokens import PAD
-from .types import Completion, Message
+from .types import Completion, Prompt
 
 DISCRIMINATOR = "discriminator.safetensors"
 """What a trainer with a discriminator keeps of it in an iteration's folder, for judges to find."""
-Text: TypeAlias = tuple[Sequence[Message], Completion]
+Text: TypeAlias = tuple[Prompt, Completion]
 """A prompt and what was answered; an answer that was not sampled and is empty adds nothing."""
 
 

@@ -1,15 +1,17 @@
 """Messages to token ids, the same way for whoever samples and whoever learns. Imports no torch."""
 
 import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
 from .encoding import Encoder, Growing
 from .errors import ModelError, PolicyError, PromptError
-from .types import Completion, Message
+from .types import Completion, Message, Prompt, Tool
 
 
 class Rendered(NamedTuple):
@@ -91,19 +93,20 @@ class ChatTokens:
         self.prompts = 0
         self._remember = remember
         self._remembered = 0
-        self._known: OrderedDict[tuple[Message, ...], Rendered] = OrderedDict()
+        self._known: OrderedDict[Prompt, Rendered] = OrderedDict()
 
-    def prompt(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """The ids a model sees before it answers.
 
         Raises:
             PromptError: there are images, and not as many placeholders in the template's words;
                 or the template refuses these messages.
         """
-        images = sum(len(message.images) for message in messages)
+        prompt = bare(prompt)
+        images = len(prompt.images)
         if images and self._placeholder is None:
             raise PromptError("this model reads text only, but the prompt holds images")
-        rendered = self._prompt(tuple(messages))
+        rendered = self._prompt(prompt)
         places = rendered.ids.count(self._placeholder)
         if self._placeholder is not None and places != images:
             raise PromptError(
@@ -159,35 +162,36 @@ class ChatTokens:
         """
         return next((self._controls[i] for i in self._encode(text) if i in self._controls), "")
 
-    def _prompt(self, messages: tuple[Message, ...]) -> Rendered:
+    def _prompt(self, prompt: Prompt) -> Rendered:
         """Turn by turn, from the longest beginning that is known."""
+        messages = prompt.messages
         cuts = [k for k, message in enumerate(messages) if k and self.sampled(message)]
         cuts.append(len(messages))
         rendered, begin = None, 0
         for k in reversed(range(len(cuts))):
-            rendered = self._known.get(messages[: cuts[k]])
+            part = replace(prompt, messages=messages[: cuts[k]])
+            rendered = self._known.get(part)
             if rendered is not None:
-                self._known.move_to_end(messages[: cuts[k]])
+                self._known.move_to_end(part)
                 begin = k + 1
                 break
         for k in range(begin, len(cuts)):
             said = messages[cuts[k - 1]] if k else None
-            rendered = self._rendered(messages[: cuts[k]], rendered, said)
-            self._keep(messages[: cuts[k]], rendered)
+            part = replace(prompt, messages=messages[: cuts[k]])
+            rendered = self._rendered(part, rendered, said)
+            self._keep(part, rendered)
         assert rendered is not None, "there is always a last cut"
         return rendered
 
-    def _keep(self, messages: tuple[Message, ...], rendered: Rendered) -> None:
-        self._known[messages] = rendered
+    def _keep(self, prompt: Prompt, rendered: Rendered) -> None:
+        self._known[prompt] = rendered
         self._remembered += len(rendered.ids)
         while self._remembered > self._remember and len(self._known) > 1:
             self._remembered -= len(self._known.popitem(last=False)[1].ids)
 
-    def _rendered(
-        self, messages: tuple[Message, ...], before: Rendered | None, said: Message | None
-    ) -> Rendered:
+    def _rendered(self, prompt: Prompt, before: Rendered | None, said: Message | None) -> Rendered:
         """``before`` is the prompt that ``said`` answered; both None if nothing was sampled yet."""
-        whole = self._render(messages, add_generation_prompt=True)
+        whole = self._render(prompt, add_generation_prompt=True)
         if before is None or said is None:
             return Rendered(whole, self._encode(whole), False)
         since = self._since(whole[len(before.text) :], said)
@@ -216,10 +220,10 @@ class ChatTokens:
 
     def _framed(self, end: int) -> Frame:
         """``end``: the end token if the template writes none."""
-        asked, answer = Message("user", "?"), "ANSWER"
+        asked, answer = Message("user", ("?",)), "ANSWER"
         try:
-            opened = self._render((asked,), add_generation_prompt=True)
-            shown = self._render((asked, Message("assistant", answer)))
+            opened = self._render(Prompt((asked,)), add_generation_prompt=True)
+            shown = self._render(Prompt((asked, Message("assistant", (answer,)))))
         except PolicyError:
             return Frame(end)
         between, _, after = shown.removeprefix(opened).rpartition(answer)
@@ -230,10 +234,12 @@ class ChatTokens:
             return Frame(end, before, "", opening)
         return Frame(closing[0], before, after[: len(after) - len(after.lstrip())], opening)
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def _render(self, prompt: Prompt, add_generation_prompt: bool = False) -> str:
+        messages = prompt.messages
         try:
             return self.tokenizer.apply_chat_template(
                 [{"role": m.role, "content": self._content(m)} for m in messages],
+                tools=functions(prompt.tools) or None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
@@ -247,7 +253,44 @@ class ChatTokens:
     def _content(self, message: Message) -> Any:
         if self._placeholder is None:
             return message.text
-        return [{"type": "image"}] * len(message.images) + [{"type": "text", "text": message.text}]
+        return [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+            for part in message.parts
+        ]
+
+
+def functions(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """Tools in the form that chat templates and OpenAI's protocol know them in."""
+    return [
+        {
+            "type": "function",
+            "function": {
+                "name": tool.name,
+                "description": tool.description,
+                "parameters": json.loads(tool.parameters),
+            },
+        }
+        for tool in tools
+    ]
+
+
+def bare(prompt: Prompt) -> Prompt:
+    """The same, its pictures without their bytes: whoever remembers it does not hold those."""
+    if not any(image.png for image in prompt.images):
+        return prompt
+    return replace(
+        prompt,
+        messages=tuple(
+            replace(
+                message,
+                parts=tuple(
+                    part if isinstance(part, str) else replace(part, png=b"")
+                    for part in message.parts
+                ),
+            )
+            for message in prompt.messages
+        ),
+    )
 
 
 def cut(text: str, stops: Sequence[str]) -> str:

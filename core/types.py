@@ -4,7 +4,7 @@ tasks -> starts -> trajectories -> judge -> judged -> trainer -> batches -> lear
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -13,24 +13,77 @@ Metrics: TypeAlias = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
+class Image:
+    """A picture, by its content. Its bytes are read where they are needed, by ``core.images``."""
+
+    sha256: str
+    """Of the PNG file, 64 hexadecimal digits."""
+    width: int
+    height: int
+    """Pixels."""
+    png: bytes = field(default=b"", compare=False, repr=False)
+    """The file itself, on its way from a world or a client to the store; empty ever after."""
+
+
+Part: TypeAlias = str | Image
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     role: Literal["system", "user", "assistant"]
-    text: str
-    images: tuple[bytes, ...] = ()
-    """PNG-encoded RGB frames, shown before the text."""
+    parts: tuple[Part, ...]
+    """Text and pictures, in the order in which they are read."""
     token_ids: tuple[int, ...] = ()
     """What a policy sampled, if this is its own earlier turn: it is never re-tokenised."""
     tokenizer: str = ""
     """Whose ``token_ids`` these are, as in ``Completion``."""
 
+    def __post_init__(self) -> None:
+        # A text is a sequence of texts, too: each letter would pass for a part.
+        if isinstance(self.parts, str):
+            raise TypeError(f"Message.parts is {self.parts!r}; wanted a tuple of texts and images")
+
+    @property
+    def text(self) -> str:
+        """Its words alone."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        return tuple(part for part in self.parts if isinstance(part, Image))
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A kind of action, as models are told of functions they may call."""
+
+    name: str
+    description: str
+    parameters: str
+    """A JSON schema of its arguments, in canonical form (keys sorted, no spaces)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a policy is asked."""
+
+    messages: tuple[Message, ...] = ()
+    tools: tuple[Tool, ...] = ()
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        return tuple(image for message in self.messages for image in message.images)
+
 
 @dataclass(frozen=True, slots=True)
 class Observation:
     text: str
-    images: tuple[bytes, ...] = ()
-    """PNG-encoded RGB frames, oldest first."""
+    images: tuple[Image, ...] = ()
+    """Oldest first. A world makes them of PNG files: ``core.images.picture``."""
     actions: tuple[str, ...] = ()
     """Every action legal now, if the world lists them; empty means free text."""
+    actor: str = ""
+    """Whose turn it is, in worlds where several act."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +124,22 @@ class Action:
     """What the environment executes."""
     completion: Completion
     """What the model said; ``text`` was parsed from it."""
+    prompt: Prompt = Prompt()
+    """What the completion was sampled from, or, where it was not sampled, what the model would
+    have been shown. Nobody renders it again: with a window, memory or other goals a later prompt
+    is another one. Empty where nobody was asked."""
+    invalid: str = ""
+    """Why no action could be read from the completion; empty if one could."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """What an agent read in a completion: an action, or why there is none."""
+
+    action: str
+    """What the environment is to execute; empty if there is none."""
+    invalid: str = ""
+    """Why no action could be read, in words for the model; empty if one could."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +153,8 @@ class TimeStep:
     """The environment's own limit cut the episode."""
     success: bool = False
     """The task is solved. May be true only together with ``terminated``."""
+    answer: str | None = None
+    """As in ``Step``; filled in for worlds of attempts (``core.protocols.HasAttempts``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +164,43 @@ class Step:
     action: Action
     reward: float
     """What the environment paid for this action, undiscounted."""
+    answer: str | None = None
+    """The answer that this action gives to the task, in the world's canonical form, where every
+    action is a whole attempt; empty if it is no legal one. None in all other worlds."""
+
+    @property
+    def actor(self) -> str:
+        """Who acted; empty where there is only one."""
+        return self.observation.actor
 
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to be done. Environments subclass it to add typed fields (a start URL, numbers)."""
+    """One thing to be done.
+
+    Environments subclass it to add typed fields (a start URL, numbers), which are stored and come
+    back; such a world's spec names the class.
+    """
 
     id: str
     """Unique over all splits of one world."""
     instruction: str
     max_steps: int
     """The most actions an agent may take, at least 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorldSpec:
+    """What a world's class says of itself, as ``spec``; every field has a default."""
+
+    isolation: Literal["inline", "process"] = "process"
+    """``inline``: it never blocks; it then runs in this very process, thousands at once."""
+    per_process: int | None = None
+    """How many instances a process of its own hosts. None: 1; of one that never blocks, all."""
+    task: type[Task] = Task
+    """The class of its tasks, so that stored ones can come back."""
+    reward_range: tuple[float, float] = (0.0, 1.0)
+    """The least and the most that an episode may pay."""
 
 
 class Stop(StrEnum):
@@ -131,6 +228,8 @@ class Start:
     """Steps to replay before the policy acts."""
     turns: int | None = None
     """How many actions the policy may take after the prefix; None: up to the task's limit."""
+    parent: str = ""
+    """The id of the episode that ``prefix`` comes from; empty if there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +249,10 @@ class Trajectory:
     success: bool = False
     error: str = ""
     """Set if and only if ``stop`` is FAILED: the error's name, then what it said."""
+    id: str = ""
+    """Names this episode and no other one, for ever."""
+    parent: str = ""
+    """The id of the episode that the replayed steps come from; empty if there is none."""
 
     @property
     def reward(self) -> float:
@@ -164,6 +267,8 @@ class Verdict:
     feedback: str
     """Why, in words."""
     judge: str
+    steps: tuple[float | None, ...] = ()
+    """A score for each step, from judges that give such; each in [0, 1] or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +369,7 @@ class AdversarialLoss(Loss, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    prompt: tuple[Message, ...]
+    prompt: Prompt
     completion: Completion
     advantage: float = 1.0
     """Multiplies log p(completion | prompt); 1 is plain imitation."""
@@ -276,7 +381,7 @@ class Example:
 class Pair:
     """A preference: learned through DPO or a reward model, not by the plain loop."""
 
-    prompt: tuple[Message, ...]
+    prompt: Prompt
     chosen: Completion
     rejected: Completion
 

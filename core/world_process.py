@@ -14,7 +14,6 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any, BinaryIO
 
 from .checked import (
@@ -25,15 +24,15 @@ from .checked import (
     checked_expert,
     checked_observation,
     checked_time_step,
-    readable,
 )
+from .images import STORE
 from .plugins import load
+from .tasks import task_of
 from .types import Observation, Task, TimeStep
-from .worlds import GRACE_S, made, offered, told
+from .worlds import GRACE_S, answered, fields_of, made, offered, spec_of, told
 
 OPTIONAL = ("expert", "random", "answer", "without_oracle")
 PR_SET_PDEATHSIG = 1
-TASKS_KEPT = 4096
 
 
 class Server:
@@ -47,7 +46,8 @@ class Server:
         self._instances: dict[int, Any] = {}
         self._running: dict[int, asyncio.Task[Any]] = {}
         self._splits: dict[str, Sequence[Task]] = {}
-        self._tasks: dict[tuple[str, int], Task] = {}
+        self._task_class: type[Task] = Task
+        self._played: dict[int, Task] = {}
 
     async def serve(self, questions: BinaryIO) -> None:
         inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
@@ -82,6 +82,7 @@ class Server:
         plugin = load("environments", name)
         settings = plugin.Config.model_validate_json(config)
         self._name = name
+        self._task_class = spec_of(plugin).task
         self._make = lambda: made(name, plugin, settings, without_oracle)
         self._spare.append(self._make())
         return [method for method in OPTIONAL if callable(getattr(self._any(), method, None))]
@@ -93,25 +94,23 @@ class Server:
         return len(self._split(split))
 
     async def on_task(self, split: str, index: int) -> list[Any]:
-        task = self._task(split, index)
-        fault = task.fault if isinstance(task, UnreadableTask) else ""
-        return [task.id, task.instruction, task.max_steps, fault]
+        task = self._split(split)[index]
+        if isinstance(task, UnreadableTask):
+            return [task.id, task.instruction, task.max_steps, "{}", task.fault]
+        return [*fields_of(task), ""]
 
-    async def on_answer(self, split: str, index: int, action: str) -> str | None:
-        return checked_answer(self._any().answer(self._task(split, index), action), self._name)
+    async def on_answer(self, task: Sequence[Any], action: str) -> str | None:
+        return checked_answer(self._any().answer(self._made_task(task), action), self._name)
 
-    async def on_reset(
-        self, instance: int, split: str, index: int, seed: int, max_steps: int
-    ) -> Any:
-        task = readable(self._task(split, index))
-        if task.max_steps != max_steps:
-            task = replace(task, max_steps=max_steps)
-        reset = self._instances[instance].reset(task, seed)
+    async def on_reset(self, instance: int, task: Sequence[Any], seed: int) -> Any:
+        self._played[instance] = made_task = self._made_task(task)
+        reset = self._instances[instance].reset(made_task, seed)
         return encoded(checked_observation(await self._run(instance, reset), self._name))
 
     async def on_step(self, instance: int, action: str) -> Any:
-        done = await self._run(instance, self._instances[instance].step(action))
-        return encoded_time_step(checked_time_step(done, self._name))
+        world = self._instances[instance]
+        done = checked_time_step(await self._run(instance, world.step(action)), self._name)
+        return encoded_time_step(answered(world, self._played[instance], action, done, self._name))
 
     async def on_expert(self, instance: int) -> str | None:
         expert = offered(self._instances[instance], "expert", self._name)
@@ -125,6 +124,7 @@ class Server:
         if running := self._running.pop(instance, None):
             running.cancel()
         self._splits.clear()  # they may lean on the instance that gave them
+        self._played.pop(instance, None)
         dropped = self._instances.pop(instance, None)
         if dropped is not None:
             with suppress(Exception):
@@ -156,18 +156,18 @@ class Server:
             self._splits[split] = Tasks(self._any().tasks(split), self._name, split)
         return self._splits[split]
 
-    def _task(self, split: str, index: int) -> Task:
-        """Kept, for attempts of one group share it; but not all, for splits may be endless."""
-        if (split, index) not in self._tasks:
-            if len(self._tasks) >= TASKS_KEPT:
-                self._tasks.clear()
-            self._tasks[split, index] = self._split(split)[index]
-        return self._tasks[split, index]
+    def _made_task(self, fields: Sequence[Any]) -> Task:
+        return task_of(self._task_class, *fields)
 
 
 def encoded(observation: Observation) -> dict[str, Any]:
-    images = [base64.b64encode(image).decode() for image in observation.images]
-    return {"text": observation.text, "images": images, "actions": observation.actions}
+    images = [base64.b64encode(STORE.read(image)).decode() for image in observation.images]
+    return {
+        "text": observation.text,
+        "images": images,
+        "actions": observation.actions,
+        "actor": observation.actor,
+    }
 
 
 def encoded_time_step(step: TimeStep) -> dict[str, Any]:
@@ -177,6 +177,7 @@ def encoded_time_step(step: TimeStep) -> dict[str, Any]:
         "terminated": step.terminated,
         "truncated": step.truncated,
         "success": step.success,
+        "answer": step.answer,
     }
 
 

@@ -18,24 +18,31 @@ from collections import deque
 from collections.abc import AsyncGenerator, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from .checked import (
     Tasks,
     UnreadableTask,
     checked_action,
+    checked_answer,
     checked_expert,
     checked_observation,
     checked_time_step,
     readable,
+    shown,
 )
 from .config import Fleet
 from .errors import WorkerLost, WorldError
+from .images import STORE, picture
 from .plugins import load
-from .types import Observation, Task, TimeStep
+from .protocols import HasAttempts
+from .tasks import StoredTask, own_task, task_data
+from .types import Observation, Task, TimeStep, WorldSpec
 
 GRACE_S = 2.0
 """How long a world that is thrown away may take to close."""
@@ -48,6 +55,8 @@ LAST_WORDS = 12
 class World(Protocol):
     """A leased instance. Every answer is checked; whatever fails raises."""
 
+    attempts: bool
+    """Every action is a whole attempt at the task (``HasAttempts``)."""
     broken: bool
     """To be thrown away: discarded, or a call was cancelled half-way."""
 
@@ -195,19 +204,16 @@ async def open_worlds(
     plugin = load("environments", name)
     text = json.dumps(config)
     settings = plugin.Config.model_validate_json(text)
-    isolation = fleet.isolation
-    if isolation == "auto":
-        isolation = getattr(plugin, "isolation", "process")
-    if isolation not in ("inline", "process"):
-        raise WorldError(f"{name}.isolation is {isolation!r}; wanted 'inline' or 'process'")
+    spec = spec_of(plugin)
+    isolation = spec.isolation if fleet.isolation == "auto" else fleet.isolation
     host: Host
     opening = {"name": name, "config": text, "without_oracle": without_oracle}
     if fleet.on == "ray":
-        host = await _on_ray(name, plugin, opening, fleet)
+        host = await _on_ray(name, spec, opening, fleet)
     elif isolation == "inline":
-        host = InlineHost(name, plugin, settings, without_oracle)
+        host = InlineHost(name, plugin, settings, spec, without_oracle)
     else:
-        host = ProcessHost(name, opening, _per_process(plugin, fleet), fleet, Here())
+        host = ProcessHost(name, opening, _per_process(spec, fleet), fleet, Here())
     try:
         await host.open()
     except BaseException:
@@ -217,7 +223,7 @@ async def open_worlds(
 
 
 async def _on_ray(
-    name: str, plugin: type[Any], opening: dict[str, Any], fleet: Fleet
+    name: str, spec: WorldSpec, opening: dict[str, Any], fleet: Fleet
 ) -> "ProcessHost":
     from .ray_worlds import Cluster
 
@@ -229,14 +235,13 @@ async def _on_ray(
         raise
     # Those that may share a process do so, but are still spread over all of the cluster.
     share = math.ceil(fleet.parallel / cluster.posts)
-    per_process = min(_per_process(plugin, fleet), share)
+    per_process = min(_per_process(spec, fleet), share)
     return ProcessHost(name, opening, per_process, fleet, cluster)
 
 
-def _per_process(plugin: type[Any], fleet: Fleet) -> int:
+def _per_process(spec: WorldSpec, fleet: Fleet) -> int:
     # Worlds that never block lose nothing by sharing a process.
-    shared = fleet.parallel if getattr(plugin, "isolation", "") == "inline" else 1
-    return getattr(plugin, "per_process", shared)
+    return spec.per_process or (fleet.parallel if spec.isolation == "inline" else 1)
 
 
 @contextmanager
@@ -254,20 +259,27 @@ def call_to(world: World) -> Generator[None]:
 class InlineWorld:
     """An instance in this process."""
 
-    def __init__(self, name: str, instance: Any) -> None:
+    def __init__(self, name: str, instance: Any, spec: WorldSpec) -> None:
         self.instance = instance
+        self.attempts = isinstance(instance, HasAttempts)
         self.broken = False
         self.gone = False
         self._name = name
+        self._spec = spec
+        self._task: Task | None = None
 
     async def reset(self, task: Task, seed: int) -> Observation:
+        self._task = own_task(self._spec.task, readable(task))
         with call_to(self):
-            seen = await self.instance.reset(readable(task), seed)
-            return checked_observation(seen, self._name)
+            seen = checked_observation(await self.instance.reset(self._task, seed), self._name)
+        return kept(seen)
 
     async def step(self, action: str) -> TimeStep:
         with call_to(self):
-            return checked_time_step(await self.instance.step(action), self._name)
+            done = checked_time_step(await self.instance.step(action), self._name)
+            assert self._task is not None, "it answered, so it was reset"
+            done = answered(self.instance, self._task, action, done, self._name)
+        return replace(done, observation=kept(done.observation))
 
     async def expert(self) -> str | None:
         with call_to(self):
@@ -286,10 +298,13 @@ class InlineWorld:
 class InlineHost:
     """Instances in this process."""
 
-    def __init__(self, name: str, plugin: type[Any], settings: Any, without_oracle: bool) -> None:
+    def __init__(
+        self, name: str, plugin: type[Any], settings: Any, spec: WorldSpec, without_oracle: bool
+    ) -> None:
         self.processes: list[int] = []
         self._name = name
         self._plugin = plugin
+        self._spec = spec
         self._settings = settings
         self._without_oracle = without_oracle
         self._sample: Any = None
@@ -308,7 +323,8 @@ class InlineHost:
         return self._sample.tasks(split)
 
     async def add(self) -> World:
-        world = InlineWorld(self._name, self._spare.pop() if self._spare else self._make())
+        instance = self._spare.pop() if self._spare else self._make()
+        world = InlineWorld(self._name, instance, self._spec)
         self._worlds.add(world)
         return world
 
@@ -323,18 +339,10 @@ class InlineHost:
         for world in list(self._worlds):
             await self.drop(world)
         for instance in self._spare:
-            await self.drop(InlineWorld(self._name, instance))
+            await self.drop(InlineWorld(self._name, instance, self._spec))
 
     def _make(self) -> Any:
         return made(self._name, self._plugin, self._settings, self._without_oracle)
-
-
-@dataclass(frozen=True)
-class RemoteTask(Task):
-    """A task whose other fields stayed in the world's own process."""
-
-    split: str
-    index: int
 
 
 class RemoteTasks:
@@ -351,10 +359,10 @@ class RemoteTasks:
     def __getitem__(self, index: int) -> Task:
         """``index``: from 0 to the length, not from the end."""
         asked = self._host.ask_now("task", split=self._split, index=index)
-        name, instruction, max_steps, fault = asked
+        name, instruction, max_steps, data, fault = asked
         if fault:
             return UnreadableTask(name, instruction, max_steps, fault)
-        return RemoteTask(name, instruction, max_steps, self._split, index)
+        return StoredTask(name, instruction, max_steps, data)
 
 
 class RemoteSample:
@@ -370,8 +378,7 @@ class RemoteSample:
         return self._host.tasks(split)
 
     def _answer(self, task: Task, action: str) -> str | None:
-        split, index = place_of(task)
-        return self._host.ask_now("answer", split=split, index=index, action=action)
+        return self._host.ask_now("answer", task=fields_of(task), action=action)
 
     def _without_oracle(self) -> Any:
         raise WorldError("in another process; use open_worlds(..., without_oracle=True)")
@@ -386,9 +393,10 @@ class RemoteSample:
 class RemoteWorld:
     """An instance in another process."""
 
-    def __init__(self, worker: Worker, number: int, name: str) -> None:
+    def __init__(self, worker: Worker, number: int, name: str, attempts: bool) -> None:
         self.worker = worker
         self.number = number
+        self.attempts = attempts
         self.broken = False
         self._left = False
         self._name = name
@@ -398,9 +406,7 @@ class RemoteWorld:
         return self._left or self.worker.dead is not None
 
     async def reset(self, task: Task, seed: int) -> Observation:
-        split, index = place_of(task)
-        where = {"split": split, "index": index, "max_steps": task.max_steps}
-        return observation_from(await self._ask("reset", seed=seed, **where))
+        return observation_from(await self._ask("reset", task=fields_of(task), seed=seed))
 
     async def step(self, action: str) -> TimeStep:
         answer = await self._ask("step", action=action)
@@ -499,7 +505,7 @@ class ProcessHost:
                     f"no instance of {self._name} was made within {self._deadline_s:g} s"
                 ) from None
             raise
-        return RemoteWorld(worker, number, self._name)
+        return RemoteWorld(worker, number, self._name, isinstance(self._sample, HasAttempts))
 
     async def drop(self, world: World) -> None:
         assert isinstance(world, RemoteWorld)
@@ -697,14 +703,60 @@ def offered(instance: Any, method: str, world: str) -> Any:
     return found
 
 
-def place_of(task: Task) -> tuple[str, int]:
+def fields_of(task: Task) -> tuple[str, str, int, str]:
+    """A task for another process. Raises: WorldError: it cannot be played."""
     task = readable(task)
-    if not isinstance(task, RemoteTask):
-        raise WorldError(
-            f"task {task.id!r} is a {type(task).__name__}; a world in its own process plays the "
-            "tasks that its own tasks() gives"
-        )
-    return task.split, task.index
+    return task.id, task.instruction, task.max_steps, task_data(task)
+
+
+_SPEC: dict[str, TypeAdapter[Any]] = {
+    name: TypeAdapter(kind) for name, kind in get_type_hints(WorldSpec).items()
+}
+
+
+def spec_of(plugin: type[Any]) -> WorldSpec:
+    """What a world's class says of itself.
+
+    Without a ``spec`` these are read as class attributes: ``isolation``, ``per_process``,
+    ``reward_range``.
+
+    Raises:
+        WorldError: a field has a value that is none of its.
+    """
+    told = getattr(plugin, "spec", None)
+    if told is None:
+        names = ("isolation", "per_process", "reward_range")
+        told = WorldSpec(**{n: getattr(plugin, n) for n in names if hasattr(plugin, n)})
+    if not isinstance(told, WorldSpec):
+        raise WorldError(f"{plugin.__name__}.spec is {shown(told)}; wanted a WorldSpec")
+    for name, kind in _SPEC.items():
+        try:
+            kind.validate_python(getattr(told, name), strict=True)
+        except ValidationError as error:
+            faults = error.errors(include_url=False)
+            said = "; ".join(
+                ".".join([name, *map(str, f["loc"])]) + f": {f['msg']}" for f in faults
+            )
+            raise WorldError(f"{plugin.__name__}.spec.{said}") from None
+    return told
+
+
+def answered(instance: Any, task: Task, action: str, done: TimeStep, world: str) -> TimeStep:
+    """``done``, with the answer that the action gives, where a world has such.
+
+    Raises:
+        WorldError: it is no text.
+    """
+    if done.answer is not None or not isinstance(instance, HasAttempts):
+        return done
+    return replace(done, answer=checked_answer(instance.answer(task, action), world) or "")
+
+
+def kept(observation: Observation) -> Observation:
+    """The same, its pictures' bytes in this process's store."""
+    if not observation.images:
+        return observation
+    return replace(observation, images=tuple(map(STORE.keep, observation.images)))
 
 
 def told(error: BaseException) -> dict[str, str]:
@@ -726,5 +778,5 @@ def raised(kind: str, text: str, traceback: str) -> WorldError:
 
 
 def observation_from(fields: dict[str, Any]) -> Observation:
-    images = tuple(base64.b64decode(image) for image in fields["images"])
-    return Observation(fields["text"], images, tuple(fields["actions"]))
+    images = tuple(STORE.keep(picture(base64.b64decode(image))) for image in fields["images"])
+    return Observation(fields["text"], images, tuple(fields["actions"]), fields["actor"])

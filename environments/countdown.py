@@ -18,7 +18,7 @@ from typing import ClassVar, Literal, Self, overload
 from pydantic import Field, model_validator
 
 from ..core.config import Config
-from ..core.types import Observation, Task, TimeStep
+from ..core.types import Observation, Task, TimeStep, WorldSpec
 
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 SHARES = (("test", 10), ("validation", 20), ("train", 100))
@@ -264,7 +264,7 @@ class Countdown:
     """
 
     Config = CountdownConfig
-    isolation: ClassVar[str] = "inline"
+    spec: ClassVar[WorldSpec] = WorldSpec(isolation="inline", task=CountdownTask)
 
     def __init__(self, config: CountdownConfig, oracle: bool = True) -> None:
         self._config = config

@@ -8,12 +8,10 @@ from typing import Any, Self, cast
 
 from pydantic import Field, model_validator
 
-from ..core.config import Config, JudgeConfig
+from ..core.config import JudgeConfig
 from ..core.errors import JudgeError
 from ..core.files import read_json
 from ..core.origin import found_base
-from ..core.plugins import load
-from ..core.protocols import Agent
 from ..core.run import iterations
 from ..core.scalar import DISCRIMINATOR, ScalarConfig, ScalarModel, Text
 from ..core.types import Stop, Trajectory, Verdict
@@ -35,20 +33,17 @@ class DiscriminatorJudgeConfig(JudgeConfig):
 class DiscriminatorJudge:
     """1 - D(episode), D as it was after the last iteration of that run: 1 is like a teacher's.
 
-    It tells likeness, not success: how far that is the same, ``evaluate --judge`` says. An episode
-    is read as that run's agent shows it. Undecided about episodes that failed to run.
+    It tells likeness, not success: how far that is the same, ``evaluate --judge`` says.
+    An episode is read as its own policy saw it. Undecided about episodes that failed to run, or
+    hold no prompt: they were played by who is shown none, or stored by a version that kept none.
     """
 
     Config = DiscriminatorJudgeConfig
 
-    def __init__(self, config: DiscriminatorJudgeConfig, world: Any) -> None:
+    def __init__(self, config: DiscriminatorJudgeConfig) -> None:
         """Raises: JudgeError, ModelError: the run is damaged, or its base model is not there."""
         run = Path(config.run)
         recipe = cast("dict[str, Any]", read_json(run / "recipe.json"))
-        settings = dict(recipe["agent"])
-        plugin = load("agents", settings.pop("use"))
-        agent_config: type[Config] = plugin.Config
-        self._agent: Agent = plugin(agent_config.model_validate(settings))
         last = _files(run)[-1]
         model = found_base(last.parents[1] / "checkpoint") or recipe["policy"]["model"]
         self._net = ScalarModel(ScalarConfig(token_budget=config.token_budget), model)
@@ -56,17 +51,16 @@ class DiscriminatorJudge:
         self._turn = asyncio.Lock()
 
     async def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
-        sound = [t for t in trajectories if t.stop != Stop.FAILED and t.steps]
+        faults = [_fault(t) for t in trajectories]
+        sound = [t for t, fault in zip(trajectories, faults, strict=True) if not fault]
         loop = asyncio.get_running_loop()
         texts = list(map(self._text, sound))
         async with self._turn:  # One thread at a time: they would share a cache.
             found = await loop.run_in_executor(None, self._net.values, texts) if texts else []
-        values = {id(t): z for t, z in zip(sound, found, strict=True)}
+        values = iter(found)
         return [
-            Verdict(None, t.error or "nothing was done", "discriminator")
-            if id(t) not in values
-            else self._verdict(values[id(t)])
-            for t in trajectories
+            Verdict(None, fault, "discriminator") if fault else self._verdict(next(values))
+            for fault in faults
         ]
 
     def _verdict(self, z: float) -> Verdict:
@@ -76,9 +70,15 @@ class DiscriminatorJudge:
         return Verdict(like, f"taken for a teacher's with probability {like:.3f}", "discriminator")
 
     def _text(self, trajectory: Trajectory) -> Text:
-        *before, last = trajectory.steps
-        prompt = self._agent.prompt(trajectory.task, before, last.observation)
-        return prompt, last.action.completion
+        action = trajectory.steps[-1].action
+        return action.prompt, action.completion
+
+
+def _fault(trajectory: Trajectory) -> str:
+    """Why there is nothing to be read; empty if there is."""
+    if trajectory.stop == Stop.FAILED or not trajectory.steps:
+        return trajectory.error or "nothing was done"
+    return "" if trajectory.steps[-1].action.prompt.messages else "no prompt is known"
 
 
 def _files(run: Path) -> list[Path]:

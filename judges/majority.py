@@ -1,11 +1,8 @@
 """Agreement among attempts at one task, for when nobody knows the right answer."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from ..core.checked import answer_of
 from ..core.config import JudgeConfig
-from ..core.protocols import HasAttempts
 from ..core.statistics import majority
 from ..core.types import Stop, Trajectory, Verdict
 
@@ -21,8 +18,8 @@ class MajorityJudge:
 
     Config = JudgeConfig
 
-    def __init__(self, config: JudgeConfig, world: Any) -> None:
-        self._world = world
+    def __init__(self, config: JudgeConfig) -> None:
+        pass
 
     async def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
         if len(trajectories) == 1:
@@ -44,7 +41,5 @@ class MajorityJudge:
     def _answer(self, trajectory: Trajectory) -> str | None:
         if trajectory.stop == Stop.FAILED or not trajectory.steps:
             return None
-        action = trajectory.steps[-1].action.text
-        if isinstance(self._world, HasAttempts):
-            return answer_of(self._world, trajectory.task, action)
-        return action.strip() or None
+        last = trajectory.steps[-1]
+        return (last.action.text.strip() if last.answer is None else last.answer) or None

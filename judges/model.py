@@ -4,18 +4,17 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from ..core.asking import yes_share
-from ..core.checked import answer_of
 from ..core.config import JudgeConfig
 from ..core.errors import JudgeError
 from ..core.files import read_words
-from ..core.protocols import HasAttempts, Policy
+from ..core.protocols import Policy
 from ..core.seeds import derive
-from ..core.types import Completion, Message, Sampling, Stop, Trajectory, Verdict
+from ..core.types import Completion, Message, Prompt, Sampling, Stop, Trajectory, Verdict
 
 RUBRIC = (
     "You are shown a task and the answer that somebody gave. Check it: work out what the answer "
@@ -90,10 +89,9 @@ class ModelJudge(Asks):
 
     Config = ModelJudgeConfig
 
-    def __init__(self, config: ModelJudgeConfig, world: Any) -> None:
+    def __init__(self, config: ModelJudgeConfig) -> None:
         super().__init__(config.model)
         self._config = config
-        self._world = world
         self._rubric = config.words
 
     async def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
@@ -115,12 +113,9 @@ class ModelJudge(Asks):
     def _shown(self, trajectory: Trajectory) -> str:
         if not trajectory.steps:
             return ""
-        last = trajectory.steps[-1].action.text
         if self._config.shows == "answer":
-            if isinstance(self._world, HasAttempts):
-                last = answer_of(self._world, trajectory.task, last) or ""
-            return cleaned(last)
-        if not cleaned(last):
+            return cleaned(answer_of(trajectory))
+        if not cleaned(trajectory.steps[-1].action.text):
             return ""
         parts = [f"{s.observation.text}\n> {s.action.text}" for s in trajectory.steps]
         return cleaned("\n".join([*parts, trajectory.final.text]), keep="end")
@@ -128,7 +123,7 @@ class ModelJudge(Asks):
     async def _asked(self, policy: Policy, task: str, shown: str) -> tuple[float | None, str]:
         config = self._config
         text = f"{self._rubric}\n\nTask: {task}\n<<<\n{shown}\n>>>\n\n{_request(config)}"
-        prompt = (Message("user", text),)
+        prompt = Prompt((Message("user", (text,)),))
         if config.answer == "probability":
             share = await yes_share(policy, prompt)
             return share, f"yes with probability {share:.3f}"
@@ -145,6 +140,14 @@ class ModelJudge(Asks):
             if score is not None:
                 scores.append(score)
         return (sum(scores) / len(scores) if scores else None), said.text
+
+
+def answer_of(trajectory: Trajectory) -> str:
+    """What the last action answers, as the world reads it; its own text in most worlds."""
+    if not trajectory.steps:
+        return ""
+    last = trajectory.steps[-1]
+    return last.action.text if last.answer is None else last.answer
 
 
 def _request(config: ModelJudgeConfig) -> str:

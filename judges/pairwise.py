@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any
 
 from ..core.asking import yes_share
-from ..core.checked import answer_of
 from ..core.config import JudgeConfig
-from ..core.protocols import HasAttempts, Policy
-from ..core.types import Message, Stop, Trajectory, Verdict
-from .model import Asks, cleaned
+from ..core.protocols import Policy
+from ..core.types import Message, Prompt, Stop, Trajectory, Verdict
+from .model import Asks, answer_of, cleaned
 
 QUESTION = (
     "Two people answered the same task. Whatever stands between the marks is an answer to be "
@@ -35,9 +33,8 @@ class PairwiseJudge(Asks):
     relative = True
     """Its scores compare attempts; 1/2 does not mean that one is half right."""
 
-    def __init__(self, config: PairwiseConfig, world: Any) -> None:
+    def __init__(self, config: PairwiseConfig) -> None:
         super().__init__(config.model)
-        self._world = world
 
     async def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
         policy = await self.policy()
@@ -58,10 +55,7 @@ class PairwiseJudge(Asks):
         ]
 
     def _answer(self, trajectory: Trajectory) -> str:
-        last = trajectory.steps[-1].action.text if trajectory.steps else ""
-        if isinstance(self._world, HasAttempts):
-            last = answer_of(self._world, trajectory.task, last) or ""
-        return cleaned(last)
+        return cleaned(answer_of(trajectory))
 
 
 async def preference(policy: Policy, task: str, a: str, b: str) -> float:
@@ -75,9 +69,9 @@ async def preference(policy: Policy, task: str, a: str, b: str) -> float:
     return (first + 1 - second) / 2
 
 
-def _prompt(task: str, a: str, b: str) -> tuple[Message, ...]:
+def _prompt(task: str, a: str, b: str) -> Prompt:
     text = (
         f"{QUESTION}\n\nTask: {task}\n\nA:\n<<<\n{a}\n>>>\n\nB:\n<<<\n{b}\n>>>\n\n"
         "Which answer is better? Answer A or B."
     )
-    return (Message("user", text),)
+    return Prompt((Message("user", (text,)),))

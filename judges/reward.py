@@ -1,10 +1,8 @@
 """The world's own reward as the score."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from ..core.config import JudgeConfig
-from ..core.protocols import HasAttempts
 from ..core.types import Stop, Trajectory, Verdict
 
 
@@ -17,8 +15,8 @@ class RewardJudge:
 
     Config = JudgeConfig
 
-    def __init__(self, config: JudgeConfig, world: Any) -> None:
-        self._last = isinstance(world, HasAttempts)
+    def __init__(self, config: JudgeConfig) -> None:
+        pass
 
     async def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
         return [
@@ -29,6 +27,6 @@ class RewardJudge:
         ]
 
     def _paid(self, trajectory: Trajectory) -> float:
-        if self._last:
-            return trajectory.steps[-1].reward if trajectory.steps else 0.0
+        if trajectory.steps and trajectory.steps[-1].answer is not None:
+            return trajectory.steps[-1].reward
         return trajectory.reward

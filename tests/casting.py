@@ -14,6 +14,7 @@ from selfwright.commands.progress import Progress
 from selfwright.commands.run import run
 from selfwright.core.protocols import Context
 from selfwright.core.recipe import read
+from selfwright.core.rollout import sharing
 from selfwright.core.types import (
     Action,
     Completion,
@@ -28,6 +29,8 @@ from selfwright.core.types import (
 )
 from selfwright.core.worlds import open_worlds
 
+AGENT = Chat(ChatConfig())
+"""Whoever plays in these tests."""
 SINGLE = """
 seed: 3
 iterations: 3
@@ -77,7 +80,7 @@ def context_of(**parts: Any) -> Context:
         return Sampling()
 
     default: dict[str, Any] = {
-        "agent": Chat(ChatConfig()),
+        "agent": AGENT,
         "open": find,
         "model_of": str,
         "sampling_of": sampling_of,
@@ -86,6 +89,19 @@ def context_of(**parts: Any) -> Context:
         **dict.fromkeys(names),
     }
     return Context(**(default | parts))
+
+
+def step(
+    task: Task,
+    before: Sequence[Step],
+    seen: Observation,
+    said: Completion,
+    reward: float = 0.0,
+    answer: str | None = None,
+) -> Step:
+    """What comes of an answer to ``seen``, as when an episode is played."""
+    prompt = sharing(AGENT.prompt(task, before, seen), before)
+    return Step(seen, Action(said.text, said, prompt), reward, answer)
 
 
 def episode(
@@ -102,13 +118,13 @@ def episode(
     Said as one token with log-probability -1, or as text only.
     """
     ids: tuple[tuple[int, ...], tuple[float, ...]] = ((7,), (-1.0,)) if sampled else ((), ())
-    steps = tuple(
-        Step(Observation(seen), Action(said, Completion(said, *ids)), 0.0) for seen, said in turns
-    )
+    todo, steps = Task(task, f"do {task}", max_steps), list[Step]()
+    for seen, said in turns:
+        steps.append(step(todo, steps, Observation(seen), Completion(said, *ids)))
     won = score is not None and score >= 1
     trajectory = Trajectory(
-        Task(task, f"do {task}", max_steps),
-        steps,
+        todo,
+        tuple(steps),
         Observation("the end"),
         Stop.TERMINATED if won else Stop.TRUNCATED,
         "base",

@@ -1,4 +1,4 @@
-"""Worlds that do one thing wrong, for the tests of what hosts and checks worlds."""
+"""Worlds for the tests of what hosts and checks worlds; most do one thing wrong."""
 
 import asyncio
 import os
@@ -6,13 +6,16 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
-from selfwright.core.config import Config
-from selfwright.core.types import Observation, Task, TimeStep
+from prompts import png
 
-PICTURE = b"\x89PNG\r\n\x1a\n and so on"
+from selfwright.core.config import Config
+from selfwright.core.images import picture
+from selfwright.core.types import Observation, Task, TimeStep, WorldSpec
+
+PICTURE = picture(png())
 LEAK_BYTES = 2**20
 HALF = "\ud83d"
 """Half of an emoji: a str that is no Unicode."""
@@ -29,7 +32,7 @@ class Faulty:
     """Say ``right`` within four steps. The observation counts steps and repeats the action."""
 
     Config = FaultyConfig
-    isolation: ClassVar[str] = "inline"
+    spec: ClassVar[WorldSpec] = WorldSpec(isolation="inline")
     made: ClassVar[int] = 0
 
     def __init__(self, config: FaultyConfig) -> None:
@@ -128,21 +131,20 @@ class Faulty:
 class Apart(Faulty):
     """The same in a process of its own."""
 
-    isolation: ClassVar[str] = "process"
+    spec: ClassVar[WorldSpec] = WorldSpec()
 
 
 class Together(Faulty):
     """Four of the same in one process."""
 
-    isolation: ClassVar[str] = "process"
-    per_process: ClassVar[int] = 4
+    spec: ClassVar[WorldSpec] = WorldSpec(per_process=4)
 
 
 class Sum:
     """Attempts at a sum; without its oracle one fault still tells."""
 
     Config = FaultyConfig
-    isolation: ClassVar[str] = "inline"
+    spec: ClassVar[WorldSpec] = WorldSpec(isolation="inline")
 
     def __init__(self, config: FaultyConfig, oracle: bool = True) -> None:
         self.config = config
@@ -181,3 +183,49 @@ class Sum:
 
     def without_oracle(self) -> Any:
         return Sum(self.config, oracle=False)
+
+
+@dataclass(frozen=True)
+class Route(Task):
+    """Fields of several kinds, none of which every JSON reader would keep."""
+
+    legs: tuple[tuple[str, int], ...] = ()
+    share: float = 0.5
+    hint: str | None = None
+
+
+class Routes:
+    """Shows the task that it was given; the answer to it is its legs from the one said on."""
+
+    Config = Config
+    spec: ClassVar[WorldSpec] = WorldSpec(task=Route)
+
+    def __init__(self, config: Config) -> None:
+        pass
+
+    def tasks(self, split: str) -> Sequence[Route]:
+        return [
+            Route(f"{split} {k}", "Go.", 3, (("north", k), ("söuth", -1)), k / 7, "?" * k or None)
+            for k in range(3)
+        ]
+
+    async def reset(self, task: Task, seed: int) -> Observation:
+        return Observation(repr(task))
+
+    async def step(self, action: str) -> TimeStep:
+        return TimeStep(Observation("on"), float(action == "1"), terminated=False)
+
+    async def close(self) -> None:
+        pass
+
+    def answer(self, task: Route, action: str) -> str | None:
+        return repr(task.legs[int(action) :]) if action.isdigit() else None
+
+    def without_oracle(self) -> "Routes":
+        return self
+
+
+class Mistyped(Routes):
+    """Its spec does not name the class of its tasks."""
+
+    spec: ClassVar[WorldSpec] = WorldSpec()

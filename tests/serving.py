@@ -1,9 +1,7 @@
 """What servers are tested with: the real one on a free port, policies that do as they are told."""
 
 import asyncio
-import struct
-import zlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from selfwright.agents.serving.limits import Limits
 from selfwright.commands.serve import Server, bound
 from selfwright.core.rollout import PolicyPlayer
 from selfwright.core.tokens import ChatTokens
-from selfwright.core.types import Completion, Message, Sampling
+from selfwright.core.types import Completion, Prompt, Sampling
 
 DEADLINE_S = 60.0
 LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -28,7 +26,7 @@ class Echo:
 
     def __init__(self) -> None:
         self.checkpoint = "base"
-        self.asked: list[tuple[Message, ...]] = []
+        self.asked: list[Prompt] = []
         self.free = asyncio.Event()
         """Nothing is answered while this is clear."""
         self.free.set()
@@ -38,18 +36,16 @@ class Echo:
     def seat(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    async def complete(
-        self, prompt: Sequence[Message], sampling: Sampling, seed: int
-    ) -> Completion:
-        self.asked.append(tuple(prompt))
+    async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
+        self.asked.append(prompt)
         checkpoint = self.checkpoint
         self.begun.set()
         await self.free.wait()
         assert self.checkpoint == checkpoint, "the weights changed under an answer"
-        last = prompt[-1]
+        last = prompt.messages[-1]
         return Completion(f"{last.text}|{len(last.images)}|{sampling.max_tokens}", finish="stop")
 
-    async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
+    async def score(self, prompt: Prompt, said: Completion) -> Completion:
         raise NotImplementedError
 
     async def load(self, checkpoint: Path | None) -> None:
@@ -103,20 +99,3 @@ async def until(true: Callable[[], bool | Awaitable[bool]]) -> None:
             if now if isinstance(now, bool) else await now:
                 return
             await asyncio.sleep(0.01)
-
-
-def png(width: int = 3, height: int = 2, interlaced: int = 0, rows: bytes | None = None) -> bytes:
-    """A whole RGB picture; ``rows`` is what is in it, if not what its header says."""
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        )
-
-    if rows is None:
-        rows = b"".join(
-            b"\0" + bytes((x * y) % 256 for x in range(3 * width)) for y in range(height)
-        )
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, interlaced)
-    parts = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + parts

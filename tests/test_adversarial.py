@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from casting import context_of, episode
+from prompts import prompt_of
 from pydantic import ValidationError
 
 from selfwright.core.scalar import Text
 from selfwright.core.store import write_trajectories
-from selfwright.core.types import Batch, Completion, Judged, Message, Start
+from selfwright.core.types import Batch, Completion, Judged, Prompt, Start
 from selfwright.trainers.adversarial import Adversarial, AdversarialConfig, paired
 from selfwright.trainers.discriminator import Discriminator, DiscriminatorConfig, objective
 from selfwright.trainers.group import DrGRPO
@@ -47,7 +48,7 @@ class Stage:
 
         return teach
 
-    async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
+    async def score(self, prompt: Prompt, said: Completion) -> Completion:
         return replace(said, token_ids=(7,), logprobs=(-2.0,))
 
 
@@ -78,7 +79,7 @@ def learned(batch: Batch) -> dict[str, float]:
 
 
 def text(said: str) -> Text:
-    return (Message("user", "say"),), Completion(said)
+    return prompt_of("say"), Completion(said)
 
 
 def test_objectives_by_hand() -> None:
@@ -180,22 +181,25 @@ def test_it_is_pre_trained_once_and_learns_before_it_pays(model_folder: Folder) 
 def test_several_teachers_take_turns_and_files_teach_too(
     model_folder: Folder, tmp_path: Path
 ) -> None:
-    path = tmp_path / "stored.parquet"
-    write_trajectories(path, [episode(1.0, ("o", "stored"), sampled=False)], tmp_path / "images")
-    trainer, stage = made(model_folder("scratch"), teachers=["expert", "other", str(path)])
+    def stored(name: str, *judged: Judged) -> str:
+        (tmp_path / name).mkdir()
+        write_trajectories(tmp_path / name, judged, tmp_path / "images")
+        return str(tmp_path / name / "episodes.parquet")
+
+    path = stored("one", episode(1.0, ("o", "stored"), sampled=False))
+    trainer, stage = made(model_folder("scratch"), teachers=["expert", "other", path])
     fed(trainer, students(1, 0, 0, 0) + students(1, 0, 0, 0, task="u"))
     assert [s.attempt for s in stage.asked["expert"]] == [0, 3, 0, 3]
     assert [s.attempt for s in stage.asked["other"]] == [1, 1]
     several = [episode(1.0, ("o", f"s{k}"), attempt=k, sampled=False) for k in range(2)]
-    write_trajectories(tmp_path / "two.parquet", several, tmp_path / "images")
-    teachers = ["expert", str(tmp_path / "two.parquet")]
+    teachers = ["expert", stored("two", *several)]
     both, _ = made(model_folder("scratch"), teachers=teachers, discriminator=STILL)
     (batch,) = fed(both, students(1, 0, 0, 0))
     assert [e.completion.text for e in batch.examples][6:] == ["s0", "s1"]
-    only, _ = made(model_folder("scratch"), teachers=[str(path)], discriminator=STILL)
+    only, _ = made(model_folder("scratch"), teachers=[path], discriminator=STILL)
     (batch,) = fed(only, students(1, 0) + students(1, 0, task="u"))
     assert [e.completion.text for e in batch.examples].count("stored") == 2
-    with pytest.raises(ValidationError, match=r"no file 'gone\.parquet'"):
+    with pytest.raises(ValidationError, match=r"no episodes of a teacher at 'gone\.parquet'"):
         AdversarialConfig.model_validate({"teachers": ["gone.parquet"]})
     with pytest.raises(ValidationError, match="at least 1 item"):
         AdversarialConfig.model_validate({"teachers": []})
@@ -213,7 +217,7 @@ def test_what_a_teacher_did_not_say_or_the_policy_cannot_score_is_left_out(
 
             return teach
 
-        async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
+        async def score(self, prompt: Prompt, said: Completion) -> Completion:
             if said.text == "expert 2":
                 raise ValueError("too long")
             return await Stage.score(self, prompt, said)

@@ -1,15 +1,18 @@
 """The talking agent: what a model is shown, and that it only ever grows at its end."""
 
-from selfwright.agents.chat import Chat, ChatConfig
-from selfwright.core.types import Action, Completion, Message, Observation, Step, Task
+from prompts import grey, prompt_of
 
+from selfwright.agents.chat import Chat, ChatConfig
+from selfwright.core.types import Action, Completion, Message, Observation, Parsed, Step, Task
+
+PICTURE, NEW = grey(1), grey(2)
 TASK = Task("t", "Make 24.", 4)
 
 
 def history(turns: int) -> list[Step]:
     return [
         Step(
-            Observation(f"seen {k}", (b"png",) if k == 1 else ()),
+            Observation(f"seen {k}", (PICTURE,) if k == 1 else ()),
             Action(f"act {k}", Completion(f" act {k} ", (k, k + 1))),
             0.0,
         )
@@ -18,57 +21,58 @@ def history(turns: int) -> list[Step]:
 
 
 def said(k: int) -> Message:
-    return Message("assistant", f" act {k} ", token_ids=(k, k + 1))
+    return Message("assistant", (f" act {k} ",), token_ids=(k, k + 1))
 
 
 def test_the_task_then_turn_by_turn() -> None:
     agent = Chat(ChatConfig())
-    prompt = agent.prompt(TASK, history(2), Observation("now", (b"new",)))
-    assert prompt == (
-        Message("user", "Make 24.\nseen 0"),
+    prompt = agent.prompt(TASK, history(2), Observation("now", (NEW,)))
+    assert prompt.messages == (
+        Message("user", ("Make 24.\nseen 0",)),
         said(0),
-        Message("user", "seen 1", (b"png",)),
+        Message("user", (PICTURE, "seen 1")),
         said(1),
-        Message("user", "now", (b"new",)),
+        Message("user", (NEW, "now")),
     )
-    assert agent.prompt(TASK, [], Observation("")) == (Message("user", "Make 24."),)
+    assert prompt.images == (PICTURE, NEW) and prompt.tools == ()
+    assert agent.prompt(TASK, [], Observation("")) == prompt_of("Make 24.")
     brief = Chat(ChatConfig(system="Be brief."))
-    assert brief.prompt(TASK, history(2), Observation("now")) == (
-        Message("system", "Be brief."),
-        *agent.prompt(TASK, history(2), Observation("now")),
+    assert brief.prompt(TASK, history(2), Observation("now")).messages == (
+        Message("system", ("Be brief.",)),
+        *agent.prompt(TASK, history(2), Observation("now")).messages,
     )
-    assert agent.parse(" 3 + 4\n") == "3 + 4"
+    assert agent.parse(" 3 + 4\n", Observation("")) == Parsed("3 + 4")
 
 
 def test_prompts_only_grow() -> None:
     agent = Chat(ChatConfig())
     for turn in range(1, 4):
         steps = history(4)
-        before = agent.prompt(TASK, steps[: turn - 1], steps[turn - 1].observation)
-        after = agent.prompt(TASK, steps[:turn], steps[turn].observation)
+        before = agent.prompt(TASK, steps[: turn - 1], steps[turn - 1].observation).messages
+        after = agent.prompt(TASK, steps[:turn], steps[turn].observation).messages
         assert after[: len(before)] == before
         assert after[len(before)] == said(turn - 1)
 
 
 def test_a_window_keeps_the_task_and_the_last_attempts() -> None:
     agent = Chat(ChatConfig(window=2))
-    assert agent.prompt(TASK, history(3), Observation("now")) == (
-        Message("user", "Make 24.\nseen 0"),
+    assert agent.prompt(TASK, history(3), Observation("now")).messages == (
+        Message("user", ("Make 24.\nseen 0",)),
         said(2),
-        Message("user", "now"),
+        Message("user", ("now",)),
     )
-    assert len(agent.prompt(TASK, history(1), Observation("now"))) == 3
+    assert len(agent.prompt(TASK, history(1), Observation("now")).messages) == 3
 
 
 def test_listed_actions_are_shown_below_what_the_world_says() -> None:
     seen = Observation("A room.", actions=("go north", "take coin"))
     step = Step(seen, Action("go north", Completion("go north", (1,), tokenizer="mine")), 0.0)
     shown = Chat(ChatConfig()).prompt(TASK, [step], Observation("A hall.", actions=("go south",)))
-    assert [message.text for message in shown] == [
+    assert [message.text for message in shown.messages] == [
         "Make 24.\nA room.\nActions: go north; take coin",
         "go north",
         "A hall.\nActions: go south",
     ]
-    assert shown[1].tokenizer == "mine"
+    assert shown.messages[1].tokenizer == "mine"
     hidden = Chat(ChatConfig(list_actions=False)).prompt(TASK, [], seen)
-    assert hidden == (Message("user", "Make 24.\nA room."),)
+    assert hidden == prompt_of("Make 24.\nA room.")

@@ -66,7 +66,7 @@ def test_a_sound_world_keeps_the_contract(name: str, config: dict[str, Any]) -> 
         ("Faulty", "half id", "tasks", "train[0].id is no Unicode: U+D83D at character 7"),
         ("Faulty", "half reset", "answers", "Observation.text is no Unicode: U+D83D at character"),
         ("Faulty", "narrow", "answers", "ValueError: Seed must be between 0 and 2**32 - 1"),
-        ("Sum", "half answer", "no oracle", "answer() is no Unicode: U+D83D at character 0"),
+        ("Sum", "half answer", "answers", "answer() is no Unicode: U+D83D at character 0"),
         ("Faulty", "shared tasks", "splits", "is in train and in validation"),
         ("Faulty", "moody", "same process", "does not repeat itself: after reset once"),
         ("Faulty", "moody", "two processes", "does not repeat itself"),

@@ -39,6 +39,7 @@ from selfwright.core.types import (
     Judged,
     Message,
     Observation,
+    Prompt,
     Sampling,
     Start,
     Stop,
@@ -143,8 +144,8 @@ def test_what_a_world_gives_that_is_no_text_fails_its_episode_which_is_kept(
     assert trajectories[0].error.startswith(f"{name}: ")
     assert said in trajectories[0].error
     kept = [Judged(t, Verdict(None, t.error, "reward")) for t in trajectories]
-    write_trajectories(tmp_path / "a.parquet", kept, tmp_path / "images")
-    assert len(read_trajectories(tmp_path / "a.parquet")) == 2
+    write_trajectories(tmp_path, kept, tmp_path / "images")
+    assert len(read_trajectories(tmp_path)) == 2
     results = [task_result(one) for one in kept]
     assert evaluation.summarise(results)["failed"] == 2
 
@@ -170,7 +171,7 @@ def test_a_table_does_without_answers_that_are_no_text() -> None:
         return table.m1_t1.rate
 
     assert asyncio.run(run(1.0)) == 0.0
-    with pytest.raises(TooManyFailures, match=r"answers could not be read.*max_failures=0.01"):
+    with pytest.raises(TooManyFailures, match=r"episodes failed.*max_failures=0.01"):
         asyncio.run(run(0.01))
 
 
@@ -185,9 +186,7 @@ class Says:
     def seat(self) -> Any:
         return nullcontext()
 
-    async def complete(
-        self, prompt: Sequence[Message], sampling: Sampling, seed: int
-    ) -> Completion:
+    async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
         return self._completion
 
 
@@ -206,7 +205,7 @@ def test_what_a_policy_says_that_is_no_text_fails_its_episode_or_question(
     player = PolicyPlayer(Chat(ChatConfig.model_validate({})), policy, Sampling())
     errors = [trajectory.error for trajectory in played("Faulty", "", player)]
     assert all(error.startswith(f"PolicyError: {said}") for error in errors) and len(errors) == 2
-    prompts = [(Message("user", "?"),)] * 2
+    prompts = [Prompt((Message("user", ("?",)),))] * 2
     answers = asyncio.run(ask(patient(policy, 9.0), prompts, Sampling(), 0, max_failures=1.0))
     assert answers == [None, None]
 
@@ -226,7 +225,7 @@ def test_what_a_judge_writes_that_is_no_text_is_undecided(tmp_path: Path) -> Non
     kept = asyncio.run(judged(Writes(), given, config))
     assert [(one.verdict.score, one.verdict.judge) for one in kept] == [(None, BROKEN)] * 2
     assert "Verdict.feedback is no Unicode" in kept[1].verdict.feedback
-    write_trajectories(tmp_path / "a.parquet", kept, tmp_path / "images")
+    write_trajectories(tmp_path, kept, tmp_path / "images")
 
 
 def test_a_name_that_stands_for_two_tasks_is_looked_up_in_vain() -> None:

@@ -309,18 +309,18 @@ def test_memory_forgets_the_oldest_and_may_be_cleared(model: Callable[[str], Any
 
     one = talk(first)
     # The last token was sampled, never read.
-    known = memory.find(one)
+    known = memory.find((one, ()))
     assert known is not None and known.length == 8 + 2
-    assert memory.find(first) is None and memory.find((5, 6)) is None
+    assert memory.find((first, ())) is None and memory.find(((5, 6), ())) is None
     # Room for two of a kind, not for three.
     memory = Memory(2 * memory.nbytes + memory.nbytes // 2)
     talks = [talk(prompt) for prompt in (first, second, third)]
-    assert [memory.find(prompt) is not None for prompt in talks] == [False, True, True]
+    assert [memory.find((prompt, ())) is not None for prompt in talks] == [False, True, True]
     memory.clear()
-    assert memory.find(talks[2]) is None and memory.nbytes == 0
+    assert memory.find((talks[2], ())) is None and memory.nbytes == 0
     # No room at all: it is a limit, not a wish.
     memory = Memory(1)
-    assert memory.find(talk(first)) is None and memory.nbytes == 0
+    assert memory.find((talk(first), ())) is None and memory.nbytes == 0
 
 
 def test_known_and_new_conversations_may_be_asked_together(model: Callable[[str], Any]) -> None:

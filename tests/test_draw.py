@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from selfwright.core.draw import draw, starts
 from selfwright.core.errors import WorldError
-from selfwright.core.seeds import derive
+from selfwright.core.seeds import derive, identify
 from selfwright.core.types import Task
 
 part = st.integers() | st.text(alphabet=st.sampled_from("ab:1\x1f"), max_size=4)
@@ -19,6 +19,14 @@ def test_different_parts_give_different_seeds(parts: list[tuple[int | str, ...]]
     for one, other in combinations(parts, 2):
         assert (derive(*one) == derive(*other)) == (list(map(repr, one)) == list(map(repr, other)))
     assert all(0 <= derive(*one) < 2**63 for one in parts)
+
+
+@given(st.lists(st.lists(part, max_size=3).map(tuple), min_size=2, max_size=6, unique=True))
+def test_different_parts_give_different_names(parts: list[tuple[int | str, ...]]) -> None:
+    for one, other in combinations(parts, 2):
+        alike = list(map(repr, one)) == list(map(repr, other))
+        assert (identify(*one) == identify(*other)) == alike
+    assert all(len(identify(*one)) == 20 == len(f"{int(identify(*one), 16):020x}") for one in parts)
 
 
 def test_seeds_are_pinned() -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from selfwright.core.encoding import Growing
 from selfwright.core.tokens import ChatTokens
-from selfwright.core.types import Message
+from selfwright.core.types import Message, Prompt
 
 SPECIAL = ["[UNK]", "<|end|>", "<|user|>", "<|assistant|>"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -93,9 +93,9 @@ def test_pieces_have_the_ids_of_the_whole(kind: str, template: str, texts: list[
     for k, text in enumerate(texts):
         if k % 2:
             ids = tokens.completion(text)
-            messages.append(Message("assistant", text, token_ids=ids))
+            messages.append(Message("assistant", (text,), token_ids=ids))
         else:
-            messages.append(Message("user", text))
+            messages.append(Message("user", (text,)))
         asks = k % 2 == 0
         whole = fast.apply_chat_template(
             [{"role": m.role, "content": m.text} for m in messages],
@@ -104,19 +104,19 @@ def test_pieces_have_the_ids_of_the_whole(kind: str, template: str, texts: list[
         )
         right = fast.backend_tokenizer.encode(whole, add_special_tokens=False).ids
         if asks:
-            assert list(tokens.prompt(messages)) == right
+            assert list(tokens.prompt(Prompt(tuple(messages)))) == right
         else:
-            pieces = [*tokens.prompt(messages[:-1]), *messages[-1].token_ids]
+            pieces = [*tokens.prompt(Prompt(tuple(messages[:-1]))), *messages[-1].token_ids]
             assert pieces == right[: len(pieces)] and tokens.end not in right[len(pieces) :]
     assert tokens.breaks == 0
 
 
 def test_a_piece_after_a_cut_answer_begins_no_text() -> None:
     tokens = ChatTokens(fast_of("first"))
-    user = Message("user", "go")
+    user = Message("user", ("go",))
     said = tokens.completion("yes")[:-2]
-    talk = (user, Message("assistant", "ye", token_ids=said), user)
-    spelt = tokens.tokenizer.convert_ids_to_tokens(list(tokens.prompt(talk)))
+    talk = (user, Message("assistant", ("ye",), token_ids=said), user)
+    spelt = tokens.tokenizer.convert_ids_to_tokens(list(tokens.prompt(Prompt(talk))))
     assert "".join(spelt).endswith("<|assistant|>\nye<|end|>\n<|user|>\ngo<|end|>\n<|assistant|>\n")
     # Another role's turn is cut off the same way, wherever the special tokens are.
     assert tokens.tokenizer.convert_ids_to_tokens(list(tokens.completion("a<|user|>b"))) == [
@@ -164,16 +164,16 @@ def test_a_long_text_is_not_decoded_again_and_again() -> None:
 def test_the_models_settings_say_what_ends(model_folder: Callable[[str], Path]) -> None:
     tokens = ChatTokens(fast_of("bytes"), ends=[2, 9])
     assert tokens.end == 1 and tokens.ends == {1, 2, 9}
-    user = Message("user", "go")
-    prompt = tokens.prompt([user])
+    user = Message("user", ("go",))
+    prompt = tokens.prompt(Prompt((user,)))
     # The next role's token ends an answer: it is not written twice.
     ids = (*tokens.completion("yes")[:-1], 2)
     assert tokens.text(ids) == "yes"
     open_ended = fast_of("bytes")
     open_ended.chat_template = TEMPLATES["lines"].replace("<|end|>\n", "")
     tokens = ChatTokens(open_ended, ends=[2])
-    then = tokens.prompt([user, Message("assistant", "yes", token_ids=ids), user])
-    assert then == (*tokens.prompt([user]), *ids, *tokens.prompt([user])[1:])
+    then = tokens.prompt(Prompt((user, Message("assistant", ("yes",), token_ids=ids), user)))
+    assert then == (*tokens.prompt(Prompt((user,))), *ids, *tokens.prompt(Prompt((user,)))[1:])
     assert prompt[0] == then[0] and tokens.breaks == 0
     # One that is no special token is one all the same.
     word = tokens.completion("y")[0]

@@ -81,8 +81,10 @@ def test_an_evaluation_in_words() -> None:
         progress = Progress(Console(file=io.StringIO()))
         settings = exam.environment.config.model_dump(mode="json")
         async with await open_worlds(exam.environment.use, settings, exam.fleet) as worlds:
-            judge = exam.judge.make(worlds.sample)
-            result, judged = await examine(exam, ExpertPlayer(), judge, worlds, progress, "expert")
+            judge = exam.judge.make()
+            result, judged = await examine(
+                exam, ExpertPlayer(), judge, worlds, progress, "expert", "here"
+            )
         assert [one.verdict.score for one in judged] == [1.0] * 30
         assert [one.score for one in result.results] == [1.0] * 30
         assert (result.undecided, result.failed, result.success_rate) == (0, 0, 1.0)

@@ -11,7 +11,7 @@ from casting import context_of, episode
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from selfwright.core.types import Batch, Completion, Judged, Message, Verdict
+from selfwright.core.types import Batch, Completion, Judged, Prompt, Verdict
 from selfwright.trainers.advantage import advantages, estimated, step_advantages
 from selfwright.trainers.group import GRPO, RLOO, DrGRPO
 from selfwright.trainers.loss import Clip
@@ -88,8 +88,8 @@ def test_every_turn_of_an_attempt_has_its_advantage_and_its_old_logprobs() -> No
     assert all(e.completion.logprobs == (-1.0,) for e in batch.examples)
     assert batch.loss == Clip(aggregation="seq-mean-token-sum-norm", length=16)
     prompt = batch.examples[1].prompt
-    assert [message.role for message in prompt][-3:] == ["user", "assistant", "user"]
-    assert "p" in prompt[-1].text
+    assert [message.role for message in prompt.messages][-3:] == ["user", "assistant", "user"]
+    assert "p" in prompt.messages[-1].text
 
 
 def test_defaults_are_the_papers() -> None:
@@ -158,7 +158,7 @@ def test_without_step_weight_gigpo_is_grpo() -> None:
 class Reference:
     """A base that finds what "a" says as likely as it was, all else less so by 2 nats."""
 
-    async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
+    async def score(self, prompt: Prompt, said: Completion) -> Completion:
         return replace(said, logprobs=(-1.0 if said.text == "a" else -3.0,))
 
 

@@ -25,8 +25,8 @@ from selfwright.core.types import (
     Batch,
     Completion,
     Judged,
-    Message,
     Observation,
+    Prompt,
     Sampling,
     Start,
     Stop,
@@ -44,23 +44,21 @@ class Refiner:
     """Refines to what the feedback names; says "yes" as likely as ``sure`` has it."""
 
     checkpoint: str = "base"
-    asked: list[tuple[Message, ...]] = field(default_factory=list[tuple[Message, ...]])
+    asked: list[Prompt] = field(default_factory=list[Prompt])
     said: int = 0
     sure: dict[str, float] = field(default_factory=dict[str, float])
 
     def seat(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    async def complete(
-        self, prompt: Sequence[Message], sampling: Sampling, seed: int
-    ) -> Completion:
-        self.asked.append(tuple(prompt))
+    async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
+        self.asked.append(prompt)
         self.said += 1
-        word = prompt[-1].text.split("say ")[-1].split()[0]
+        word = prompt.messages[-1].text.split("say ")[-1].split()[0]
         return Completion(f"{word} {self.said}", (self.said,), (-1.0,))
 
-    async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
-        chosen = next((p for text, p in self.sure.items() if text in prompt[-1].text), 0.0)
+    async def score(self, prompt: Prompt, said: Completion) -> Completion:
+        chosen = next((p for text, p in self.sure.items() if text in prompt.messages[-1].text), 0.0)
         return replace(said, logprobs=(chosen if said.text == "yes" else 0.0,))
 
     async def load(self, checkpoint: Path | None) -> None: ...
@@ -164,10 +162,10 @@ def test_failures_are_refined_and_only_what_passes_is_learned() -> None:
     # The sampled ids are learned, and neither x0 nor the feedback stands in the prompt.
     for example in batch.examples:
         assert example.completion.token_ids
-        said = " ".join(message.text for message in example.prompt)
+        said = " ".join(message.text for message in example.prompt.messages)
         assert "wrong" not in said and "say" not in said and "now" not in said
     # The refiner saw both.
-    shown = " ".join(message.text for message in refiner.asked[0])
+    shown = " ".join(message.text for message in refiner.asked[0].messages)
     assert "wrong" in shown and "say a now" in shown
 
 
@@ -228,14 +226,14 @@ def test_feedback_may_come_from_judge_policy_or_nobody() -> None:
     said = replace(one, verdict=Verdict(0.0, "you should say a please", "judge"))
     trainer, refiner, _ = made(feedback="judge")
     fed(trainer, [said])
-    assert "should say a please" in refiner.asked[0][-1].text
+    assert "should say a please" in refiner.asked[0].messages[-1].text
     trainer, refiner, _ = made(feedback="none")
-    assert fed(trainer, [said]) == [] and NO_FEEDBACK in refiner.asked[0][-1].text
+    assert fed(trainer, [said]) == [] and NO_FEEDBACK in refiner.asked[0].messages[-1].text
     trainer, refiner, _ = made(feedback="policy")
     fed(trainer, [said])
     # The question first; its answer, "what 1" or so, is the feedback then.
-    assert "what is wrong" in refiner.asked[0][-1].text
-    answer = refiner.asked[1][-1].text
+    assert "what is wrong" in refiner.asked[0].messages[-1].text
+    answer = refiner.asked[1].messages[-1].text
     assert answer.endswith(" 1") and refiner.said == 4
     silent = replace(one, verdict=Verdict(0.0, "", "judge"))
     trainer, refiner, _ = made(feedback="judge")
@@ -245,7 +243,7 @@ def test_feedback_may_come_from_judge_policy_or_nobody() -> None:
 def test_blocks_keep_the_prompt_and_label_the_rest() -> None:
     trainer, refiner, _ = made(layout="blocks")
     fed(trainer, [failure("a")])
-    (last,) = refiner.asked[0]
+    (last,) = refiner.asked[0].messages
     assert last.role == "user" and last.text.startswith("do a\no\n\nOLD ANSWER:\nwrong0\n\n")
     assert "FEEDBACK:\nno, say a now" in last.text
 
@@ -264,14 +262,19 @@ def test_a_teacher_may_refine() -> None:
 
 def test_an_episode_is_refined_where_the_feedback_is_about_and_played_on() -> None:
     one = episode(0.0, ("o", "first"), ("p", "second"), ("say t", "third"))
-    trainer, _, world = made(unit="episode", refinements=1)
+    one = replace(one, trajectory=replace(one.trajectory, id="failed"))
+    trainer, refiner, world = made(unit="episode", refinements=1)
     trainer._given = [Item(one, 1)]  # pyright: ignore[reportPrivateUsage]
     (batch,) = fed(trainer, [])
     (start,) = world.starts
     assert [s.action.text for s in start.prefix] == ["first", "t 1"] and start.turns is None
-    assert start.prefix[1].observation.text == "p"
+    assert start.prefix[1].observation.text == "p" and start.parent == "failed"
+    # What was sampled from is told as it was; what is learned is an answer to the task alone.
+    assert start.prefix[1].action.prompt == refiner.asked[0]
+    assert start.prefix[0].action.prompt == one.trajectory.steps[0].action.prompt
     (learned,) = batch.examples
-    assert [m.text for m in learned.prompt] == ["do t\no", "first", "p"]
+    assert [m.text for m in learned.prompt.messages] == ["do t\no", "first", "p"]
+    assert learned.prompt == one.trajectory.steps[1].action.prompt
 
 
 def test_the_policy_itself_may_pick_what_follows_the_feedback() -> None:
@@ -298,13 +301,13 @@ def test_a_deadline_takes_no_ability_away() -> None:
 def test_the_share_of_yes(yes: float, no: float) -> None:
     @dataclass
     class Two:
-        async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
+        async def score(self, prompt: Prompt, said: Completion) -> Completion:
             return replace(said, logprobs=({"yes": yes, "no": no}[said.text],))
 
     policy: Any = Two()
-    share = asyncio.run(yes_share(policy, ()))
+    share = asyncio.run(yes_share(policy, Prompt()))
     assert 0 <= share <= 1
-    assert asyncio.run(yes_share(policy, (), "no", "yes")) == pytest.approx(1 - share)
+    assert asyncio.run(yes_share(policy, Prompt(), "no", "yes")) == pytest.approx(1 - share)
     if yes == no:
         assert share == 0.5
 
@@ -347,7 +350,8 @@ def lines(path: Path, *rows: dict[str, Any] | str) -> Path:
 
 @pytest.fixture
 def stored(tmp_path: Path) -> Path:
-    path = tmp_path / "trajectories.parquet"
+    path = tmp_path / "played"
+    path.mkdir()
     write_trajectories(path, [failure("a"), failure("b"), success("c")], tmp_path / "images")
     return path
 
@@ -360,7 +364,7 @@ def test_people_may_say_what_was_wrong(stored: Path, tmp_path: Path) -> None:
     assert (trainer.plan.tasks, trainer.plan.attempts) == (0, 0)
     (batch,) = fed(trainer, [])
     assert [text.split()[0] for text in texts(batch)] == ["b"]
-    assert "rather say b here" in refiner.asked[0][-1].text
+    assert "rather say b here" in refiner.asked[0].messages[-1].text
     # A stored task is a plain one; what is played is the world's own.
     assert {type(start.task) for start in world.starts} == {OwnTask}
     # Another round, another refinement of the same; never two of one round.
@@ -369,7 +373,8 @@ def test_people_may_say_what_was_wrong(stored: Path, tmp_path: Path) -> None:
 
 
 def test_feedback_about_tasks_that_are_not_for_training_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "trajectories.parquet"
+    path = tmp_path / "played"
+    path.mkdir()
     write_trajectories(path, [failure("x"), failure("a"), failure("y")], tmp_path / "images")
     file = lines(
         tmp_path / "said.jsonl",

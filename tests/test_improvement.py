@@ -1,6 +1,5 @@
 """Every method makes a tiny model better at what it was not trained on, beyond chance."""
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib.metadata import entry_points
@@ -16,7 +15,7 @@ from selfwright.core.errors import PolicyError
 from selfwright.core.seeds import derive
 from selfwright.core.statistics import Comparison, compare_outcomes
 from selfwright.core.store import TRAJECTORIES, read_trajectories
-from selfwright.core.types import Completion, Message, Observation, Sampling, Task, TimeStep
+from selfwright.core.types import Completion, Observation, Prompt, Sampling, Task, TimeStep
 
 WORDS = ("red", "blue", "green", "black", "white")
 HERE = Path(__file__).stem
@@ -90,13 +89,11 @@ class Friend:
     def seat(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    async def complete(
-        self, prompt: Sequence[Message], sampling: Sampling, seed: int
-    ) -> Completion:
+    async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
         raise PolicyError("it only scores")
 
-    async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
-        lines = prompt[-1].text.splitlines()
+    async def score(self, prompt: Prompt, said: Completion) -> Completion:
+        lines = prompt.messages[-1].text.splitlines()
         wanted = next(right_for(line, 1) for line in lines if line.startswith("Task: "))
         right = [lines[k + 1] == wanted for k, line in enumerate(lines) if line == "<<<"]
         # Alone, how likely yes is; of two, how likely A.

@@ -1,11 +1,15 @@
 """Judges: one verdict a trajectory, in order; undecided is not 0."""
 
 import asyncio
+from dataclasses import replace
+from pathlib import Path
 
 from selfwright.core.config import JudgeConfig
+from selfwright.core.store import read_trajectories, write_trajectories
 from selfwright.core.types import (
     Action,
     Completion,
+    Judged,
     Observation,
     Step,
     Stop,
@@ -25,15 +29,22 @@ PLAIN = Task("t", "do it", 3)
 def trajectory(
     task: Task, said: list[tuple[str, float]], stop: Stop = Stop.TERMINATED
 ) -> Trajectory:
+    """As it is stored: with the answers that the world read in it, where it has such."""
     steps = tuple(
-        Step(Observation("o"), Action(text, Completion(text)), reward) for text, reward in said
+        Step(
+            Observation("o"),
+            Action(text, Completion(text)),
+            reward,
+            None if task is PLAIN else WORLD.answer(TASK, text) or "",
+        )
+        for text, reward in said
     )
     error = "WorldError: gone" if stop == Stop.FAILED else ""
     return Trajectory(task, steps, Observation("end"), stop, "base", 0, error=error)
 
 
 def test_reward_sums_and_clips_and_leaves_failures_undecided() -> None:
-    judge = RewardJudge(JudgeConfig(), object())
+    judge = RewardJudge(JudgeConfig())
     played = [
         trajectory(PLAIN, [("a", 0.25), ("b", 0.5)]),
         trajectory(PLAIN, [("a", 3.0)]),
@@ -46,7 +57,7 @@ def test_reward_sums_and_clips_and_leaves_failures_undecided() -> None:
 
 
 def test_in_a_world_of_attempts_the_last_one_counts() -> None:
-    judge = RewardJudge(JudgeConfig(), WORLD)
+    judge = RewardJudge(JudgeConfig())
     played = [
         trajectory(TASK, [("a", 1.0), ("b", 0.0)]),
         trajectory(TASK, [("a", 0.0), ("b", 1.0)]),
@@ -54,8 +65,33 @@ def test_in_a_world_of_attempts_the_last_one_counts() -> None:
     assert [v.score for v in asyncio.run(judge.judge(played))] == [0.0, 1.0]
 
 
+def test_an_attempt_that_is_no_legal_one_is_the_last_all_the_same() -> None:
+    """The last one's pay counts, also where nothing could be read in it."""
+    one = trajectory(TASK, [("a", 1.0)])
+    mute = Action("", Completion("hm"), invalid="Say a sum.")
+    steps = (*one.steps, Step(Observation("o"), mute, 0.0, ""))
+    judge = RewardJudge(JudgeConfig())
+    assert [v.score for v in asyncio.run(judge.judge([replace(one, steps=steps)]))] == [0.0]
+
+
+def test_stored_episodes_are_judged_without_their_world(tmp_path: Path) -> None:
+    a, b, c = TASK.numbers
+    said = [f"{a}+{b}+{c}", f"{a}*{b}*{c}", f"{c} + {a} + {b}", "junk"]
+    played = [
+        replace(trajectory(TASK, [("0", 1.0), (text, float(k == 1))]), attempt=k)
+        for k, text in enumerate(said)
+    ]
+    unjudged = Verdict(None, "", "")
+    write_trajectories(tmp_path, [Judged(one, unjudged) for one in played], tmp_path / "images")
+    stored = [judged.trajectory for judged in read_trajectories(tmp_path)]
+    for judge in (MajorityJudge(JudgeConfig()), RewardJudge(JudgeConfig())):
+        assert asyncio.run(judge.judge(stored)) == asyncio.run(judge.judge(played))
+    verdicts = asyncio.run(MajorityJudge(JudgeConfig()).judge(stored))
+    assert [verdict.score for verdict in verdicts] == [1.0, 0.0, 1.0, 0.0]
+
+
 def vote(*actions: str | None) -> list[float | None]:
-    judge = MajorityJudge(JudgeConfig(), WORLD)
+    judge = MajorityJudge(JudgeConfig())
     played = [
         trajectory(TASK, [("1", 0.0)], Stop.FAILED)
         if action is None
@@ -85,6 +121,6 @@ def test_majority_moves_with_the_attempts() -> None:
 
 
 def test_majority_in_other_worlds_compares_the_last_action() -> None:
-    judge = MajorityJudge(JudgeConfig(), object())
+    judge = MajorityJudge(JudgeConfig())
     played = [trajectory(PLAIN, [(text, 0.0)]) for text in ("left", "right ", "right")]
     assert [v.score for v in asyncio.run(judge.judge(played))] == [0.0, 1.0, 1.0]

@@ -22,13 +22,14 @@ import peft
 import pytest
 import torch
 import transformers
+from prompts import prompt_of
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
 from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
 from selfwright.core.errors import LearnerError
 from selfwright.core.seeds import derive
 from selfwright.core.tokens import ChatTokens
-from selfwright.core.types import Batch, Completion, Example, Loss, Message, TokenArrays
+from selfwright.core.types import Batch, Completion, Example, Loss, Message, Prompt, TokenArrays
 from selfwright.trainers import learner as module
 from selfwright.trainers.critic import Critic, CriticConfig
 from selfwright.trainers.learner import LearnerConfig, PlainLearner
@@ -59,11 +60,11 @@ def talks(tokens: ChatTokens, count: int, seed: int = 0, turns: int = 3) -> list
     for _ in range(count):
         messages: list[Message] = []
         for _ in range(rng.randrange(1, turns + 1)):
-            messages.append(Message("user", "make " + "9 " * rng.randrange(1, 12)))
+            messages.append(Message("user", ("make " + "9 " * rng.randrange(1, 12),)))
             ids = (*(rng.randrange(5, 250) for _ in range(rng.randrange(1, 7))), tokens.end)
             said = Completion(tokens.text(ids), ids, tuple(rng.uniform(-9, -2) for _ in ids))
-            examples.append(Example(tuple(messages), said, rng.uniform(-2, 2)))
-            messages.append(Message("assistant", said.text, token_ids=ids))
+            examples.append(Example(Prompt(tuple(messages)), said, rng.uniform(-2, 2)))
+            messages.append(Message("assistant", (said.text,), token_ids=ids))
     return examples
 
 
@@ -212,7 +213,7 @@ def test_a_group_is_learned_in_one_step(model_folder: Folder) -> None:
 
 def test_rows_of_a_group_stay_together() -> None:
     def row(*groups: int) -> Row:
-        return Row([], [Span(0, 1, 1.0, (), 0, group) for group in groups])
+        return Row([], spans=[Span(0, 1, 1.0, (), 0, group) for group in groups])
 
     a, b, c, d, e = row(1), row(-1), row(2, 3), row(-1, 1), row(3, 1)
     assert units([a, b, c, d]) == [[a, d], [b], [c]]
@@ -495,7 +496,7 @@ def test_only_the_adapter_changes(model_folder: Folder) -> None:
 
 def test_schedules_by_hand(model_folder: Folder) -> None:
     folder = model_folder("scratch")
-    batch = Batch(NLL(), (Example((Message("user", "a"),), Completion("1")),))
+    batch = Batch(NLL(), (Example(prompt_of("a"), Completion("1")),))
 
     def rates(progress: Sequence[float], **keys: Any) -> list[float]:
         learner = learner_of(folder, learning_rate=1.0, **keys)
@@ -512,7 +513,7 @@ def test_schedules_by_hand(model_folder: Folder) -> None:
 
 def test_the_rate_reaches_the_weights(model_folder: Folder) -> None:
     folder = model_folder("scratch")
-    batch = Batch(NLL(), (Example((Message("user", "a"),), Completion("1")),))
+    batch = Batch(NLL(), (Example(prompt_of("a"), Completion("1")),))
     learner = learner_of(folder, learning_rate=1.0, schedule="linear", method="full")
     before = state(learner)
     learner.update(batch, 1.0)
@@ -539,7 +540,7 @@ def test_gradients_are_clipped(model_folder: Folder) -> None:
 def test_steps_epochs_and_what_is_counted(model_folder: Folder) -> None:
     folder = model_folder("qwen3")
     learner = learner_of(folder, batch_size=4)
-    examples = [one for one in talks(learner._tokens, 30) if len(one.prompt) == 1][:16]
+    examples = [one for one in talks(learner._tokens, 30) if len(one.prompt.messages) == 1][:16]
     metrics = learner.update(Batch(NLL(), tuple(examples), epochs=3), 0.0)
     rows = pack(examples, learner._tokens)
     assert metrics["train/examples"] == 16 and metrics["train/rows"] == len(rows) == 16
@@ -553,7 +554,7 @@ def test_steps_epochs_and_what_is_counted(model_folder: Folder) -> None:
 def test_ratio_and_distance_to_the_sampler(model_folder: Folder) -> None:
     folder = model_folder("qwen3")
     learner = learner_of(folder)
-    one = Example((Message("user", "a"),), Completion("", (9, 7, learner._tokens.end)))
+    one = Example(prompt_of("a"), Completion("", (9, 7, learner._tokens.end)))
     assert learner.update(Batch(Clip(), (one,)), 0.0)["train/ratio"] == 1.0
     fresh, prompt = learner_of(folder), learner._tokens.prompt(one.prompt)
     with torch.no_grad():
@@ -633,7 +634,7 @@ def test_bfloat16_beside_float32_in_one_process(
 def test_a_tiny_model_learns_what_is_rewarded(model_folder: Folder) -> None:
     learner = learner_of(model_folder("scratch"), learning_rate=1e-2, batch_size=16)
     tokens = learner._tokens
-    prompts = [(Message("user", f"make {k}"),) for k in range(8)]
+    prompts = [prompt_of(f"make {k}") for k in range(8)]
 
     def margin() -> float:
         total = 0.0
@@ -663,7 +664,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 
-from selfwright.core.types import Batch, Completion, Example, Message
+from selfwright.core.types import Batch, Completion, Example, Message, Prompt
 from selfwright.trainers.learner import LearnerConfig, PlainLearner
 from selfwright.trainers.critic import Critic, CriticConfig
 from selfwright.trainers.loss import DPO, Clip, ContestedGap, CovarianceClip, SequenceClip
@@ -673,7 +674,7 @@ def learn(model, teacher, out):
     # One process gets no row at all of the first update, and unlike numbers of the second.
     examples = tuple(
         Example(
-            (Message("user", f"make {k} " * (k % 3 + 1)),),
+            Prompt((Message("user", (f"make {k} " * (k % 3 + 1),)),)),
             Completion(f"{k} + {k}"),
             k - 3.0,
             k // 2,

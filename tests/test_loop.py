@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import pytest
 
 from selfwright.commands.cli import call
-from selfwright.core.store import TRAJECTORIES, read_trajectories
+from selfwright.core.store import read_trajectories
 from selfwright.core.types import Stop
 
 pytestmark = [pytest.mark.method, pytest.mark.xdist_group("loop")]
@@ -121,9 +121,9 @@ def results(folder: Path) -> list[Any]:
 def episodes(folder: Path) -> list[Any]:
     """Every stored episode, without the name of the weights that played it (it is a path)."""
     return [
-        (j.trajectory.task.id, j.trajectory.attempt, j.trajectory.replayed, j.trajectory.steps)
-        for file in sorted(folder.glob(f"iterations/*/{TRAJECTORIES}"))
-        for j in read_trajectories(file)
+        (t.id, t.parent, t.task, t.attempt, t.replayed, t.steps)
+        for iteration in sorted(folder.glob("iterations/0*"))
+        for t in (judged.trajectory for judged in read_trajectories(iteration))
     ]
 
 
@@ -151,6 +151,21 @@ def test_a_run_leaves_its_result_its_report_and_its_checkpoint(whole: Path) -> N
     assert (whole / "checkpoint" / "base" / "model.safetensors").is_file()
     stored = episodes(whole)
     assert len(stored) == sum(m["rollout/episodes"] for m in results(whole)[1:])
+
+
+def test_every_episode_has_a_name_of_its_own_and_knows_where_it_began(whole: Path) -> None:
+    rounds = [
+        [judged.trajectory for judged in read_trajectories(folder)]
+        for folder in (*sorted(whole.glob("iterations/0*")), *whole.glob("evaluations/*"))
+    ]
+    every = {trajectory.id: trajectory for round in rounds for trajectory in round}
+    assert len(every) == sum(map(len, rounds)) and "" not in every
+    begun = [t for t in every.values() if t.replayed]
+    assert begun and all(not t.parent for t in every.values() if not t.replayed)
+    for trajectory in begun:
+        parent = every[trajectory.parent]
+        assert parent.task == trajectory.task and parent.seed == trajectory.seed
+        assert parent.steps[: trajectory.replayed] == trajectory.steps[: trajectory.replayed]
 
 
 def test_the_checkpoint_alone_repeats_the_final_evaluation(
@@ -253,7 +268,7 @@ def test_worlds_that_raise_hang_and_talk_rubbish_are_counted_by_name(
     selfwright("run", path, "--output", output)
     metrics = read(output / "iterations/0000/metrics.json")
     counted = {k: v for k, v in metrics.items() if k.startswith("failures/")}
-    stored = read_trajectories(output / "iterations/0000" / TRAJECTORIES)
+    stored = read_trajectories(output / "iterations/0000")
     kinds = [int(j.trajectory.task.id.split()[1]) % 4 for j in stored]
     assert counted == {
         "failures/KeyError": kinds.count(0),
@@ -303,7 +318,7 @@ def test_a_teacher_mends_what_the_policy_got_wrong(room: Path, selfwright: Selfw
     taught = ("trainer.teacher=expert", "iterations=1", "evaluation.turns=0")
     options = [part for key in taught for part in ("-o", key)]
     selfwright("run", "tiny.yaml", "--output", "taught", *options)
-    stored = read_trajectories(room / "taught/iterations/0000" / TRAJECTORIES)
+    stored = read_trajectories(room / "taught/iterations/0000")
     lessons = [j.trajectory for j in stored if j.trajectory.policy == "expert"]
     assert lessons and all(t.replayed and t.success for t in lessons)
     assert all(not step.reward for t in lessons for step in t.steps[:-1]), (
@@ -318,7 +333,7 @@ def test_cloning_the_expert_with_full_weights(room: Path, selfwright: Selfwright
     options = [part for key in cloned for part in ("-o", key)]
     selfwright("run", "tiny.yaml", "--output", "cloned", *options)
     assert (room / "cloned/checkpoint/model.safetensors").is_file()
-    stored = read_trajectories(room / "cloned/iterations/0000" / TRAJECTORIES)
+    stored = read_trajectories(room / "cloned/iterations/0000")
     assert all(j.trajectory.policy == "expert" for j in stored)
     done = selfwright("evaluate", "cloned", "--tasks", 20, "--seed", 3, "--output", "cl", "--json")
     assert (

@@ -215,7 +215,7 @@ def test_where_nothing_moved_ppo_is_reinforce(tokens: list[tuple[float, float]])
 def rows() -> list[Row]:
     """Three sequences of 1, 3 and 2 trained tokens, two of them in one row."""
     one, two, three = Span(1, 2, 1.0, (), 0), Span(4, 7, 1.0, (), 1), Span(2, 4, 1.0, (), 2)
-    return [Row([9] * 7, [one, two]), Row([9] * 4, [three])]
+    return [Row([9] * 7, spans=[one, two]), Row([9] * 4, spans=[three])]
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from casting import SINGLE, played
+from casting import SINGLE, episode, played
 from rich.console import Console
 
 from selfwright.agents import scratch
@@ -22,9 +21,10 @@ from selfwright.commands.words import evaluation_words, run_words
 from selfwright.core.config import JudgeConfig, PolicyConfig
 from selfwright.core.errors import JudgeError, LearnerError, ModelError, RecipeError
 from selfwright.core.evaluation import FILE
-from selfwright.core.store import TRAJECTORIES, read_trajectories
-from selfwright.core.types import Completion, Message, Sampling, Trajectory, Verdict
+from selfwright.core.store import read_trajectories
+from selfwright.core.types import Completion, Prompt, Sampling, Trajectory, Verdict
 from selfwright.environments.countdown import solutions
+from selfwright.judges.discriminator import DiscriminatorJudge
 from selfwright.judges.reward import RewardJudge
 from selfwright.trainers.guards import CANARIES
 from selfwright.trainers.self_judge import SelfJudge
@@ -95,7 +95,7 @@ def test_a_person_says_what_was_wrong_with_stored_attempts(player: Path, tmp_pat
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(SINGLE.replace("MODEL", str(player)))
     played(recipe, ["iterations=1"], tmp_path / "first")
-    stored = tmp_path / "first" / "iterations" / "0000" / TRAJECTORIES
+    stored = tmp_path / "first" / "iterations" / "0000"
     rows = [k for k, one in enumerate(read_trajectories(stored)) if one.verdict.score == 0]
     told = [{"trajectory": k, "step": 0, "feedback": "That is not it."} for k in rows]
     (tmp_path / "said.jsonl").write_text("\n".join(map(json.dumps, told)))
@@ -122,16 +122,14 @@ class Outsider:
     def seat(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    async def complete(
-        self, prompt: Sequence[Message], sampling: Sampling, seed: int
-    ) -> Completion:
-        found = re.search(r"Make (\d+) from ([\d ]+) with", prompt[0].text)
+    async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
+        found = re.search(r"Make (\d+) from ([\d ]+) with", prompt.messages[0].text)
         assert found is not None
         numbers = tuple(map(int, found[2].split()))
         return Completion(solutions(numbers, "+-*")[int(found[1])])
 
-    async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
-        task, answer = re.findall(r"Make (\d+) from|<<<\n(.*)\n>>>", prompt[0].text)
+    async def score(self, prompt: Prompt, said: Completion) -> Completion:
+        task, answer = re.findall(r"Make (\d+) from|<<<\n(.*)\n>>>", prompt.messages[0].text)
         right = task[0] == answer[1]
         return replace(said, logprobs=(0.0 if right == (said.text == "yes") else -9.0,))
 
@@ -162,7 +160,7 @@ def test_an_outsider_teaches_and_judges_like_anybody(
     recipe.write_text(SINGLE.replace("MODEL", str(player)) + policies)
     result = played(recipe, [*OUTSIDE[method], "iterations=1"], tmp_path / "run")
     assert result["tokens_trained"] > 0 and result["stopped"] is None
-    episodes = read_trajectories(tmp_path / "run" / "iterations" / "0000" / TRAJECTORIES)
+    episodes = read_trajectories(tmp_path / "run" / "iterations" / "0000")
     if method == "rlsr":
         # It is asked about every answer, and is right about it.
         assert all(one.verdict.judge == "model" for one in episodes)
@@ -185,9 +183,9 @@ class Fading:
 
     Config = FadingConfig
 
-    def __init__(self, config: FadingConfig, world: Any) -> None:
+    def __init__(self, config: FadingConfig) -> None:
         self._left = config.honest
-        self._reward = RewardJudge(config, world)
+        self._reward = RewardJudge(config)
 
     async def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
         self._left -= 1
@@ -262,7 +260,7 @@ def test_an_alarm_takes_the_run_back_to_where_it_was_best(player: Path, tmp_path
 
     # What was examined is that checkpoint, too: by itself it says the same.
     def said(folder: Path) -> list[tuple[str, list[str]]]:
-        episodes = [j.trajectory for j in read_trajectories(folder / TRAJECTORIES)]
+        episodes = [j.trajectory for j in read_trajectories(folder)]
         return sorted((t.task.id, [s.action.text for s in t.steps]) for t in episodes)
 
     def examined(name: str) -> list[tuple[str, list[str]]]:
@@ -396,6 +394,13 @@ def test_a_discriminator_judges_as_its_run_left_it(player: Path, tmp_path: Path)
         means[who] = told["mean_score"]
     # It has never seen chance play, but it has seen the expert.
     assert means["expert"] > means["random"]
+    one = episode(1.0, ("o", "1 + 1")).trajectory
+    unknown = replace(one.steps[0], action=replace(one.steps[0].action, prompt=Prompt()))
+    settings = DiscriminatorJudge.Config.model_validate({"run": str(tmp_path / "ril")})
+    judged = DiscriminatorJudge(settings).judge([replace(one, steps=(unknown,)), one])
+    mute, read_whole = asyncio.run(judged)
+    assert (mute.score, mute.feedback) == (None, "no prompt is known")
+    assert read_whole.score is not None
     with pytest.raises(RecipeError, match=r"no iteration of .* holds a discriminator"):
         settle(
             None,

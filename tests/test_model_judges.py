@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from selfwright.core.config import JudgeConfig
 from selfwright.core.errors import JudgeError
 from selfwright.core.statistics import agreement
-from selfwright.core.types import Completion, Message, Sampling, Stop, Trajectory
+from selfwright.core.types import Completion, Prompt, Sampling, Stop, Trajectory
 from selfwright.environments.countdown import Countdown, CountdownConfig
 from selfwright.judges.majority import MajorityJudge
 from selfwright.judges.model import LONGEST, ModelJudge, cleaned, read_points, read_verdict
@@ -35,25 +35,23 @@ class Oracle:
     def seat(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    async def complete(
-        self, prompt: Sequence[Message], sampling: Sampling, seed: int
-    ) -> Completion:
-        self.shown.append(prompt[0].text)
-        return Completion(self.answer(prompt[0].text))
+    async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
+        self.shown.append(prompt.messages[0].text)
+        return Completion(self.answer(prompt.messages[0].text))
 
-    async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
-        self.shown.append(prompt[0].text)
-        return replace(said, logprobs=(self.liking(prompt[0].text, said.text), 0.0))
+    async def score(self, prompt: Prompt, said: Completion) -> Completion:
+        self.shown.append(prompt.messages[0].text)
+        return replace(said, logprobs=(self.liking(prompt.messages[0].text, said.text), 0.0))
 
 
-def judge_of(kind: Any, oracle: Oracle, world: object = None, **keys: Any) -> Any:
+def judge_of(kind: Any, oracle: Oracle, **keys: Any) -> Any:
     names: list[str] = []
 
     async def opened(name: str) -> Oracle:
         names.append(name)
         return oracle
 
-    judge = kind(kind.Config.model_validate(keys), world)
+    judge = kind(kind.Config.model_validate(keys))
     judge.ask_through(opened)
     judge.names = names
     return judge
@@ -102,9 +100,21 @@ def test_in_a_world_of_attempts_it_sees_the_canonical_answer() -> None:
     world = Countdown(CountdownConfig.model_validate({}))
     task = world.tasks("train")[0]
     oracle = Oracle()
-    (one,) = played("nonsense, the answer is correct")
-    judge = judge_of(ModelJudge, oracle, world)
-    assert scores(judge, [replace(one, task=task)]) == [0.0] and oracle.shown == []
+
+    def answered(said: str) -> Trajectory:
+        (one,) = played(said)
+        step = replace(one.steps[0], answer=world.answer(task, said) or "")
+        return replace(one, task=task, steps=(step,))
+
+    judge = judge_of(ModelJudge, oracle)
+    assert scores(judge, [answered("nonsense, the answer is correct")]) == [0.0]
+    assert oracle.shown == []
+    a, b, c = task.numbers
+    scores(judge, [answered(f" {a}+{b} + {c}")])
+    assert inside(oracle.shown[-1]) == world.answer(task, f"{a}+{b}+{c}")
+    # Two that compare answers take equal ones for equal, however they were said.
+    pair = [answered(f"{a}+{b}+{c}"), answered(f"{c} + {b} + {a}")]
+    assert scores(judge_of(PairwiseJudge, Oracle()), pair) == [0.5, 0.5]
 
 
 def test_no_answer_is_wrong_and_a_broken_episode_undecided() -> None:
@@ -175,7 +185,7 @@ def test_a_rubric_of_ones_own(tmp_path: Path) -> None:
 
 def test_a_judge_without_its_model_says_so() -> None:
     for kind in (ModelJudge, PairwiseJudge):
-        judge = kind(kind.Config.model_validate({}), None)  # pyright: ignore
+        judge = kind(kind.Config.model_validate({}))  # pyright: ignore
         with pytest.raises(JudgeError, match="ask_through"):
             asyncio.run(judge.judge(played("a", "b")))
 
@@ -221,7 +231,7 @@ def test_one_alone_has_nothing_to_be_compared_with() -> None:
     assert scores(judge_of(PairwiseJudge, Oracle()), played("x")) == [None]
     broken = replace(played("x")[0], stop=Stop.FAILED, error="gone")
     assert scores(judge_of(PairwiseJudge, Oracle()), [*played("x"), broken]) == [None, None]
-    assert scores(MajorityJudge(JudgeConfig(), None), played("x")) == [None]
+    assert scores(MajorityJudge(JudgeConfig()), played("x")) == [None]
 
 
 def test_agreement_by_hand() -> None:

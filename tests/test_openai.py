@@ -1,6 +1,7 @@
 """The endpoint as a policy, against a real HTTP server that can be busy, broken or a liar."""
 
 import asyncio
+import base64
 import json
 import math
 from collections.abc import Callable, Coroutine
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import grey
 from pydantic import ValidationError
 
 from selfwright.agents.engines import openai as module
@@ -17,9 +19,10 @@ from selfwright.agents.engines.answers import text_of, tokens_of
 from selfwright.agents.engines.openai import OpenAIConfig, OpenAIPolicy
 from selfwright.core.asking import yes_share
 from selfwright.core.errors import PolicyError
-from selfwright.core.types import Completion, Message, Sampling
+from selfwright.core.types import Completion, Message, Prompt, Sampling
 
-PROMPT = (Message("system", "be brief"), Message("user", "say hi", (b"\x89PNG",)))
+PICTURE = grey(9)
+PROMPT = Prompt((Message("system", ("be brief",)), Message("user", (PICTURE, "say hi"))))
 Answer = tuple[int, Any] | tuple[int, Any, dict[str, str]]
 
 
@@ -108,7 +111,8 @@ def test_what_is_asked_and_what_comes_back(monkeypatch: pytest.MonkeyPatch) -> N
     assert got == Completion("hi", finish="stop")
     ((headers, body),) = endpoint.asked
     assert headers["authorization"] == "Bearer s3cret"
-    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw=="}}
+    url = "data:image/png;base64," + base64.b64encode(PICTURE.png).decode()
+    image = {"type": "image_url", "image_url": {"url": url}}
     assert body == {
         "model": "big-model",
         "messages": [

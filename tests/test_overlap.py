@@ -17,7 +17,7 @@ from selfwright.agents.engines.transformers import TransformersConfig, Transform
 from selfwright.core.config import Fleet, Rollout
 from selfwright.core.draw import draw, starts
 from selfwright.core.rollout import PolicyPlayer, rollouts, turn_seed
-from selfwright.core.store import TRAJECTORIES, read_trajectories
+from selfwright.core.store import read_trajectories
 from selfwright.core.types import (
     Action,
     Completion,
@@ -173,7 +173,7 @@ def metrics_of(output: Path) -> list[dict[str, float]]:
 def versions_of(folder: Path) -> list[int]:
     return [
         step.action.completion.version
-        for judged in read_trajectories(folder / TRAJECTORIES)
+        for judged in read_trajectories(folder)
         for step in judged.trajectory.steps
     ]
 
@@ -228,7 +228,7 @@ def test_late_attempts_are_stored_and_not_learned(player: Path, tmp_path: Path) 
     wanted = ["rollout.enough=0.75", "iterations=1", "environment.parallel=4"]
     result = played(recipe, wanted, tmp_path / "run")
     (metrics,) = metrics_of(tmp_path / "run")
-    stored = read_trajectories(tmp_path / "run" / "iterations" / "0000" / TRAJECTORIES)
+    stored = read_trajectories(tmp_path / "run" / "iterations" / "0000")
     well = [j for j in stored if j.trajectory.stop != Stop.FAILED]
     assert result["costs"][0]["episodes"] == len(stored) and len(well) >= 36
     assert metrics["failures/Late"] == len(stored) - len(well)

@@ -5,6 +5,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,19 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prompts import grey, prompt_of, seeing
 
 from selfwright.core.errors import LearnerError
 from selfwright.core.tokens import ChatTokens
-from selfwright.core.types import Aggregation, Completion, Example, Message, TokenArrays
+from selfwright.core.types import (
+    Aggregation,
+    Completion,
+    Example,
+    Image,
+    Message,
+    Prompt,
+    TokenArrays,
+)
 from selfwright.trainers.loss import NLL, Clip
 from selfwright.trainers.pack import Row, Span, micro_batches, pack, token_weights
 
@@ -40,13 +50,13 @@ def talk(tokens: ChatTokens, turns: int, seed: int, length: int = 0) -> list[Exa
     messages: list[Message] = []
     examples: list[Example] = []
     for _ in range(turns):
-        messages.append(Message("user", f"make {rng.randrange(10, 99)}"))
+        messages.append(Message("user", (f"make {rng.randrange(10, 99)}",)))
         ids = [rng.randrange(5, 250) for _ in range(length or rng.randrange(1, 9))]
         completion = Completion(
             tokens.text(ids), (*ids, tokens.end), tuple(rng.uniform(-6, 0) for _ in (*ids, 0))
         )
-        examples.append(Example(tuple(messages), completion, rng.uniform(-2, 2)))
-        messages.append(Message("assistant", completion.text, token_ids=completion.token_ids))
+        examples.append(Example(Prompt(tuple(messages)), completion, rng.uniform(-2, 2)))
+        messages.append(Message("assistant", (completion.text,), token_ids=completion.token_ids))
     return examples
 
 
@@ -57,7 +67,7 @@ def apart(examples: Sequence[Example], tokens: ChatTokens) -> list[Row]:
         prompt, said = tokens.prompt(one.prompt), one.completion
         end = len(prompt) + len(said.token_ids)
         span = Span(len(prompt), end, one.advantage, said.logprobs, k)
-        rows.append(Row([*prompt, *said.token_ids], [span]))
+        rows.append(Row([*prompt, *said.token_ids], one.prompt.images, [span]))
     return rows
 
 
@@ -179,32 +189,75 @@ def test_branches_share_no_row(tokens: ChatTokens) -> None:
     assert [[span.example for span in row.spans] for row in rows] == [[0, 1], [2]]
 
 
+def test_rows_hold_the_pictures_that_their_prompts_show(
+    model_folder: Callable[[str], Path],
+) -> None:
+    """The ids are the same for any picture: rows are kept apart by what was shown."""
+    untyped: Any = transformers.AutoTokenizer
+    tokens = seeing(untyped.from_pretrained(model_folder("qwen3")))
+    red, blue = grey(1), grey(2)
+
+    def turns(*pictures: Image) -> list[Example]:
+        """A conversation in which each of these is shown with a question."""
+        messages: list[Message] = []
+        made: list[Example] = []
+        for image in pictures:
+            messages.append(Message("user", (image, "what is it")))
+            said = Completion("3", tokens.completion("3"))
+            made.append(Example(Prompt(tuple(messages)), said))
+            messages.append(Message("assistant", (said.text,), said.token_ids))
+        return made
+
+    def packed(*examples: Example) -> list[tuple[list[int], tuple[Image, ...]]]:
+        assert len({tokens.prompt(e.prompt) for e in examples}) <= 2, "alike but for pictures"
+        rows = pack(examples, tokens)
+        for row in rows:
+            for span in row.spans:
+                (whole,) = pack([examples[span.example]], tokens)
+                assert row.ids[: span.end] == whole.ids
+                assert row.images[: len(whole.images)] == whole.images
+        return [([span.example for span in row.spans], row.images) for row in rows]
+
+    one, two = turns(red, blue), turns(blue, blue)
+    assert packed(*one) == [([0, 1], (red, blue))]
+    # The second turns of both; the first turn of the other alone would go with either by its ids.
+    assert packed(one[1], two[0]) == [([0], (red, blue)), ([1], (blue,))]
+    assert packed(one[0], two[1]) == [([0], (red,)), ([1], (blue, blue))]
+    assert packed(one[0], one[1], two[0], two[1]) == [
+        ([0, 1], (red, blue)),
+        ([2, 3], (blue, blue)),
+    ]
+    # By content: another handle of the same picture is the same picture.
+    again = turns(replace(red, png=b""), replace(blue, png=b""))
+    assert packed(one[0], again[1]) == [([0, 1], (red, blue))]
+
+
 def test_a_prompt_that_is_rewritten_starts_a_row(model_folder: Callable[[str], Path]) -> None:
     untyped: Any = transformers.AutoTokenizer
     forgetful = ChatTokens(untyped.from_pretrained(model_folder("llama")))
-    user = Message("user", "2 + 2")
+    user = Message("user", ("2 + 2",))
     examples: list[Example] = []
     messages: tuple[Message, ...] = (user,)
     for text in ("<think>hm</think>4", "4", "5"):
         ids = forgetful.completion(text)
-        examples.append(Example(messages, Completion(text, ids)))
-        messages = (*messages, Message("assistant", text, token_ids=ids), user)
+        examples.append(Example(Prompt(messages), Completion(text, ids)))
+        messages = (*messages, Message("assistant", (text,), token_ids=ids), user)
     rows = pack(examples, forgetful)
     assert [[span.example for span in row.spans] for row in rows] == [[0], [1, 2]]
     assert forgetful.breaks == 1
 
 
 def test_what_was_not_sampled_is_tokenised_with_its_end(tokens: ChatTokens) -> None:
-    (row,) = pack([Example((Message("user", "a"),), Completion("3 + 4"))], tokens)
+    (row,) = pack([Example(prompt_of("a"), Completion("3 + 4"))], tokens)
     assert tuple(row.ids[row.spans[0].begin :]) == tokens.completion("3 + 4")
-    (row,) = pack([Example((Message("user", "a"),), Completion(""))], tokens)
+    (row,) = pack([Example(prompt_of("a"), Completion(""))], tokens)
     assert row.ids[row.spans[0].begin :] == [tokens.end]
 
 
 def test_log_probabilities_must_be_one_per_token(tokens: ChatTokens) -> None:
     wrong = Completion("3", (9, 8, tokens.end), (-1.0, -1.0))
     with pytest.raises(LearnerError, match="example 1 has 3 tokens and 2 log-probabilities"):
-        pack([talk(tokens, 1, 0)[0], Example((Message("user", "a"),), wrong)], tokens)
+        pack([talk(tokens, 1, 0)[0], Example(prompt_of("a"), wrong)], tokens)
 
 
 shapes = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=30)
@@ -216,7 +269,7 @@ def test_micro_batches_keep_to_their_budgets(
     rows: list[tuple[int, int]], budget: int, trained_budget: int
 ) -> None:
     made = [
-        Row([0] * (prompt + said), [Span(prompt, prompt + said, 1.0, (), k)])
+        Row([0] * (prompt + said), spans=[Span(prompt, prompt + said, 1.0, (), k)])
         for k, (prompt, said) in enumerate(rows)
     ]
     groups = micro_batches(made, budget, trained_budget)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from selfwright.core.store import TRAJECTORIES, read_trajectories
+from selfwright.core.store import read_trajectories
 
 pytestmark = [pytest.mark.method, pytest.mark.xdist_group("plugin_package")]
 
@@ -92,6 +92,6 @@ def test_a_run_plays_it_judges_it_and_learns_from_it(python: Python, tmp_path: P
     result = json.loads((output / "result.json").read_text())
     assert result["base"]["tasks"] == result["final"]["tasks"] == 2
     assert result["tokens_trained"] > 0
-    stored = read_trajectories(output / "iterations" / "0000" / TRAJECTORIES)
+    stored = read_trajectories(output / "iterations" / "0000")
     assert sorted(one.trajectory.task.id for one in stored) == [f"parrot {w}" for w in "abcd"]
     assert all(one.trajectory.success and one.verdict.score == 1 for one in stored)

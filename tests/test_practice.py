@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from casting import context_of, episode
 
-from selfwright.core.types import Completion, Judged, Message, Sampling, Start, Task
+from selfwright.core.types import Completion, Judged, Prompt, Sampling, Start, Task
 from selfwright.environments.countdown import Countdown, CountdownConfig
 from selfwright.trainers.practice import REQUEST, practised
 from selfwright.trainers.self_judge import SelfJudge, SelfJudgeConfig
@@ -27,10 +27,8 @@ class Writer:
     def seat(self) -> Generator[None]:
         yield
 
-    async def complete(
-        self, prompt: Sequence[Message], sampling: Sampling, seed: int
-    ) -> Completion:
-        self.asked.append(prompt[-1].text)
+    async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
+        self.asked.append(prompt.messages[-1].text)
         return Completion(self.words[len(self.asked) - 1])
 
     async def attempt(self, starts: Sequence[Start]) -> list[Judged]:

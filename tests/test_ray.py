@@ -24,6 +24,7 @@ from selfwright.core.errors import RecipeError, WorldError
 from selfwright.core.files import read_json
 from selfwright.core.ray_worlds import Cluster, RayWorker
 from selfwright.core.rollout import ExpertPlayer, rollouts
+from selfwright.core.tasks import StoredTask
 from selfwright.core.types import (
     Action,
     Completion,
@@ -34,7 +35,7 @@ from selfwright.core.types import (
     Task,
     Trajectory,
 )
-from selfwright.core.worlds import LOSSES, RemoteTask, RemoteWorld, World, open_worlds
+from selfwright.core.worlds import LOSSES, RemoteWorld, World, open_worlds
 
 pytestmark = [pytest.mark.multi, pytest.mark.xdist_group("ray")]
 
@@ -180,7 +181,7 @@ def test_an_episode_that_loses_every_worker_has_failed() -> None:
         fleet = Fleet.model_validate({"parallel": 1, "on": "ray", "max_failures": 1.0})
         async with await open_worlds("faulty_worlds:Apart", {}, fleet) as worlds:
             task = worlds.tasks("train")[0]
-            assert isinstance(task, RemoteTask)
+            assert isinstance(task, StoredTask)
             return (await rollouts(Player(kill), worlds, [Start(task, 1)], 7))[0]
 
     lost = asyncio.run(run())

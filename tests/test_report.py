@@ -1,27 +1,31 @@
 """The report of a made-up run: complete, honest in words, safe against what a model may say."""
 
+import hashlib
 import json
 import random
 import re
-import struct
-import zlib
+import shutil
+from base64 import b64encode
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from prompts import grey, png
 
 from selfwright.commands.charts import ticks, visible
 from selfwright.commands.report import TURNS_SHOWN, p_value, report, seconds, signed
 from selfwright.core import evaluation
 from selfwright.core.errors import StoreError
 from selfwright.core.evaluation import EvaluationResult, TaskResult, summarise
+from selfwright.core.images import picture, place
 from selfwright.core.statistics import Sample, compare_outcomes, introspection_table, wilson
 from selfwright.core.store import write_trajectories
 from selfwright.core.types import (
     Action,
     Completion,
+    Image,
     Judged,
     Observation,
     Step,
@@ -37,21 +41,9 @@ NASTY = (
 )
 
 
-def png(red: int) -> bytes:
-    """A real 16 x 16 image of one colour."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        body = kind + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
-    rows = (b"\x00" + bytes([red, 90, 160]) * 16) * 16
-    header = struct.pack(">IIBBBBB", 16, 16, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+def square(red: int) -> Image:
+    """16 x 16 pixels of one colour."""
+    return picture(png(16, 16, rows=(b"\x00" + bytes([red, 90, 160]) * 16) * 16))
 
 
 def episode(task: int, solved: bool, turns: int, text: str = "", broken: str = "") -> Judged:
@@ -62,7 +54,7 @@ def episode(task: int, solved: bool, turns: int, text: str = "", broken: str = "
         right = solved and turn == turns - 1
         action = "25 + 8 + 7" if right else f"(25 - {turn}) * 3"
         said = Completion(f"{action} = ? {text}" if turn else action)
-        image = (png(40 * turn % 256),) if task % 2 else ()
+        image = (square(40 * turn % 256),) if task % 2 else ()
         steps.append(Step(Observation(seen, image), Action(action, said), float(right)))
         seen = f"{action} gives {41 + turn}, not {40 + task}."
     trajectory = Trajectory(
@@ -138,7 +130,7 @@ def make_run(
         sides[name] = evaluated(played, name, tables[name])
         path = evaluation.write(folder / "evaluations" / name, sides[name])
         (folder / "images").mkdir(exist_ok=True)
-        write_trajectories(path.with_name("trajectories.parquet"), played, folder / "images")
+        write_trajectories(path.parent, played, folder / "images")
     draw = random.Random(5)
     curve: list[dict[str, Any]] = []
     for i in range(iterations + 1):
@@ -316,15 +308,14 @@ def test_an_almost_empty_run_has_a_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["base", "final"])
 def test_a_run_may_lack_an_evaluation(tmp_path: Path, name: str) -> None:
     make_run(tmp_path, tasks=12, iterations=1)
-    for path in (tmp_path / "evaluations" / name).iterdir():
-        path.unlink()
+    shutil.rmtree(tmp_path / "evaluations" / name)
     change(tmp_path, introspection={name: None})
     assert "m1@t5" in words(page_of(tmp_path))
 
 
 def test_damaged_episodes_leave_the_page_whole(tmp_path: Path) -> None:
     make_run(tmp_path, tasks=12)
-    (tmp_path / "evaluations" / "final" / "trajectories.parquet").write_bytes(b"PAR1")
+    (tmp_path / "evaluations" / "final" / "episodes.parquet").write_bytes(b"PAR1")
     assert "Some episodes could not be read" in words(page_of(tmp_path))
 
 
@@ -353,13 +344,28 @@ def test_long_episodes_and_texts_are_cut_and_say_so(tmp_path: Path) -> None:
 def test_what_is_no_png_is_not_embedded(tmp_path: Path) -> None:
     make_run(tmp_path, tasks=12)
     for name in ("base", "final"):
-        path = tmp_path / "evaluations" / name / "trajectories.parquet"
         judged = episode(1, name == "final", 1)
-        svg = Observation("look", (b"<svg onload='alert(1)'/>",))
-        odd = replace(judged, trajectory=replace(judged.trajectory, final=svg))
-        write_trajectories(path, [odd], tmp_path / "images")
+        svg = b"<svg onload='alert(1)'/>"
+        # No world can show this, but whoever made the folder may have put it there.
+        forged = Image(hashlib.sha256(svg).hexdigest(), 1, 1, svg)
+        final = Observation("look", (forged,))
+        odd = replace(judged, trajectory=replace(judged.trajectory, final=final))
+        write_trajectories(tmp_path / "evaluations" / name, [odd], tmp_path / "images")
     page = page_of(tmp_path)
-    assert "onload" not in page and "not a PNG" in page
+    assert "onload" not in page and "PHN2Zy" not in page and "not a PNG" in page
+
+
+def test_a_picture_that_is_gone_leaves_the_page_whole(tmp_path: Path) -> None:
+    make_run(tmp_path, tasks=12)
+    gone, there = grey(123), grey(124)
+    for name in ("base", "final"):
+        judged = episode(1, name == "final", 1)
+        final = Observation("look", (gone, there))
+        odd = replace(judged, trajectory=replace(judged.trajectory, final=final))
+        write_trajectories(tmp_path / "evaluations" / name, [odd], tmp_path / "images")
+    place(tmp_path / "images", gone).unlink()
+    page = page_of(tmp_path)
+    assert page.count("One image is left out") == page.count(b64encode(there.png).decode()) > 0
 
 
 def test_many_iterations_stay_small(tmp_path: Path) -> None:

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from casting import context_of
+from casting import context_of, step
 
 from selfwright.core.protocols import Attempt, Context
 from selfwright.core.types import (
-    Action,
     Batch,
     Completion,
     Judged,
@@ -59,11 +58,12 @@ class Stage:
         return self.judged(start.prefix, said, reward, attempt)
 
     def judged(self, prefix: tuple[Step, ...], said: str, reward: float, attempt: int) -> Judged:
-        step = Step(Observation(f"o{len(prefix)}"), Action(said, Completion(said, (7,))), reward)
+        seen = Observation(f"o{len(prefix)}")
+        last = step(TASK, prefix, seen, Completion(said, (7,)), reward)
         right = reward >= 1 and not self.blind
         trajectory = Trajectory(
             TASK,
-            (*prefix, step),
+            (*prefix, last),
             Observation("next"),
             Stop.TERMINATED if right else Stop.TRUNCATED,
             "base",
@@ -71,6 +71,7 @@ class Stage:
             attempt,
             len(prefix),
             right,
+            id=f"{said} of {len(prefix)}",
         )
         return Judged(trajectory, Verdict(reward, "", "reward"))
 
@@ -104,14 +105,22 @@ def test_weights_are_exp_of_reward_over_tau() -> None:
 def test_the_prompt_is_the_policys_own_history_and_only_the_last_turn_is_a_target() -> None:
     (batch,) = run(Stage(MENDED), turns=3)
     last = batch.examples[-1]
-    assert [(m.role, m.text) for m in last.prompt] == [
+    assert [(m.role, m.text) for m in last.prompt.messages] == [
         ("user", "guess\no0"),
         ("assistant", "a"),
         ("user", "o1"),
         ("assistant", "b"),
         ("user", "o2"),
     ]
-    assert last.prompt[1].token_ids == (7,) and last.completion.token_ids == (7,)
+    assert last.prompt.messages[1].token_ids == (7,) and last.completion.token_ids == (7,)
+
+
+def test_a_retry_says_which_attempt_it_goes_on_from() -> None:
+    stage = Stage(MENDED)
+    run(stage, turns=3)
+    assert [start.parent for start in stage.played] == ["a of 0"] * 2 + ["b of 1"] * 2
+    for start in stage.played:
+        assert start.parent.startswith(start.prefix[-1].action.text)
 
 
 def test_nothing_is_played_or_learned_after_the_first_success() -> None:
@@ -203,7 +212,7 @@ def test_a_teacher_acts_only_in_states_the_policy_reached() -> None:
     (batch,) = run(stage, turns=3, teacher="expert")
     assert [e.completion.text for e in batch.examples] == ["a", "taught", "taught"]
     # The second lesson begins where the policy's own, wrong, second attempt ended.
-    said = [[m.text for m in e.prompt if m.role == "assistant"] for e in batch.examples]
+    said = [[m.text for m in e.prompt.messages if m.role == "assistant"] for e in batch.examples]
     assert said == [[], ["a"], ["a", "b"]]
 
 
@@ -216,11 +225,10 @@ def test_settling_goes_on_after_success_and_learns_to_repeat_it() -> None:
 
 
 def test_whole_episodes_share_their_score_and_gamma_discounts_from_the_end() -> None:
-    steps = tuple(
-        Step(Observation(f"o{k}"), Action(f"s{k}", Completion(f"s{k}")), float(k == 2))
-        for k in range(3)
-    )
-    won = Trajectory(TASK, steps, Observation(""), Stop.TERMINATED, "base", 0, success=True)
+    steps: list[Step] = []
+    for k in range(3):
+        steps.append(step(TASK, steps, Observation(f"o{k}"), Completion(f"s{k}"), float(k == 2)))
+    won = Trajectory(TASK, tuple(steps), Observation(""), Stop.TERMINATED, "base", 0, success=True)
     context = context_of()
     for gamma, expected in ((1.0, [1.0, 1.0, 1.0]), (0.5, [0.25, 0.5, 1.0])):
         config = RISEConfig(unit="episode", tau=1.0, gamma=gamma)

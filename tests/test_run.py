@@ -15,15 +15,17 @@ import pytest
 from selfwright.core.errors import StoreError
 from selfwright.core.files import read_json, write_json
 from selfwright.core.run import Run, iteration_name, iterations
-from selfwright.core.store import TRAJECTORIES, read_trajectories
+from selfwright.core.store import read_trajectories
 
 RECIPE = {"seed": 1, "trainer": {"use": "rise", "sizes": (1, 2)}}
 
 PRELUDE = """
 import os, resource, sys, time
 from pathlib import Path
+from prompts import grey, png
 from selfwright.core.errors import StoreError
 from selfwright.core.files import write_json
+from selfwright.core.images import picture
 from selfwright.core.run import Run, iteration_name
 from selfwright.core.store import write_trajectories
 from selfwright.core.types import *
@@ -33,10 +35,15 @@ folder = Path(sys.argv[1])
 run = Run.open(folder, RECIPE, lambda stored, wanted: ["seed"] if stored != wanted else [])
 
 def judged(index, count=5):
-    seen = Observation("see", (b"frame", bytes([index % 256])))
+    seen = Observation("see", (grey(1, 9), grey(index % 256)))
     step = Step(seen, Action("go", Completion("go")), 1.0)
-    one = Trajectory(Task(f"{index}", "walk", 3), (step,), seen, Stop.TERMINATED, "base", 1)
-    return [Judged(one, Verdict(1.0, "", "reward"))] * count
+    return [
+        Judged(
+            Trajectory(Task(f"{index}", "walk", 3), (step,), seen, Stop.TERMINATED, "base", 1, k),
+            Verdict(1.0, "", "reward"),
+        )
+        for k in range(count)
+    ]
 print("ready", flush=True)
 """
 
@@ -44,7 +51,7 @@ COMMITTER = """
 while True:
     index = run.finished
     with run.draft(iteration_name(index)) as draft:
-        write_trajectories(draft / "trajectories.parquet", judged(index), folder / "images")
+        write_trajectories(draft, judged(index), folder / "images")
         (draft / "adapter").mkdir()
         (draft / "adapter" / "weights").write_bytes(bytes([index % 256]) * 300_000)
         write_json(draft / "metrics.json", {"index": index})
@@ -86,7 +93,7 @@ def test_killed_at_any_moment_leaves_whole_iterations(tmp_path: Path) -> None:
             finished = run.finished
         assert not list(tmp_path.rglob(".draft-*"))
         for index, folder in enumerate(iterations(tmp_path)):
-            (task,) = {item.trajectory.task.id for item in read_trajectories(folder / TRAJECTORIES)}
+            (task,) = {item.trajectory.task.id for item in read_trajectories(folder)}
             assert task == str(index)
             weights = (folder / "adapter/weights").read_bytes()
             assert weights == bytes([index % 256]) * 300_000
@@ -205,10 +212,10 @@ def attempt(write):
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 attempt(lambda draft: write_json(draft / "metrics.json", {"text": "x" * 5000}))
 noise = [replace(one, verdict=Verdict(None, os.urandom(3000).hex(), "")) for one in judged(0)]
-attempt(lambda draft: write_trajectories(draft / "all.parquet", noise, folder / "images"))
-picture = replace(noise[0].trajectory, final=Observation("", (b"x" * 3000,)))
-seen = [Judged(picture, Verdict(1.0, "", ""))]
-attempt(lambda draft: write_trajectories(draft / "all.parquet", seen, folder / "images"))
+attempt(lambda draft: write_trajectories(draft, noise, folder / "images"))
+large = picture(png(40, 30, rows=os.urandom(30 * 121)))
+seen = replace(judged(0)[0].trajectory, final=Observation("", (large,)))
+attempt(lambda d: write_trajectories(d, [Judged(seen, Verdict(1.0, "", ""))], folder / "images"))
 print("torch" in sys.modules, run.finished, os.listdir(folder / "iterations"))
 """
     process = launch("from dataclasses import replace\n" + code, tmp_path)
@@ -219,7 +226,7 @@ print("torch" in sys.modules, run.finished, os.listdir(folder / "iterations"))
     assert [line.partition("cannot write ")[2].split(":")[1] for line in lines[:3]] == [
         " File too large"
     ] * 3
-    assert "metrics.json" in lines[0] and "all.parquet" in lines[1] and ".png" in lines[2]
+    assert "metrics.json" in lines[0] and ".parquet" in lines[1] and ".png" in lines[2]
     assert lines[3] == "False 0 []"
     assert not list(tmp_path.rglob(".draft-*"))
 

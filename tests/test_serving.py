@@ -15,8 +15,11 @@ import httpx2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import Echo, limits, png, running, served, transformers_policy, until
+from prompts import png, prompt_of
+from serving import Echo, limits, running, served, transformers_policy, until
+from test_rollout import said
 
+from selfwright.agents.serving.app import Served
 from selfwright.agents.serving.client import Client, ServedPlayer
 from selfwright.agents.serving.desk import certain
 from selfwright.agents.serving.images import checked_images
@@ -24,9 +27,19 @@ from selfwright.agents.serving.limits import Limits, Refusal
 from selfwright.core.config import Config, Fleet
 from selfwright.core.draw import draw, starts
 from selfwright.core.errors import PolicyError
+from selfwright.core.images import picture
 from selfwright.core.models import open_tokens
 from selfwright.core.rollout import rollouts
-from selfwright.core.types import Completion, Message, Observation, Sampling, Task, TimeStep
+from selfwright.core.types import (
+    Completion,
+    Message,
+    Observation,
+    Prompt,
+    Sampling,
+    Task,
+    TimeStep,
+    WorldSpec,
+)
 from selfwright.core.worlds import open_worlds
 
 pytestmark = pytest.mark.server
@@ -138,12 +151,12 @@ class Slow(Echo):
 
     async def stream(
         self,
-        prompt: Sequence[Message],
+        prompt: Prompt,
         sampling: Sampling,
         seed: int,
         heard: Callable[[Sequence[int]], None],
     ) -> Completion:
-        ids = self.tokens.completion(prompt[-1].text)
+        ids = self.tokens.completion(prompt.messages[-1].text)
         self.speaking = True
         try:
             for k in range(1, len(ids)):
@@ -154,7 +167,7 @@ class Slow(Echo):
                     raise PolicyError("a secret of the policy")
         finally:
             self.speaking = False
-        return Completion(prompt[-1].text, ids, finish="stop")
+        return Completion(prompt.messages[-1].text, ids, finish="stop")
 
 
 def test_a_stream_tells_what_is_said_as_it_is_said(model_folder: Callable[[str], Path]) -> None:
@@ -573,9 +586,9 @@ def test_a_session_acts_once_at_a_time_and_has_an_end() -> None:
         legal = seen("two", actions=["go", "stay"], images=[b64(png())])
         told = (await client.post(f"/v1/sessions/{id}/act", json={**legal, "reward": 1.0})).json()
         assert told["valid"] is False and told["step"] == 2
-        last = policy.asked[-1]
+        last = policy.asked[-1].messages
         assert [message.role for message in last] == ["user", "assistant", "user"]
-        assert last[-1] == Message("user", "two\nActions: go; stay", (png(),))
+        assert last[-1] == Message("user", (picture(png()), "two\nActions: go; stay"))
         legal = seen("x", actions=["x\nActions: |0|8"])
         await client.post(f"/v1/sessions/{id}/act", json=legal)
         response = await client.post(f"/v1/sessions/{id}/act", json=seen())
@@ -658,7 +671,7 @@ def test_a_picture_is_taken_whole_and_with_any_byte_changed_not_at_all(
     width: int, height: int, data: st.DataObject
 ) -> None:
     whole = png(width, height)
-    assert checked_images([b64(whole)], Limits(), "image") == (whole,)
+    assert checked_images([b64(whole)], Limits(), "image") == (picture(whole),)
     at = data.draw(st.integers(0, len(whole) - 1))
     spoilt = bytearray(whole)
     spoilt[at] ^= data.draw(st.integers(1, 255))
@@ -679,9 +692,7 @@ def test_images_are_counted_over_all_messages_before_any_is_opened() -> None:
 
 def test_what_nobody_foresaw_is_a_500_with_the_headers_of_every_answer() -> None:
     class Broken(Echo):
-        async def complete(
-            self, prompt: Sequence[Message], sampling: Sampling, seed: int
-        ) -> Completion:
+        async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
             raise ZeroDivisionError("a secret of the inside")
 
     async def use(client: httpx2.AsyncClient) -> None:
@@ -757,10 +768,7 @@ def test_a_text_that_passes_adds_no_control_token(
             assert any(mark and mark in text for mark in marks)
             continue
         special = set(tokens.tokenizer.all_special_ids)
-        counts = [
-            sum(i in special for i in tokens.prompt((Message("user", said),)))
-            for said in (text, "x")
-        ]
+        counts = [sum(i in special for i in tokens.prompt(prompt_of(said))) for said in (text, "x")]
         assert counts[0] == counts[1]
 
 
@@ -791,6 +799,31 @@ def test_a_served_agent_plays_as_it_does_here(player: Path) -> None:
         )
         assert acted == wanted
         assert max(len(t.steps) for t in far) == 3, "some episodes need several turns"
+
+    asyncio.run(main())
+
+
+def test_what_is_no_action_is_told_to_whoever_has_the_world() -> None:
+    async def main() -> None:
+        what = Served("tiny", said("not so", "left", "or so", "right"))
+        async with await open_worlds("faulty_worlds:Faulty", {}, Fleet(parallel=1)) as worlds:
+            begin = starts(worlds.tasks("train")[:1], 1, 1)
+            (direct,) = await rollouts(what.player, worlds, begin, 5)
+            async with running(what) as http:
+                async with Client(str(http.base_url)) as client:
+                    there = ServedPlayer(client)
+                    (far,) = await rollouts(there, worlds, begin, 5)
+                    await there.close()
+                id = await opened(http)
+                told = (await http.post(f"/v1/sessions/{id}/act", json=seen("one"))).json()
+                assert told["action"] == "" and told["valid"] is False
+                assert told["invalid"] == "Say one word, not 'not so'. You saw 'one'."
+                assert told["completion"] == "not so"
+        assert far.error == "" and len(far.steps) == 4 and far.success
+        for mine, theirs in zip(direct.steps, far.steps, strict=True):
+            assert mine.observation == theirs.observation and mine.reward == theirs.reward
+            assert mine.action.text == theirs.action.text
+            assert mine.action.invalid == theirs.action.invalid
 
     asyncio.run(main())
 
@@ -884,7 +917,7 @@ class Fragile:
     """A world whose every episode breaks at its first step."""
 
     Config = Config
-    isolation = "inline"
+    spec = WorldSpec(isolation="inline")
 
     def __init__(self, config: Config) -> None:
         pass
@@ -960,16 +993,14 @@ def test_a_completion_says_how_much_it_read(model_folder: Callable[[str], Path])
 
     async def main() -> None:
         policy = transformers_policy(folder)
-        direct = await policy.complete((Message("user", "hello"),), Sampling(0.0, 1.0, 4), 0)
+        direct = await policy.complete(prompt_of("hello"), Sampling(0.0, 1.0, 4), 0)
         async with running(served(policy, policy.tokens)) as client:
             asked = talk("hello", max_tokens=4)
             told = (await client.post("/v1/chat/completions", json=asked)).json()
         assert told["choices"][0]["message"]["content"] == direct.text
         assert told["choices"][0]["finish_reason"] == direct.finish
         assert told["usage"]["completion_tokens"] == len(direct.token_ids)
-        assert told["usage"]["prompt_tokens"] == len(
-            policy.tokens.prompt((Message("user", "hello"),))
-        )
+        assert told["usage"]["prompt_tokens"] == len(policy.tokens.prompt(prompt_of("hello")))
 
     asyncio.run(main())
 

@@ -1,9 +1,7 @@
 """The playground in a real browser: by keyboard alone, in a narrow window, with hostile text."""
 
 import asyncio
-import struct
-import zlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
@@ -12,13 +10,25 @@ from typing import Any
 import httpx2
 import pytest
 from playwright.async_api import Page, async_playwright
+from prompts import png
 from serving import Echo, limits, running, served, transformers_policy
+from test_rollout import said
 from test_serving import refusal
 
-from selfwright.agents.serving.app import playground
+from selfwright.agents.serving.app import Served, playground
 from selfwright.core.chromium import chromium as found
 from selfwright.core.config import Config, Fleet
-from selfwright.core.types import Completion, Message, Observation, Sampling, Task, TimeStep
+from selfwright.core.images import picture
+from selfwright.core.types import (
+    Completion,
+    Image,
+    Observation,
+    Prompt,
+    Sampling,
+    Task,
+    TimeStep,
+    WorldSpec,
+)
 from selfwright.core.worlds import Worlds, open_worlds
 
 pytestmark = [pytest.mark.server, pytest.mark.browser]
@@ -28,7 +38,7 @@ chromium = cache(found)
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"> \u202egnp.exe"
 
 
-def picture(step: int) -> bytes:
+def square(step: int) -> Image:
     """A square that moves."""
     rows = b"".join(
         b"\0"
@@ -40,22 +50,14 @@ def picture(step: int) -> bytes:
         )
         for y in range(80)
     )
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        )
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 160, 80, 8, 2, 0, 0, 0))
-    body = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + head + body
+    return picture(png(160, 80, rows=rows))
 
 
 class Gallery:
     """Shows a picture and text that is up to no good; solved by the fourth action."""
 
     Config = Config
-    isolation = "inline"
+    spec = WorldSpec(isolation="inline")
 
     def __init__(self, config: Config) -> None:
         self._done = 0
@@ -76,7 +78,7 @@ class Gallery:
 
     def _seen(self) -> Observation:
         actions = ("go left", "go right", HOSTILE)
-        return Observation(f"Room {self._done}. {HOSTILE}", (picture(self._done),), actions)
+        return Observation(f"Room {self._done}. {HOSTILE}", (square(self._done),), actions)
 
     async def close(self) -> None:
         pass
@@ -294,6 +296,20 @@ def test_a_token_is_asked_for() -> None:
     asyncio.run(main())
 
 
+def test_what_is_no_action_is_answered_in_words_in_a_game() -> None:
+    async def main() -> None:
+        what = Served("tiny", said("not so", "left"), worlds=GALLERY)
+        async with running(what) as client:
+            begun = (await client.post("/playground/games", json={"world": "gallery"})).json()
+            path = f"/playground/games/{begun['id']}/step"
+            mute, acted = [(await client.post(path)).json() for _ in "ab"]
+        assert mute["text"] == f"Say one word, not 'not so'. You saw {begun['text']!r}."
+        assert (mute["valid"], mute["steps"], mute["images"]) == (False, 1, begun["images"])
+        assert acted["text"].startswith("Room 1.") and acted["steps"] == 2
+
+    asyncio.run(main())
+
+
 def test_games_are_few_and_end() -> None:
     now = 0.0
 
@@ -366,9 +382,7 @@ def test_paused_and_played_again_it_plays_once() -> None:
 
         may = asyncio.Event()
 
-        async def complete(
-            self, prompt: Sequence[Message], sampling: Sampling, seed: int
-        ) -> Completion:
+        async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
             if self.asked:
                 await self.may.wait()
             return await super().complete(prompt, sampling, seed)

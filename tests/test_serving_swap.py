@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from prompts import prompt_of
 from rich.console import Console
 from serving import Echo, limits, running, served, transformers_policy, until
 from test_serving import TASK, opened, refusal, seen
@@ -18,7 +19,7 @@ from selfwright.commands.progress import Progress
 from selfwright.commands.serve import Trial
 from selfwright.core.recipe import section
 from selfwright.core.statistics import Comparison, compare_outcomes
-from selfwright.core.types import Message, Sampling
+from selfwright.core.types import Sampling
 
 pytestmark = pytest.mark.server
 
@@ -302,7 +303,7 @@ def test_an_adapter_that_does_not_fit_leaves_the_old_one(
         weights = broken / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-64])
         policy = transformers_policy(base)
-        prompt, sampling = (Message("user", "Make 6"),), Sampling(0.0, 1.0, 8)
+        prompt, sampling = prompt_of("Make 6"), Sampling(0.0, 1.0, 8)
         asked = {"messages": [{"role": "user", "content": "Make 6"}]}
         async with running(served(policy, adapters=tmp_path / "adapters")) as client:
 

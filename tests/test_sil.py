@@ -13,8 +13,9 @@ import torch
 from casting import context_of, episode
 from hypothesis import given
 from hypothesis import strategies as st
+from prompts import prompt_of
 
-from selfwright.core.types import Judged, Message
+from selfwright.core.types import Judged
 from selfwright.trainers.loss import NLL, Clip
 from selfwright.trainers.replay import prioritised, recent, returns
 from selfwright.trainers.sil import SIL, SILConfig
@@ -102,7 +103,7 @@ def test_raising_the_value_can_only_lower_its_loss(worth: float, value: float, u
 def test_the_value_learns_what_states_are_worth(model_folder: Folder) -> None:
     settings = ValueConfig(device="cpu", learning_rate=1e-2, epochs=40)
     value = Value(settings, str(model_folder("scratch")), 0)
-    states = [[Message("user", text)] for text in ("1 2 3", "9 9 9")]
+    states = [prompt_of(text) for text in ("1 2 3", "9 9 9")]
     assert value.values(states) == [0.0, 0.0]
     first = value.learn(states, [1.0, 0.0], [1.0, 1.0], "both")
     assert value.values(states) == pytest.approx([1.0, 0.0], abs=0.1)

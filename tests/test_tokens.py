@@ -1,18 +1,21 @@
 """Ids stored are ids sampled are ids trained, whatever the conversation and the chat template."""
 
+import json
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from prompts import grey, prompt_of, seeing
 from transformers import AutoTokenizer
 
-from selfwright.core.errors import PolicyError
+from selfwright.core.errors import PolicyError, PromptError
 from selfwright.core.tokens import ChatTokens
-from selfwright.core.types import Completion, Example, Message
+from selfwright.core.types import Completion, Example, Message, Part, Prompt, Tool
 from selfwright.trainers.pack import pack
 
 OPEN = "{% for m in messages %}<|{{ m.role }}|>"
@@ -72,12 +75,12 @@ def play(
     prompts: list[tuple[int, ...]] = []
     examples: list[Example] = []
     for turn in conversation:
-        messages.append(Message("user", turn.said))
+        messages.append(Message("user", (turn.said,)))
         ids = (*turn.ids, tokens.end) if turn.finish == "end" else turn.ids
         completion = Completion(tokens.text(ids), ids)
-        prompts.append(tokens.prompt(messages))
-        examples.append(Example(tuple(messages), completion))
-        messages.append(Message("assistant", completion.text, token_ids=ids))
+        prompts.append(tokens.prompt(Prompt(tuple(messages))))
+        examples.append(Example(Prompt(tuple(messages)), completion))
+        messages.append(Message("assistant", (completion.text,), token_ids=ids))
     return prompts, examples
 
 
@@ -125,10 +128,11 @@ def test_text_after_a_stop_stays_in_the_conversation(tokenizer: Callable[[str], 
     # Sampled "3 + 4" and a newline that was the stop text: the message is shorter than its ids.
     tokens = ChatTokens(tokenizer(APPENDING["plain"]))
     ids = tokens.completion("3 + 4\n")[:-1]
-    first = Message("user", "go")
-    then = (first, Message("assistant", "3 + 4", token_ids=ids), Message("user", "no"))
-    assert tokens.prompt(then)[: len(tokens.prompt([first])) + len(ids)] == (
-        tokens.prompt([first]) + ids
+    first = Message("user", ("go",))
+    answer = Message("assistant", ("3 + 4",), token_ids=ids)
+    then = Prompt((first, answer, Message("user", ("no",))))
+    assert tokens.prompt(then)[: len(tokens.prompt(Prompt((first,)))) + len(ids)] == (
+        tokens.prompt(Prompt((first,))) + ids
     )
     assert tokens.breaks == 0
 
@@ -138,33 +142,119 @@ def test_a_template_that_forgets_thoughts_breaks_and_is_counted(
 ) -> None:
     tokens = ChatTokens(tokenizer(FORGETTING))
     thought = tokens.completion("<think>hm</think>4")
-    plain = tokens.completion("4")
-    user = Message("user", "2 + 2")
-    one = (user, Message("assistant", "<think>hm</think>4", token_ids=thought), user)
-    two = (user, Message("assistant", "4", token_ids=plain), user)
-    assert tokens.prompt(one) == tokens.prompt((user, Message("assistant", "4"), user))
+    short = tokens.completion("4")
+    user = Message("user", ("2 + 2",))
+    one = Prompt((user, Message("assistant", ("<think>hm</think>4",), token_ids=thought), user))
+    two = Prompt((user, Message("assistant", ("4",), token_ids=short), user))
+    assert tokens.prompt(one) == tokens.prompt(Prompt((user, Message("assistant", ("4",)), user)))
     assert (tokens.breaks, tokens.prompts) == (1, 2)
     # Every prompt counts, also one that was met before.
     tokens.prompt(one)
     assert (tokens.breaks, tokens.prompts) == (2, 3)
-    assert tokens.prompt(two)[: len(tokens.prompt([user])) + len(plain)] == (
-        tokens.prompt([user]) + plain
+    assert tokens.prompt(two)[: len(tokens.prompt(Prompt((user,)))) + len(short)] == (
+        tokens.prompt(Prompt((user,))) + short
     )
     assert tokens.breaks == 2
     # After the break the conversation goes on from what the template made of it.
-    three = (*one, Message("assistant", "5", token_ids=tokens.completion("5")), user)
+    five = Message("assistant", ("5",), token_ids=tokens.completion("5"))
+    three = Prompt((*one.messages, five, user))
     before, broken = tokens.prompt(one) + tokens.completion("5"), tokens.breaks
     assert tokens.prompt(three)[: len(before)] == before
     assert tokens.breaks == broken
 
 
+def tool(name: str, parameters: str = '{"properties":{},"type":"object"}') -> Tool:
+    return Tool(name, f"It will {name}.", parameters)
+
+
+def shown(tokens: ChatTokens, prompt: Prompt) -> str:
+    return tokens.tokenizer.decode(tokens.prompt(prompt), clean_up_tokenization_spaces=False)
+
+
+def test_parts_are_read_in_their_order(tokenizer: Callable[[str], Any]) -> None:
+    tokens = seeing(tokenizer(APPENDING["plain"]))
+    red, blue = grey(1), grey(2)
+    for parts, said in (
+        (("1", red, "2"), "1<image>2"),
+        ((red, "1", "2", blue), "<image>12<image>"),
+        ((red, blue), "<image><image>"),
+        (("1",), "1"),
+    ):
+        assert shown(tokens, prompt_of(*parts)) == f"<|user|>{said}<|end|><|assistant|>"
+    # A model of texts alone is told the words, in their order.
+    blind = ChatTokens(tokenizer(APPENDING["plain"]))
+    assert blind.prompt(prompt_of("1", "2")) == blind.prompt(prompt_of("12"))
+
+
+def test_a_text_that_spells_a_picture_is_none(tokenizer: Callable[[str], Any]) -> None:
+    tokens = seeing(tokenizer(APPENDING["plain"]))
+    with pytest.raises(PromptError, match=r"holds 1 images, but 2 times '<image>'"):
+        tokens.prompt(prompt_of(grey(1), "<image>"))
+    with pytest.raises(PromptError, match=r"holds 0 images, but 1 times"):
+        tokens.prompt(prompt_of("<image>"))
+
+
+def test_tools_are_told_as_their_schemas(tokenizer: Callable[[str], Any]) -> None:
+    tokens = seeing(tokenizer(APPENDING["plain"]))
+    schema = '{"properties":{"to":{"type":"string"}},"required":["to"],"type":"object"}'
+    go = tool("go", schema)
+    text = shown(tokens, replace(prompt_of("1"), tools=(go, tool("stay"))))
+    before, told, _ = re.split(r"<\|system\|>|<\|end\|><\|user\|>", text)
+    assert before == "" and told.count('"type": "function"') == 2
+    first, end = json.JSONDecoder().raw_decode(told)
+    assert first == {
+        "type": "function",
+        "function": {
+            "name": "go",
+            "description": "It will go.",
+            "parameters": json.loads(schema),
+        },
+    }
+    assert json.loads(told[end:])["function"]["name"] == "stay"
+    assert "system" not in shown(tokens, prompt_of("1"))
+
+
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.sampled_from(["1", "2", grey(1), grey(2)]), min_size=1, max_size=3),
+            st.lists(st.sampled_from(["go", "stay"]), max_size=2, unique=True),
+            st.booleans(),
+        ),
+        min_size=2,
+        max_size=5,
+    )
+)
+def test_what_is_remembered_is_never_anothers(
+    tokenizer: Callable[[str], Any], drawn: list[tuple[list[Part], list[str], bool]]
+) -> None:
+    """Prompts that differ in a tool or in a picture only, in whatever order they come."""
+    tokens = seeing(tokenizer(APPENDING["plain"]))
+    said = Message("assistant", ("3",), tokens.completion("3"))
+    for parts, tools, more in drawn:
+        first = prompt_of(*parts)
+        messages = (*first.messages, said, *first.messages) if more else first.messages
+        prompt = Prompt(messages, tuple(tool(name) for name in tools))
+        fresh = seeing(tokenizer(APPENDING["plain"]))
+        assert tokens.prompt(prompt) == fresh.prompt(prompt)
+    known = list(tokens._known)  # pyright: ignore[reportPrivateUsage]
+    assert not any(image.png for prompt in known for image in prompt.images), (
+        "what is remembered would hold every picture that was ever shown"
+    )
+    pictures = {prompt.images for prompt in known}
+    assert {prompt_of(*parts).images for parts, _, more in drawn if not more} <= pictures
+
+
 def test_many_turns_neither_recurse_nor_pile_up(tokenizer: Callable[[str], Any]) -> None:
     tokens = ChatTokens(tokenizer(APPENDING["plain"]), remember=1000)
     said = tokens.completion("1")
-    user, answer = Message("user", "a"), Message("assistant", "1", token_ids=said)
-    opening = tokens.prompt([user])
+    user, answer = Message("user", ("a",)), Message("assistant", ("1",), token_ids=said)
+    opening = tokens.prompt(Prompt((user,)))
     # Deeper than Python's own stack.
-    prompt = tokens.prompt((user, answer) * 550)
+    prompt = tokens.prompt(Prompt((user, answer) * 550))
     assert prompt == (opening + said) * 550 + opening[-1:]
 
 
@@ -188,11 +278,11 @@ def test_what_cannot_be_rendered_is_refused(tokenizer: Callable[[str], Any]) -> 
     with pytest.raises(PolicyError, match="end token"):
         ChatTokens(endless)
     with pytest.raises(PolicyError, match="images"):
-        ChatTokens(tokenizer(APPENDING["plain"])).prompt([Message("user", "", (b"png",))])
+        ChatTokens(tokenizer(APPENDING["plain"])).prompt(prompt_of(grey(1), ""))
     fussy = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     tokens = ChatTokens(tokenizer(fussy + APPENDING["plain"]))
     with pytest.raises(PolicyError, match="of system, user: no system"):
-        tokens.prompt([Message("system", "x"), Message("user", "y")])
+        tokens.prompt(Prompt((Message("system", ("x",)), Message("user", ("y",)))))
 
 
 def test_ids_of_another_tokenizer_are_not_taken_for_ours(tokenizer: Callable[[str], Any]) -> None:
@@ -204,13 +294,15 @@ def test_ids_of_another_tokenizer_are_not_taken_for_ours(tokenizer: Callable[[st
     for mine in ("", tokens.fingerprint):
         completion = Completion(text, ids, (-1.0,) * 3, "stop", mine)
         assert tokens.answer(completion) == ids
-        (row,) = pack([Example((Message("user", "?"),), completion)], tokens)
+        (row,) = pack([Example(prompt_of("?"), completion)], tokens)
         assert row.spans[0].old_logprobs == (-1.0,) * 3
     foreign = Completion(text, ids, (-1.0,) * 3, "stop", strange)
     assert tokens.answer(foreign) == tokens.completion(text)
-    (row,) = pack([Example((Message("user", "?"),), foreign)], tokens)
+    (row,) = pack([Example(prompt_of("?"), foreign)], tokens)
     assert tuple(row.ids[row.spans[0].begin :]) == tokens.completion(text)
     assert row.spans[0].old_logprobs == ()
-    said = Message("assistant", text, token_ids=ids, tokenizer=strange)
-    asked = (Message("user", "?"), said, Message("user", "!"))
-    assert tokens.prompt(asked) == tokens.prompt((asked[0], Message("assistant", text), asked[2]))
+    said = Message("assistant", (text,), token_ids=ids, tokenizer=strange)
+    before, after = Message("user", ("?",)), Message("user", ("!",))
+    assert tokens.prompt(Prompt((before, said, after))) == tokens.prompt(
+        Prompt((before, Message("assistant", (text,)), after))
+    )

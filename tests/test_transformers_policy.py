@@ -14,15 +14,16 @@ import peft
 import pytest
 import torch
 import transformers
+from prompts import prompt_of
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
 from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
 from selfwright.core.errors import ModelError, PolicyError
-from selfwright.core.types import Completion, Message, Sampling
+from selfwright.core.types import Completion, Message, Prompt, Sampling
 
 Folder = Callable[[str], Path]
-USER = (Message("user", "make 24 from 3 5 8"),)
-PROMPTS = [(Message("user", f"make {k} from 3 {k * 7}" + " 8" * (k % 4)),) for k in range(12)]
+USER = prompt_of("make 24 from 3 5 8")
+PROMPTS = [prompt_of(f"make {k} from 3 {k * 7}" + " 8" * (k % 4)) for k in range(12)]
 
 
 def policy_of(folder: Path, **keys: Any) -> TransformersPolicy:
@@ -38,7 +39,7 @@ def shared(model_folder: Folder) -> TransformersPolicy:
 
 def ask(
     policy: TransformersPolicy,
-    prompts: Sequence[Sequence[Message]] = PROMPTS,
+    prompts: Sequence[Prompt] = PROMPTS,
     sampling: Sampling | None = None,
 ) -> list[Completion]:
     sampling = sampling or Sampling(0.0, max_tokens=6)
@@ -150,7 +151,13 @@ def test_ids_beyond_the_tokenizer_are_survived(model_folder: Folder) -> None:
     answers = ask(policy, PROMPTS, Sampling(50.0, max_tokens=20))
     assert any(i >= len(policy.tokens.tokenizer) for a in answers for i in a.token_ids)
     then = [
-        (*prompt, Message("assistant", answer.text, token_ids=answer.token_ids), *USER)
+        Prompt(
+            (
+                *prompt.messages,
+                Message("assistant", (answer.text,), answer.token_ids),
+                *USER.messages,
+            )
+        )
         for prompt, answer in zip(PROMPTS, answers, strict=True)
     ]
     ask(policy, then)
@@ -159,7 +166,7 @@ def test_ids_beyond_the_tokenizer_are_survived(model_folder: Folder) -> None:
 
 def test_too_long_for_the_context_is_an_error_for_that_one_only(shared: TransformersPolicy) -> None:
     async def scenario() -> list[Completion | BaseException]:
-        long = (Message("user", "8 " * 600),)
+        long = prompt_of("8 " * 600)
         asked = [shared.complete(p, Sampling(max_tokens=3), 0) for p in (USER, long, USER)]
         return await asyncio.gather(*asked, return_exceptions=True)
 

@@ -9,6 +9,7 @@ import math
 import random
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,16 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from casting import step
+from prompts import grey
 from safetensors.torch import load_file
 
 from selfwright.agents import scratch
-from selfwright.agents.chat import Chat, ChatConfig
 from selfwright.commands.cli import call
 from selfwright.core.errors import LearnerError, StoreError
 from selfwright.core.models import open_model
 from selfwright.core.store import write_trajectories
 from selfwright.core.types import (
-    Action,
     Batch,
     Completion,
     Example,
@@ -33,9 +34,11 @@ from selfwright.core.types import (
     Message,
     Observation,
     Pair,
+    Prompt,
     Step,
     Stop,
     Task,
+    Tool,
     Trajectory,
     Verdict,
 )
@@ -82,8 +85,8 @@ def farthest(a: dict[str, Any], b: dict[str, Any]) -> float:
     return max(float((a[key].double() - b[key].double()).abs().max()) for key in a)
 
 
-def asked(text: str) -> tuple[Message, ...]:
-    return (Message("user", text),)
+def asked(text: str) -> Prompt:
+    return Prompt((Message("user", (text,)),))
 
 
 EXAMPLES = tuple(
@@ -96,10 +99,15 @@ def oddly_sampled(model: str) -> tuple[Example, ...]:
     tokens = open_model(model, "cpu", "float32", False)[1]
     first = (*(i for sign in "7 - 1" for i in tokens.completion(sign)[:-1]), tokens.end)
     assert first != tokens.completion("7 - 1")
-    turns = (*asked("make 6 of 7 and 1"), Message("assistant", "7 - 1", token_ids=first))
+    turns = (
+        *asked("make 6 of 7 and 1").messages,
+        Message("assistant", ("7 - 1",), token_ids=first),
+    )
     return (
         Example(asked("make 6 of 7 and 1"), Completion("7 - 1", first)),
-        Example((*turns, Message("user", "right; once more")), Completion("7 - 1", first)),
+        Example(
+            Prompt((*turns, Message("user", ("right; once more",)))), Completion("7 - 1", first)
+        ),
     )
 
 
@@ -251,13 +259,11 @@ def test_a_reward_model_learns_to_tell_apart(model: str, tmp_path: Path) -> None
 
 
 def played(texts: list[str], score: float | None = 1.0, replayed: int = 0) -> Judged:
-    steps = tuple(
-        Step(Observation(f"seen {k}"), Action(text, Completion(text)), 0.0)
-        for k, text in enumerate(texts)
-    )
-    trajectory = Trajectory(
-        Task("t", "Do it.", 9), steps, Observation("end"), Stop.TERMINATED, "base", 0, 0, replayed
-    )
+    task, steps = Task("t", "Do it.", 9), list[Step]()
+    for k, text in enumerate(texts):
+        steps.append(step(task, steps, Observation(f"seen {k}"), Completion(text)))
+    end = Observation("end")
+    trajectory = Trajectory(task, tuple(steps), end, Stop.TERMINATED, "base", 0, 0, replayed)
     return Judged(trajectory, Verdict(score, "", "reward"))
 
 
@@ -284,30 +290,32 @@ def test_exports_go_through_datasets_and_back(tmp_path: Path) -> None:
         "rejected": [turn("assistant", "2")],
     }
     with pytest.raises(LearnerError, match="images"):
-        to_sft([Example((Message("user", "see", (b"png",)),), Completion("1"))])
+        to_sft([Example(Prompt((Message("user", (grey(1), "see")),)), Completion("1"))])
+    with pytest.raises(LearnerError, match="tools"):
+        to_sft([Example(replace(asked("one"), tools=(Tool("go", "", "{}"),)), Completion("1"))])
     with pytest.raises(LearnerError, match="no examples"):
         to_preferences([])
 
 
 def test_stored_trajectories_become_a_dataset(tmp_path: Path) -> None:
-    agent = Chat(ChatConfig.model_validate({}))
     stored = [played(["left", "right"]), played(["up"], 0.2), played(["down"], None)]
     stored.append(played(["on", "off"], replayed=1))
-    file = tmp_path / "trajectories.parquet"
-    write_trajectories(file, stored, tmp_path / "images")
-    rows: list[Any] = list(read_sft([file], agent))
+    folder = tmp_path / "played"
+    folder.mkdir()
+    write_trajectories(folder, stored, tmp_path / "images")
+    rows: list[Any] = list(read_sft([folder]))
     assert [row["completion"][0]["content"] for row in rows] == ["left", "right", "off"]
     assert rows[1]["prompt"] == [
         turn("user", "Do it.\nseen 0"),
         turn("assistant", "left"),
         turn("user", "seen 1"),
     ]
-    assert len(read_sft([file], agent, threshold=0.1)) == 4
+    assert len(read_sft([folder], threshold=0.1)) == 4
     with pytest.raises(LearnerError, match="none of 4 stored trajectories scored 2"):
-        read_sft([file], agent, threshold=2)
+        read_sft([folder], threshold=2)
     with pytest.raises(StoreError, match="missing"):
-        read_sft([tmp_path / "no.parquet"], agent)
-    whole: Any = to_messages(agent, [judged.trajectory for judged in stored])[0]
+        read_sft([tmp_path / "no"])
+    whole: Any = to_messages([judged.trajectory for judged in stored])[0]
     assert whole["messages"] == [*rows[1]["prompt"], turn("assistant", "right")]
 
 

@@ -15,6 +15,7 @@ import pytest
 from casting import SINGLE, played
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prompts import prompt_of
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from test_learner import learner_of, talks
@@ -28,14 +29,14 @@ from selfwright.core.errors import DiskError, PolicyError, RecipeError
 from selfwright.core.files import read_json
 from selfwright.core.recipe import read
 from selfwright.core.tokens import ChatTokens
-from selfwright.core.types import Batch, Completion, Example, Message, Sampling
+from selfwright.core.types import Batch, Completion, Example, Message, Prompt, Sampling
 from selfwright.trainers.loss import NLL
 from selfwright.trainers.pack import pack
 
 PYTHON = os.environ.get(
     "SELFWRIGHT_VLLM_PYTHON", str(Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python")
 )
-PROMPTS = [(Message("user", f"make {k} from 3 {k * 7}" + " 8" * (k % 4)),) for k in range(24)]
+PROMPTS = [prompt_of(f"make {k} from 3 {k * 7}" + " 8" * (k % 4)) for k in range(24)]
 one_server = pytest.mark.xdist_group("one vllm server")
 T = TypeVar("T")
 Folder = Callable[[str], Path]
@@ -234,10 +235,12 @@ def test_ids_stored_are_ids_sampled_are_ids_trained_on(
             said: list[Example] = []
             messages: list[Message] = []
             for k, turn in enumerate(turns):
-                messages.append(Message("user", turn))
-                one = await policy.complete(messages, Sampling(max_tokens=5), seed + k)
-                said.append(Example(tuple(messages), one))
-                messages.append(Message("assistant", one.text, (), one.token_ids, one.tokenizer))
+                messages.append(Message("user", (turn,)))
+                one = await policy.complete(
+                    Prompt(tuple(messages)), Sampling(max_tokens=5), seed + k
+                )
+                said.append(Example(Prompt(tuple(messages)), one))
+                messages.append(Message("assistant", (one.text,), one.token_ids, one.tokenizer))
             return said
         finally:
             replica.post = post
@@ -374,7 +377,7 @@ def test_a_full_disk_is_named(
 @one_server
 def test_no_room_in_the_context(run: Run, policy: VLLMPolicy) -> None:
     with pytest.raises(PolicyError, match="exceed the server's context of"):
-        run(policy.complete((Message("user", "9 " * 3000),), Sampling(max_tokens=5), 0))
+        run(policy.complete(prompt_of("9 " * 3000), Sampling(max_tokens=5), 0))
     with pytest.raises(PolicyError, match="at least 1"):
         run(policy.complete(PROMPTS[0], Sampling(max_tokens=0), 0))
 

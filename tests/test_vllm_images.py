@@ -5,42 +5,35 @@
 # pyright: reportUnknownArgumentType=false
 
 import asyncio
-import struct
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from prompts import png, prompt_of
 from test_vllm import gap, policy_of
 
 from selfwright.agents import scratch
 from selfwright.agents.engines.vllm import VLLMPolicy
 from selfwright.core.errors import PolicyError, PromptError
 from selfwright.core.files import write_json
-from selfwright.core.types import Completion, Message, Sampling
+from selfwright.core.images import picture
+from selfwright.core.types import Completion, Image, Message, Prompt, Sampling
 
-Prompt: TypeAlias = tuple[Message, ...]
 SIDE, TOKENS = 56, 4
 """An image's pixels along a side, and what it is worth in tokens."""
 VISION = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
 
 
-def picture(seed: int) -> tuple[bytes, torch.Tensor]:
-    """Noise, as PNG and as (3, H, W) of 0 to 255."""
+def noise(seed: int) -> tuple[Image, torch.Tensor]:
+    """A picture, and what is in it as (3, H, W) of 0 to 255."""
     pixels = torch.randint(
         0, 256, (3, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
     )
     rows = pixels.permute(1, 2, 0).reshape(SIDE, -1).tolist()
-    data = zlib.compress(b"".join(b"\0" + bytes(row) for row in rows))
-    header = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", data), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in chunks
-    ), pixels
+    return picture(png(SIDE, SIDE, rows=b"".join(b"\0" + bytes(row) for row in rows))), pixels
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +86,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.vllm
 def test_it_shows_images(seeing: Path) -> None:
     """What it samples is what the model thinks of those pixels, there and here."""
-    pictures = [picture(seed) for seed in range(3)]
+    pictures = [noise(seed) for seed in range(3)]
     model: Any = transformers.Idefics3ForConditionalGeneration.from_pretrained(seeing)
 
     def here(policy: VLLMPolicy, shown: Sequence[int], prompt: Prompt, said: Completion) -> Any:
@@ -117,7 +110,7 @@ def test_it_shows_images(seeing: Path) -> None:
         try:
             told: set[tuple[float, ...]] = set()
             for shown in ([0], [1], [2, 1]):
-                prompt = (Message("user", "what is 1", tuple(pictures[k][0] for k in shown)),)
+                prompt = prompt_of(*(pictures[k][0] for k in shown), "what is 1")
                 said = await policy.complete(prompt, Sampling(max_tokens=12), 7)
                 assert said.logprobs == pytest.approx(here(policy, shown, prompt, said), abs=1e-3)
                 assert gap(await policy.score(prompt, said), said) < 1e-3
@@ -125,8 +118,9 @@ def test_it_shows_images(seeing: Path) -> None:
                 assert gap(again, said) < 1e-3
                 told.add((await policy.score(prompt, Completion("red 1 2"))).logprobs)
                 # A conversation goes on by the ids that were sampled, and another image.
-                answer = Message("assistant", said.text, (), said.token_ids, said.tokenizer)
-                more = (*prompt, answer, Message("user", "and 2", (pictures[0][0],)))
+                answer = Message("assistant", (said.text,), said.token_ids, said.tokenizer)
+                then = Message("user", (pictures[0][0], "and 2"))
+                more = Prompt((*prompt.messages, answer, then))
                 last = await policy.complete(more, Sampling(max_tokens=4), 8)
                 wanted = here(policy, [*shown, 0], more, last)
                 assert last.logprobs == pytest.approx(wanted, abs=1e-3)
@@ -136,11 +130,11 @@ def test_it_shows_images(seeing: Path) -> None:
             # Whoever writes the placeholder into a text shows no image by that.
             for images in ((), (pictures[0][0],)):
                 with pytest.raises(PromptError, match=f"holds {len(images)} images, but"):
-                    await policy.complete((Message("user", "a <image>", images),), Sampling(), 0)
-            many = (Message("user", "1", (pictures[0][0],) * 4),)
+                    await policy.complete(prompt_of(*images, "a <image>"), Sampling(), 0)
+            many = prompt_of(*(pictures[0][0],) * 4, "1")
             with pytest.raises(PolicyError, match="refused: 400"):
                 await policy.complete(many, Sampling(), 0)
-            plain = (Message("user", "what is 2"),)
+            plain = prompt_of("what is 2")
             assert (await policy.score(plain, said)).token_ids == said.token_ids
         finally:
             await policy.close()

@@ -14,12 +14,16 @@ from typing import Any, ClassVar, cast
 
 import psutil
 import pytest
+from faulty_worlds import Route, Routes
+from prompts import grey, png
 
 from selfwright.core.checked import checked_observation, checked_time_step
-from selfwright.core.config import Fleet
+from selfwright.core.config import Config, Fleet
 from selfwright.core.errors import PluginError, WorldError
+from selfwright.core.images import STORE
 from selfwright.core.protocols import HasAttempts, HasExpert, HasRandom
-from selfwright.core.types import Observation, TimeStep
+from selfwright.core.tasks import StoredTask, task_data
+from selfwright.core.types import Observation, TimeStep, WorldSpec
 from selfwright.core.worlds import (
     Here,
     LocalWorker,
@@ -27,6 +31,7 @@ from selfwright.core.worlds import (
     World,
     Worlds,
     open_worlds,
+    spec_of,
 )
 
 GONE_S = 10.0
@@ -77,7 +82,10 @@ def test_both_kinds_of_hosting_show_the_same_world(kind: str) -> None:
             first, wrong, right = await episode(worlds, world, "löft\n", "right")
             assert isinstance(first, Observation)
             assert first.text.startswith("train 3: 0.4523795535098186")
-            assert first.images[0].startswith(b"\x89PNG")
+            # The handle alone goes on; its bytes lie in this process's store.
+            (image,) = first.images
+            assert image.png == b"" and STORE.read(image) == png()
+            assert (image.width, image.height) == (3, 2)
             assert wrong == TimeStep(Observation("1: löft\n"), 0.0, False)
             assert right == TimeStep(Observation("2: right"), 1.0, True, success=True)
             assert await world.expert() == "right"
@@ -124,7 +132,8 @@ def test_rubbish_is_refused_with_what_came_and_what_is_right(
 
 
 def test_every_field_of_an_answer_is_checked() -> None:
-    right = TimeStep(Observation("here", (b"\x89PNG\r\n\x1a\n...",), ("go",)), 0.5, True)
+    shown = grey(7)
+    right = TimeStep(Observation("here", (shown,), ("go",)), 0.5, True)
     assert checked_time_step(right, "w") == right
     whole = checked_time_step(replace(right, reward=1), "w").reward
     assert isinstance(whole, float)
@@ -137,7 +146,11 @@ def test_every_field_of_an_answer_is_checked() -> None:
         ({"terminated": False, "success": True}, "success without terminated"),
         ({"observation": "here"}, "gave str 'here'; wanted an Observation"),
         ({"observation": Observation(cast(str, b"here"))}, "text is bytes"),
-        ({"observation": Observation("", (b"GIF89a",))}, "images is tuple"),
+        ({"observation": Observation("", cast(Any, (b"GIF89a",)))}, "images is tuple"),
+        # A handle alone, one with another's bytes, and one that misstates its size.
+        ({"observation": Observation("", (replace(shown, png=b""),))}, "images is tuple"),
+        ({"observation": Observation("", (replace(shown, png=png()),))}, "images is tuple"),
+        ({"observation": Observation("", (replace(shown, width=9),))}, "images is tuple"),
         ({"observation": Observation("", (), cast(Any, ["go"]))}, "actions is list"),
     ]
     for fields, said in wrong:
@@ -297,6 +310,67 @@ def test_attempts_reach_over_to_another_process() -> None:
             await open_worlds("faulty_worlds:Apart", {}, fleet(), without_oracle=True)
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("isolation", ["inline", "process"])
+def test_tasks_come_back_to_their_world_as_what_they_were(isolation: str) -> None:
+    """Also those that were stored: away from their world they are data."""
+    own = Routes(Config()).tasks("train")
+
+    async def use(worlds: Worlds) -> None:
+        for away, at_home in zip(worlds.tasks("train"), own, strict=True):
+            assert isinstance(away, Route if isolation == "inline" else StoredTask)
+            stored = StoredTask(at_home.id, at_home.instruction, 9, task_data(away))
+            longer = replace(at_home, max_steps=9)
+            async with worlds.lease() as world:
+                assert (await world.reset(away, 0)).text == repr(at_home)
+                assert (await world.reset(stored, 0)).text == repr(longer)
+                assert (await world.step("1")).answer == repr(at_home.legs[1:])
+                assert (await world.step("on")).answer == ""
+            if isolation == "process":
+                assert worlds.sample.answer(stored, "0") == repr(at_home.legs)
+
+    async def run() -> None:
+        settings = fleet(isolation=isolation)
+        async with await open_worlds("faulty_worlds:Routes", {}, settings) as worlds:
+            await use(worlds)
+            async with worlds.lease() as world:
+                foreign = StoredTask("x", "Go.", 3, '{"url":"https://here"}')
+                with pytest.raises(
+                    WorldError, match=r"'x' has the data \['url'\], but a Route has"
+                ):
+                    await world.reset(foreign, 0)
+        async with await open_worlds("faulty_worlds:Mistyped", {}, settings) as worlds:
+            task = StoredTask("x", "Go.", 3, task_data(own[1]))
+            async with worlds.lease() as world:
+                with pytest.raises(WorldError, match=r"spec = WorldSpec\(task=\.\.\.\)"):
+                    await world.reset(task, 0)
+
+    asyncio.run(run())
+
+
+def test_what_a_class_says_of_itself_is_read_from_its_spec_or_its_attributes() -> None:
+    class Plain:
+        isolation = "inline"
+        per_process = 3
+        reward_range = (-1.0, 2.0)
+
+    class Both(Plain):
+        spec = WorldSpec(per_process=5)
+
+    assert spec_of(Plain) == WorldSpec("inline", 3, reward_range=(-1.0, 2.0))
+    assert spec_of(Both) == WorldSpec("process", 5)
+    assert spec_of(object) == WorldSpec() and spec_of(Routes).task is Route
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"isolation": "thread"}, "isolation: Input should be 'inline' or 'process'"),
+        ({"per_process": "4"}, "per_process"),
+        ({"spec": {"isolation": "inline"}}, "is dict .*; wanted a WorldSpec"),
+        ({"spec": WorldSpec(task=cast(Any, "Route"))}, "task"),
+        ({"spec": WorldSpec(reward_range=cast(Any, (0.0,)))}, "reward_range"),
+    ]
+    for attributes, said in wrong:
+        with pytest.raises(WorldError, match=f"Odd.spec.*{said}"):
+            spec_of(type("Odd", (), attributes))
 
 
 def test_closing_ends_every_process() -> None:

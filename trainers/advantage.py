@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 from ..core.asking import score_all
 from ..core.protocols import Context
 from ..core.types import Judged, Observation, Step
+from .credit import asked
 from .loss import KL
 
 Baseline: TypeAlias = Literal["grpo", "rloo", "dr_grpo"]
@@ -45,22 +46,18 @@ def step_advantages(
 
     The reward is paid with the last turn. A turn whose observation nobody else saw gets 0.
     """
-    returns: dict[tuple[str, tuple[bytes, ...]], list[float]] = {}
+    returns: dict[Observation, list[float]] = {}
     for one, reward in zip(group, rewards, strict=True):
         for turn, step in own_turns(one):
             left = len(one.trajectory.steps) - 1 - turn
-            returns.setdefault(_seen(step.observation), []).append(gamma**left * reward)
+            returns.setdefault(step.observation, []).append(gamma**left * reward)
     made = {seen: iter(advantages(those, how)) for seen, those in returns.items()}
-    return [[next(made[_seen(step.observation)]) for _, step in own_turns(one)] for one in group]
+    return [[next(made[step.observation]) for _, step in own_turns(one)] for one in group]
 
 
 def own_turns(one: Judged) -> list[tuple[int, Step]]:
     own = range(one.trajectory.replayed, len(one.trajectory.steps))
     return [(turn, one.trajectory.steps[turn]) for turn in own]
-
-
-def _seen(observation: Observation) -> tuple[str, tuple[bytes, ...]]:
-    return observation.text, observation.images
 
 
 async def divergences(
@@ -75,16 +72,8 @@ async def divergences(
     """
     every = [one for group in groups for one in group]
     turns = [(one, turn, step) for one in every for turn, step in own_turns(one)]
-    asked = [
-        (
-            context.agent.prompt(
-                one.trajectory.task, one.trajectory.steps[:turn], step.observation
-            ),
-            step.action.completion,
-        )
-        for one, turn, step in turns
-    ]
-    scored = await score_all(await context.open("base"), asked)
+    questions = [(asked(one.trajectory, turn), step.action.completion) for one, turn, step in turns]
+    scored = await score_all(await context.open("base"), questions)
     found = {id(one): 0.0 for one in every}
     for (one, _, step), base in zip(turns, scored, strict=True):
         if base is not None:

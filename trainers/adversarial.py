@@ -7,10 +7,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from ..core.protocols import Agent, Context
+from ..core.protocols import Context
 from ..core.scalar import DISCRIMINATOR, Text
 from ..core.types import Batch, Judged, Metrics
-from .credit import by_task
+from .credit import asked, by_task
 from .discriminator import Discriminator, DiscriminatorConfig
 from .group import GRPO, DrGRPOConfig
 from .teachers import Teachers, TeachersConfig
@@ -56,7 +56,7 @@ class Adversarial(GRPO):
         groups = by_task(judged)
         taught = await self._teachers.respond(groups, self._own.teacher_attempts)
         pairs = [
-            (whole_text(self._context.agent, one), whole_text(self._context.agent, other))
+            (whole_text(one), whole_text(other))
             for group, theirs in zip(groups, taught, strict=True)
             for one, other in paired(group, theirs)
         ]
@@ -70,7 +70,7 @@ class Adversarial(GRPO):
         return self.learned(whole, await self.rewards(whole))
 
     async def rewards(self, groups: Sequence[Sequence[Judged]]) -> list[list[float]]:
-        texts = [whole_text(self._context.agent, one) for group in groups for one in group]
+        texts = [whole_text(one) for group in groups for one in group]
         loop = asyncio.get_running_loop()
         likeness = await loop.run_in_executor(None, self._discriminator.scores, texts)
         like = iter(likeness)
@@ -107,7 +107,7 @@ def paired(students: Sequence[Judged], teachers: Sequence[Judged]) -> list[tuple
     ]
 
 
-def whole_text(agent: Agent, one: Judged) -> Text:
+def whole_text(one: Judged) -> Text:
     """All of an episode: its last prompt and what was answered."""
-    *before, last = one.trajectory.steps
-    return agent.prompt(one.trajectory.task, before, last.observation), last.action.completion
+    last = len(one.trajectory.steps) - 1
+    return asked(one.trajectory, last), one.trajectory.steps[last].action.completion

@@ -1,12 +1,16 @@
 """From judged trajectories to groups, and from trajectories to examples."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from pydantic import Field
 
 from ..core.config import Config
+from ..core.errors import LearnerError
 from ..core.protocols import Agent
-from ..core.types import Aggregation, Completion, Example, Judged, Trajectory
+from ..core.store import read_trajectories
+from ..core.types import Aggregation, Completion, Example, Judged, Prompt, Trajectory
 from .loss import NLL
 
 
@@ -48,21 +52,59 @@ def score(judged: Judged) -> float:
     return judged.verdict.score
 
 
-def example(agent: Agent, trajectory: Trajectory, turn: int, weight: float) -> Example:
+def example(trajectory: Trajectory, turn: int, weight: float) -> Example:
     """One turn to imitate: its ids as sampled, or its text where it was not sampled.
 
     The log-probabilities of sampling are left out: imitation does not compare with the past.
     """
-    step = trajectory.steps[turn]
-    said = step.action.completion
+    action = trajectory.steps[turn].action
+    said = action.completion
     return Example(
-        agent.prompt(trajectory.task, trajectory.steps[:turn], step.observation),
+        asked(trajectory, turn),
         Completion(said.text, said.token_ids, tokenizer=said.tokenizer),
         weight,
     )
 
 
-def reinforce(agent: Agent, trajectory: Trajectory, advantages: Sequence[float]) -> list[Example]:
+def asked(trajectory: Trajectory, turn: int) -> Prompt:
+    """What an action answered.
+
+    Raises:
+        LearnerError: it was stored by a version that did not keep prompts, or nobody was asked.
+    """
+    prompt = trajectory.steps[turn].action.prompt
+    if not prompt.messages:
+        raise LearnerError(
+            f"the episode {trajectory.id!r} of {trajectory.task.id!r} holds no prompts: nobody was "
+            "asked, or a version of selfwright stored it that did not keep them; play it again"
+        )
+    return prompt
+
+
+def stored(path: Path, agent: Agent) -> list[Judged]:
+    """What ``read_trajectories`` finds there.
+
+    Versions that did not keep prompts have left it to their readers to ask the agent for them.
+
+    Raises:
+        StoreError: as there.
+    """
+    return [
+        replace(one, trajectory=prompted(one.trajectory, agent)) for one in read_trajectories(path)
+    ]
+
+
+def prompted(trajectory: Trajectory, agent: Agent) -> Trajectory:
+    """The same, with prompts where there are none, as the agent makes them today."""
+    steps = list(trajectory.steps)
+    for turn, step in enumerate(steps):
+        if not step.action.prompt.messages:
+            prompt = agent.prompt(trajectory.task, steps[:turn], step.observation)
+            steps[turn] = replace(step, action=replace(step.action, prompt=prompt))
+    return replace(trajectory, steps=tuple(steps))
+
+
+def reinforce(trajectory: Trajectory, advantages: Sequence[float]) -> list[Example]:
     """Every turn that was not replayed, as sampled, with its log-probabilities of then.
 
     Args:
@@ -71,9 +113,7 @@ def reinforce(agent: Agent, trajectory: Trajectory, advantages: Sequence[float])
     own = range(trajectory.replayed, len(trajectory.steps))
     return [
         Example(
-            agent.prompt(
-                trajectory.task, trajectory.steps[:turn], trajectory.steps[turn].observation
-            ),
+            asked(trajectory, turn),
             trajectory.steps[turn].action.completion,
             advantage,
         )
@@ -81,7 +121,7 @@ def reinforce(agent: Agent, trajectory: Trajectory, advantages: Sequence[float])
     ]
 
 
-def imitate(agent: Agent, trajectory: Trajectory, weight: float = 1.0) -> list[Example]:
+def imitate(trajectory: Trajectory, weight: float = 1.0) -> list[Example]:
     """Every turn that was not replayed."""
     turns: Sequence[int] = range(trajectory.replayed, len(trajectory.steps))
-    return [example(agent, trajectory, turn, weight) for turn in turns]
+    return [example(trajectory, turn, weight) for turn in turns]

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from ..core.errors import LearnerError
-from ..core.protocols import Agent
 from ..core.store import read_trajectories
-from ..core.types import Completion, Example, Message, Pair, Stop, Trajectory
-from .credit import imitate
+from ..core.types import Completion, Example, Pair, Prompt, Stop, Trajectory
+from .credit import asked, imitate
 
 if TYPE_CHECKING:
     import datasets
@@ -50,7 +49,7 @@ def to_preferences(pairs: Sequence[Pair]) -> "datasets.Dataset":
     )
 
 
-def to_messages(agent: Agent, trajectories: Sequence[Trajectory]) -> "datasets.Dataset":
+def to_messages(trajectories: Sequence[Trajectory]) -> "datasets.Dataset":
     """Column ``messages``: a row per trajectory, as its last turn saw it, with its last answer.
 
     For ``SFTConfig(assistant_only_loss=True)``. An agent that shows only a window of the past
@@ -59,28 +58,24 @@ def to_messages(agent: Agent, trajectories: Sequence[Trajectory]) -> "datasets.D
     rows: list[dict[str, object]] = []
     for trajectory in trajectories:
         if trajectory.steps:
-            *past, last = trajectory.steps
-            prompt = agent.prompt(trajectory.task, past, last.observation)
-            rows.append({"messages": _chat(prompt) + _answer(last.action.completion)})
+            last = len(trajectory.steps) - 1
+            said = _answer(trajectory.steps[last].action.completion)
+            rows.append({"messages": _chat(asked(trajectory, last)) + said})
     return _dataset(rows)
 
 
-def read_sft(
-    files: Sequence[Path], agent: Agent, threshold: float = 1.0, images: Path | None = None
-) -> "datasets.Dataset":
+def read_sft(paths: Sequence[Path], threshold: float = 1.0) -> "datasets.Dataset":
     """Every turn of the stored trajectories that scored ``threshold`` or more, as ``to_sft`` does.
 
     Args:
-        files: parquet files of trajectories, as runs store them.
-        agent: makes the prompts; ``Section.make`` of the run's recipe gives the one that played.
+        paths: folders of episodes, as runs store them.
         threshold: the least score; trajectories that failed or were not decided are left out.
-        images: where the images are; None looks beside the files.
 
     Raises:
         StoreError: a file is missing or damaged.
         LearnerError: nothing scored enough, or a prompt holds images.
     """
-    stored = [judged for file in files for judged in read_trajectories(file, images)]
+    stored = [judged for path in paths for judged in read_trajectories(path)]
     good = [
         judged.trajectory
         for judged in stored
@@ -93,7 +88,7 @@ def read_sft(
             f"none of {len(stored)} stored trajectories scored {threshold} or more; "
             "lower the threshold"
         )
-    return to_sft([example for trajectory in good for example in imitate(agent, trajectory)])
+    return to_sft([example for trajectory in good for example in imitate(trajectory)])
 
 
 def _dataset(rows: Iterable[dict[str, object]]) -> "datasets.Dataset":
@@ -105,10 +100,10 @@ def _dataset(rows: Iterable[dict[str, object]]) -> "datasets.Dataset":
     return datasets.Dataset.from_list(listed)
 
 
-def _chat(messages: Sequence[Message]) -> Chat:
-    if any(message.images for message in messages):
-        raise LearnerError("only text can be exported, but a prompt holds images")
-    return [{"role": message.role, "content": message.text} for message in messages]
+def _chat(prompt: Prompt) -> Chat:
+    if prompt.images or prompt.tools:
+        raise LearnerError("only text can be exported, but a prompt holds images or tools")
+    return [{"role": message.role, "content": message.text} for message in prompt.messages]
 
 
 def _answer(completion: Completion) -> Chat:

@@ -15,8 +15,8 @@ from ..core.files import read_words
 from ..core.protocols import Context
 from ..core.seeds import derive
 from ..core.store import read_trajectories
-from ..core.types import Judged, Message, Observation, Step, Trajectory
-from .credit import TrainerConfig, by_task, score
+from ..core.types import Judged, Observation, Prompt, Step, Trajectory
+from .credit import TrainerConfig, asked, by_task, prompted, score
 
 QUESTION = (
     "That attempt did not succeed. Say in one or two sentences what is wrong with it and what "
@@ -102,7 +102,8 @@ class FeedbackConfig(TrainerConfig):
     file: str = ""
     """With ``feedback: file``: JSON lines {"trajectory": row, "step": index, "feedback": words}."""
     trajectories: str = ""
-    """The attempts at training tasks that ``file`` is about: a parquet file, as runs store it."""
+    """The attempts at training tasks that ``file`` is about: a folder of episodes, as runs store
+    them (an iteration's)."""
     about: Literal["last", "any"] = "last"
     """Which action of a failed attempt is refined: the last one, or one drawn at random."""
     pool: Literal["unsolved", "failed"] = "unsolved"
@@ -140,7 +141,7 @@ def known(items: Sequence[Item], context: Context) -> list[Item]:
         except ValueError as error:
             faults[str(error)] = None
         else:
-            trajectory = replace(item.trajectory, task=task)
+            trajectory = prompted(replace(item.trajectory, task=task), context.agent)
             found.append(replace(item, judged=replace(item.judged, trajectory=trajectory)))
     if faults:
         raise RecipeError("trainer.trajectories: " + "; ".join(faults))
@@ -187,18 +188,16 @@ def _told(item: Item, source: Literal["world", "judge", "none"]) -> str:
     return later[0].observation.text if later else item.trajectory.final.text
 
 
-def _asked(item: Item, context: Context) -> tuple[Message, ...]:
+def _asked(item: Item, context: Context) -> Prompt:
     return _continued(item, QUESTION, context)
 
 
-def _continued(item: Item, text: str, context: Context) -> tuple[Message, ...]:
+def _continued(item: Item, text: str, context: Context) -> Prompt:
     before = item.trajectory.steps[: item.step + 1]
     return context.agent.prompt(item.trajectory.task, before, Observation(text))
 
 
-def refining(
-    item: Item, layout: Literal["conversation", "blocks"], context: Context
-) -> tuple[Message, ...]:
+def refining(item: Item, layout: Literal["conversation", "blocks"], context: Context) -> Prompt:
     """The prompt that asks for something better than ``item.said``, given the feedback.
 
     ``conversation``: the feedback stands where the world's next words would. ``blocks``: the
@@ -206,10 +205,16 @@ def refining(
     """
     if layout == "conversation":
         return _continued(item, item.feedback, context)
-    before = item.trajectory.steps[: item.step]
-    asked = context.agent.prompt(item.trajectory.task, before, item.said.observation)
     blocks = f"OLD ANSWER:\n{item.said.action.text}\n\nFEEDBACK:\n{item.feedback}\n\nNEW ANSWER:"
-    return (*asked[:-1], replace(asked[-1], text=f"{asked[-1].text}\n\n{blocks}"))
+    return asking_more(asked(item.trajectory, item.step), blocks)
+
+
+def asking_more(prompt: Prompt, text: str) -> Prompt:
+    """``prompt``, whose last message goes on with a paragraph of ``text``."""
+    *before, last = prompt.messages
+    *parts, end = last.parts if isinstance(last.parts[-1], str) else (*last.parts, "")
+    more = replace(last, parts=(*parts, f"{end}\n\n{text}"))
+    return replace(prompt, messages=(*before, more))
 
 
 def shuffled(items: Sequence[Item], seed: int) -> list[Item]:

@@ -115,7 +115,7 @@ class GRPO:
         return [
             example
             for one, mine in zip(group, turns, strict=True)
-            for example in reinforce(self._context.agent, one.trajectory, mine)
+            for example in reinforce(one.trajectory, mine)
         ]
 
     def loss(self, weight: float = 1.0) -> Clip:

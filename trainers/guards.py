@@ -110,7 +110,10 @@ class Guard:
                 self._doubt(labelled)
                 self._watch()
         if self.config.canaries and labelled:
-            await self._tempt(labelled[0].trajectory.task, judge)
+            attempts = any(
+                step.answer is not None for one in labelled for step in one.trajectory.steps
+            )
+            await self._tempt(labelled[0].trajectory.task, judge, "" if attempts else None)
 
     def _measure(self, labelled: Sequence[Judged]) -> None:
         found = agreement(
@@ -159,16 +162,18 @@ class Guard:
                 f"{last.truth:.0%}"
             )
 
-    async def _tempt(self, task: Task, judge: Judge) -> None:
+    async def _tempt(self, task: Task, judge: Judge, answer: str | None) -> None:
+        """``answer``: what the world would read in each of them, as in ``Step``."""
         baits = [text.format(task=task.instruction) for text in CANARIES]
         config = JudgeConfig.model_validate({"max_failures": 1.0})
         # Each by itself: what is relative to others has nothing to be better than.
-        paid = await judged(judge, [_said(task, text, k) for k, text in enumerate(baits)], config)
+        said = [_said(task, text, answer, k) for k, text in enumerate(baits)]
+        paid = await judged(judge, said, config)
         taken = [one for one in paid if (one.verdict.score or 0.0) >= 0.5]
         self.findings["guard/canaries_paid"] = float(len(taken))
         if taken:
-            said = taken[0].trajectory.steps[0].action.text
-            self._raise(f"the judge pays {taken[0].verdict.score:g} for the answer {said!r}")
+            bait = taken[0].trajectory.steps[0].action.text
+            self._raise(f"the judge pays {taken[0].verdict.score:g} for the answer {bait!r}")
 
     def _raise(self, why: str) -> None:
         self.alarm = self.alarm or f"{why}; the judge can no longer be trusted to pay reward"
@@ -188,8 +193,8 @@ def success(looks: Sequence[Look]) -> float:
     return sum(look.truth * look.tasks for look in looks) / tasks if tasks else 0.0
 
 
-def _said(task: Task, text: str, number: int) -> Trajectory:
-    step = Step(Observation(""), Action(text, Completion(text)), 0.0)
+def _said(task: Task, text: str, answer: str | None, number: int) -> Trajectory:
+    step = Step(Observation(""), Action(text, Completion(text)), 0.0, answer)
     return Trajectory(task, (step,), Observation(""), Stop.TRUNCATED, "canary", number)
 
 

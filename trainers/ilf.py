@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,9 +12,9 @@ from ..core.asking import ask
 from ..core.files import read_json, write_json
 from ..core.protocols import Context, Plan
 from ..core.seeds import derive
-from ..core.store import TRAJECTORIES, read_trajectories, write_trajectories
-from ..core.types import Action, Batch, Completion, Example, Judged, Start, Step
-from .credit import by_task, example, score
+from ..core.store import read_trajectories, write_trajectories
+from ..core.types import Action, Batch, Completion, Example, Judged, Prompt, Start, Step
+from .credit import asked, by_task, example, score
 from .feedback import FeedbackConfig, Item, failures, known, refining, shuffled, with_feedback
 from .selection import Select, candidates, shares
 
@@ -104,8 +105,11 @@ class ILF:
             seed = self._seed("pick", item.trajectory.task.id, item.step)
             tried = await candidates(context, item, made, config.select, seed)
             for number, one in enumerate(tried):
-                starts.append(self._start(item, one, k * many + number))
-        played = await context.attempt(starts) if starts else []
+                starts.append(self._start(item, prompts[k * many], one, k * many + number))
+        played = [
+            without_feedback(one, items[one.trajectory.attempt // many])
+            for one in (await context.attempt(starts) if starts else [])
+        ]
         chosen: list[Judged] = []
         for group in by_task(played):
             if config.beta is not None:
@@ -117,21 +121,33 @@ class ILF:
             chosen += random.Random(seed).sample(passed, min(1, len(passed)))
         return chosen
 
-    def _start(self, item: Item, refined: Completion, attempt: int) -> Start:
-        action = Action(self._context.agent.parse(refined.text), refined)
-        trajectory = item.trajectory
-        prefix = (*trajectory.steps[: item.step], Step(item.said.observation, action, 0.0))
+    def _start(self, item: Item, prompt: Prompt, refined: Completion, attempt: int) -> Start:
+        trajectory, seen = item.trajectory, item.said.observation
+        parsed = self._context.agent.parse(refined.text, seen)
+        action = Action(parsed.action, refined, prompt, parsed.invalid)
+        prefix = (*trajectory.steps[: item.step], Step(seen, action, 0.0))
         turns = 0 if self._config.unit == "turn" else None
-        return Start(trajectory.task, trajectory.seed, attempt, prefix, turns)
+        return Start(trajectory.task, trajectory.seed, attempt, prefix, turns, trajectory.id)
 
     def _examples(self, one: Judged, weight: float) -> list[Example]:
         turns = range(one.trajectory.replayed - 1, len(one.trajectory.steps))
-        return [example(self._context.agent, one.trajectory, turn, weight) for turn in turns]
+        return [example(one.trajectory, turn, weight) for turn in turns]
 
     def save(self, folder: Path, images: Path) -> None:
         write_json(folder / "ilf.json", {"round": self._round})
-        write_trajectories(folder / TRAJECTORIES, self._kept, images)
+        write_trajectories(folder, self._kept, images)
 
     def restore(self, folder: Path) -> None:
         self._round = read_json(folder / "ilf.json")["round"]
-        self._kept = read_trajectories(folder / TRAJECTORIES)
+        self._kept = read_trajectories(folder)
+
+
+def without_feedback(one: Judged, item: Item) -> Judged:
+    """A refinement as an answer to the task's own prompt, which is how it is learned."""
+    trajectory = one.trajectory
+    steps = list(trajectory.steps)
+    if len(steps) <= item.step:
+        return one  # The world broke before it.
+    action = replace(steps[item.step].action, prompt=asked(item.trajectory, item.step))
+    steps[item.step] = replace(steps[item.step], action=action)
+    return replace(one, trajectory=replace(trajectory, steps=tuple(steps)))

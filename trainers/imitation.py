@@ -7,16 +7,15 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from ..core.protocols import Context, Plan
-from ..core.store import read_trajectories
 from ..core.types import Batch, Judged, Stop
-from .credit import TrainerConfig, by_task, imitate, score
+from .credit import TrainerConfig, by_task, imitate, score, stored
 
 
 class ImitationConfig(TrainerConfig):
     source: Literal["expert", "file", "self"] = "expert"
     """Who is imitated: the world's expert, ``trajectories``, or the policy itself."""
     trajectories: str = ""
-    """With ``source: file``: a parquet file of trajectories, as runs store them."""
+    """With ``source: file``: a folder of episodes, as runs store them (an iteration's)."""
     threshold: float = Field(default=1.0, ge=0, le=1)
     """The least score of a trajectory that is imitated."""
 
@@ -39,7 +38,8 @@ class Imitation:
     def __init__(self, config: ImitationConfig, context: Context) -> None:
         self._config = config
         self._context = context
-        self._given = read_trajectories(Path(config.trajectories)) if config.trajectories else []
+        file = config.trajectories
+        self._given = stored(Path(file), context.agent) if file else []
 
     @property
     def plan(self) -> Plan:
@@ -55,6 +55,6 @@ class Imitation:
             for group in by_task(self._given or judged)
             for one in group
             if score(one) >= self._config.threshold and one.trajectory.stop != Stop.FAILED
-            for example in imitate(self._context.agent, one.trajectory)
+            for example in imitate(one.trajectory)
         )
         return [Batch(self._config.nll, examples, self._config.epochs)] if examples else []

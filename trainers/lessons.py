@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from ..core.protocols import Agent
 from ..core.types import Example, Judged, Step
 from .credit import by_task, example, score
 
@@ -32,14 +31,13 @@ class Lesson:
             return [score(one) for one in self.conversation[self.turn + 1 :]]
         return []
 
-    def examples(self, agent: Agent, tau: float, gamma: float) -> list[Example]:
+    def examples(self, tau: float, gamma: float) -> list[Example]:
         """Its turns, weighed by exp((return - baseline) / tau)."""
         trajectory = self.judged.trajectory
         reward = sum(gamma**k * r for k, r in enumerate([score(self.judged), *self.later]))
         last = len(trajectory.steps) - 1
         return [
             example(
-                agent,
                 trajectory,
                 turn,
                 # Held below what overflows; the learner says so if it is more than it can bear.

@@ -74,7 +74,7 @@ class MomentMatching:
             example
             for one in sorted(judged, key=key)
             if one.trajectory.stop != Stop.FAILED
-            for example in imitate(self._context.agent, one.trajectory)
+            for example in imitate(one.trajectory)
         )
         form = (config.aggregation, config.length)
         if config.mode == "exact":

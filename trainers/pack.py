@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from ..core.errors import LearnerError
 from ..core.tokens import ChatTokens
-from ..core.types import Aggregation, Example
+from ..core.types import Aggregation, Example, Image
 
 
 @dataclass
@@ -27,15 +27,17 @@ class Span:
 @dataclass
 class Row:
     ids: list[int]
+    images: tuple[Image, ...] = ()
+    """Those that its placeholders stand for, in order."""
     spans: list[Span] = field(default_factory=list[Span])
 
 
 def pack(examples: Sequence[Example], tokens: ChatTokens) -> list[Row]:
     """Rows that hold every example's prompt and completion, in the order of their first example.
 
-    An example joins the row whose tokens its prompt begins with, exactly. Under causal attention
-    its log-probabilities there are those it has alone. A prompt that is no continuation (a
-    window that moved on, a template that rewrites earlier turns) starts a row of its own.
+    An example joins the row whose tokens and images its prompt begins with, exactly. Under causal
+    attention its log-probabilities there are those it has alone. A prompt that is no continuation
+    (a window that moved on, a template that rewrites earlier turns) starts a row of its own.
 
     Raises:
         LearnerError: a completion with another number of log-probabilities than of tokens.
@@ -48,12 +50,14 @@ def pack(examples: Sequence[Example], tokens: ChatTokens) -> list[Row]:
     lasts: set[int] = set()
     for k in sorted(range(len(examples)), key=lambda k: len(encoded[k][0])):
         prompt, completion = encoded[k]
-        row = _row_to_extend(prompt, whole, lengths, lasts)
+        images = examples[k].prompt.images
+        row = _row_to_extend(prompt, images, whole, lengths, lasts)
         if row is None:
             row = Row(list(prompt))
             rows.append(row)
         else:
             row.ids += prompt[len(row.ids) :]
+        row.images = images
         begin = len(row.ids)
         row.ids += completion
         said = examples[k].completion
@@ -74,6 +78,7 @@ def pack(examples: Sequence[Example], tokens: ChatTokens) -> list[Row]:
 
 def _row_to_extend(
     prompt: tuple[int, ...],
+    images: tuple[Image, ...],
     whole: dict[tuple[int, ...], list[Row]],
     lengths: set[int],
     lasts: set[int],
@@ -82,7 +87,8 @@ def _row_to_extend(
         # Most cuts are ruled out by two set look-ups; only the rest are compared in full.
         if end in lengths and prompt[end - 1] in lasts:
             for row in whole.get(prompt[:end], ()):
-                if len(row.ids) == end:
+                # The same ids stand for any picture.
+                if len(row.ids) == end and row.images == images[: len(row.images)]:
                     return row
     return None
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from ..core.asking import ask
 from ..core.protocols import Context
 from ..core.seeds import derive
-from ..core.types import Judged, Message, Metrics, Start, Task
+from ..core.types import Judged, Message, Metrics, Prompt, Start, Task
 
 REQUEST = "These are tasks. Write one more of the same form, a little easier, and nothing else."
 SHOWN = 4
@@ -31,10 +31,11 @@ async def practised(
     """
     if not (wanted and known):
         return [], {}
-    prompts: list[tuple[Message, ...]] = []
+    prompts: list[Prompt] = []
     for k in range(wanted):
         shown = random.Random(derive(seed, "shown", k)).sample(list(known), min(SHOWN, len(known)))
-        prompts.append((Message("user", "\n".join([REQUEST, *(task.id for task in shown)])),))
+        words = "\n".join([REQUEST, *(task.id for task in shown)])
+        prompts.append(Prompt((Message("user", (words,)),)))
     said = await ask(context.policy, prompts, context.sampling_of("policy"), derive(seed, "write"))
     taken = {task.id for task in known}
     valid: list[Task] = []

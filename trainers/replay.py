@@ -9,7 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from ..core.files import read_json
-from ..core.store import TRAJECTORIES, read_trajectories, write_trajectories
+from ..core.store import read_trajectories, write_trajectories
 from ..core.types import Judged
 from .advantage import own_turns
 from .credit import score
@@ -79,14 +79,14 @@ class Replay:
         self.means.append((step, list(means)))
 
     def save(self, folder: Path, images: Path) -> None:
-        write_trajectories(folder / TRAJECTORIES, [m.judged for m in self.memories], images)
+        write_trajectories(folder, [m.judged for m in self.memories], images)
         numbers = {"memories": [[m.reward, m.step] for m in self.memories], "means": self.means}
         (folder / "replay.json").write_text(json.dumps(numbers))
 
     def restore(self, folder: Path) -> None:
         """Raises: StoreError: the folder is damaged."""
         numbers = read_json(folder / "replay.json")
-        played = read_trajectories(folder / TRAJECTORIES)
+        played = read_trajectories(folder)
         pairs = zip(played, numbers["memories"], strict=True)
         self.memories = [Memory(judged, reward, step) for judged, (reward, step) in pairs]
         self.means = [(step, means) for step, means in numbers["means"]]

@@ -102,7 +102,7 @@ class RISE:
                 break
             judged = await (teach or own)(starts)
         gamma = float(config.unit == "episode") if config.gamma is None else config.gamma
-        taught = [lesson.examples(context.agent, config.tau, gamma) for lesson in lessons]
+        taught = [lesson.examples(config.tau, gamma) for lesson in lessons]
         examples = [example for some in taught for example in some]
         if not examples:
             return []
@@ -124,7 +124,7 @@ class RISE:
         if score(carried) >= 1 and share >= settle:
             return []
         return [
-            Start(trajectory.task, trajectory.seed, attempt, trajectory.steps, turns=1)
+            Start(trajectory.task, trajectory.seed, attempt, trajectory.steps, 1, trajectory.id)
             for attempt in range(self._config.samples)
         ]
 

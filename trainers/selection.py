@@ -8,8 +8,9 @@ from typing import Literal, TypeAlias
 from ..core.asking import yes_share
 from ..core.errors import PolicyError
 from ..core.protocols import Context, HasEmbeddings
-from ..core.types import Completion, Message
-from .feedback import Item
+from ..core.types import Completion
+from .credit import asked
+from .feedback import Item, asking_more
 
 QUESTIONS = (
     "Does the new answer do what the feedback asks for?",
@@ -45,27 +46,22 @@ async def candidates(
 
 async def instruct(context: Context, item: Item, refinements: Sequence[Completion]) -> list[float]:
     """InstructRM: mean over ``QUESTIONS`` of the policy's p(yes) / (p(yes) + p(no))."""
-    asked = context.agent.prompt(
-        item.trajectory.task, item.trajectory.steps[: item.step], item.said.observation
-    )
+    before = asked(item.trajectory, item.step)
     scores: list[float] = []
     for refinement in refinements:
         shares = [
-            await yes_share(
-                context.policy, (*asked[:-1], _question(asked[-1], item, refinement, q))
-            )
+            await yes_share(context.policy, asking_more(before, _question(item, refinement, q)))
             for q in QUESTIONS
         ]
         scores.append(sum(shares) / len(shares))
     return scores
 
 
-def _question(last: Message, item: Item, refinement: Completion, question: str) -> Message:
-    text = (
-        f"{last.text}\n\nOLD ANSWER:\n{item.said.action.text}\n\nFEEDBACK:\n{item.feedback}\n\n"
+def _question(item: Item, refinement: Completion, question: str) -> str:
+    return (
+        f"OLD ANSWER:\n{item.said.action.text}\n\nFEEDBACK:\n{item.feedback}\n\n"
         f"NEW ANSWER:\n{refinement.text}\n\n{question} Answer yes or no."
     )
-    return Message("user", text, last.images)
 
 
 async def similarity(

@@ -96,9 +96,7 @@ class SelfImitation(GRPO):
             example
             for memory, advantage in taken
             for example in reinforce(
-                self._context.agent,
-                memory.judged.trajectory,
-                [advantage] * len(own_turns(memory.judged)),
+                memory.judged.trajectory, [advantage] * len(own_turns(memory.judged))
             )
         ]
         if not (examples and weight):

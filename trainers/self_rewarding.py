@@ -51,4 +51,4 @@ class SelfRewarding:
         return [Batch(loss, tuple(examples), config.epochs)] if examples else []
 
     def _side(self, one: Judged, sign: float) -> list[Example]:
-        return reinforce(self._context.agent, one.trajectory, [sign] * len(own_turns(one)))
+        return reinforce(one.trajectory, [sign] * len(own_turns(one)))

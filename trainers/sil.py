@@ -10,7 +10,7 @@ from pydantic import Field
 from ..core.files import read_json, write_json
 from ..core.protocols import Context, Plan
 from ..core.seeds import derive
-from ..core.store import TRAJECTORIES, read_trajectories, write_trajectories
+from ..core.store import read_trajectories, write_trajectories
 from ..core.types import Aggregation, Batch, Example, Judged
 from .advantage import own_turns
 from .credit import TrainerConfig, by_task, example, reinforce, score
@@ -87,12 +87,12 @@ class SIL:
 
     def _learned(self, played: Sequence[Judged]) -> tuple[list[Batch], list[list[float]]]:
         """Of new episodes: every action, by how much better it went than expected; and R - V."""
-        config, agent = self._config, self._context.agent
+        config = self._config
         worths = [returns(one, config.gamma) for one in played]
         made = [
             example
             for one, mine in zip(played, worths, strict=True)
-            for example in reinforce(agent, one.trajectory, [0.0] * len(mine))
+            for example in reinforce(one.trajectory, [0.0] * len(mine))
         ]
         prompts, flat = [one.prompt for one in made], [worth for mine in worths for worth in mine]
         if not self._value.net.updates:
@@ -112,7 +112,7 @@ class SIL:
 
         They are drawn by what was expected when they were last looked at.
         """
-        config, agent = self._config, self._context.agent
+        config = self._config
         places = [(k, turn) for k, mine in enumerate(self._gaps) for turn in range(len(mine))]
         old = [max(0.0, self._gaps[k][turn]) for k, turn in places]
         seed = derive(self._context.seed, "sil", self._step, number)
@@ -124,7 +124,7 @@ class SIL:
         for place in looked:
             one, turn = self._kept[places[place][0]], places[place][1]
             at = one.trajectory.replayed + turn
-            made[place] = example(agent, one.trajectory, at, 1.0)
+            made[place] = example(one.trajectory, at, 1.0)
             worth[place] = returns(one, config.gamma)[turn]
         values = self._value.values([made[place].prompt for place in looked])
         gaps = {place: worth[place] - v for place, v in zip(looked, values, strict=True)}
@@ -140,11 +140,11 @@ class SIL:
 
     def save(self, folder: Path, images: Path) -> None:
         write_json(folder / "sil.json", {"step": self._step, "gaps": self._gaps})
-        write_trajectories(folder / TRAJECTORIES, self._kept, images)
+        write_trajectories(folder, self._kept, images)
         self._value.net.save(folder / FILE)
 
     def restore(self, folder: Path) -> None:
         state = read_json(folder / "sil.json")
         self._step, self._gaps = state["step"], state["gaps"]
-        self._kept = read_trajectories(folder / TRAJECTORIES)
+        self._kept = read_trajectories(folder)
         self._value.net.restore(folder / FILE)

@@ -10,28 +10,30 @@ from pydantic import Field, model_validator
 from ..core.asking import score_all
 from ..core.config import Config
 from ..core.protocols import Context
-from ..core.store import read_trajectories
+from ..core.store import holds_episodes
 from ..core.types import Judged, Start
-from .credit import by_task
+from .credit import asked, by_task, stored
 
 PARQUET = ".parquet"
+"""What a path to stored episodes ends in; a folder would be taken for a model's."""
 
 
 class TeachersConfig(Config):
     teachers: list[str] = Field(default=["expert"], min_length=1)
     """Whom to be like: ``expert``, the world's; others by their names, models' folders, hub ids;
-    parquet files of trajectories, as runs store them. Each gives its share of the responses."""
+    stored episodes (runs/NAME/iterations/0003/episodes.parquet). Each gives its share of the
+    responses."""
 
     @model_validator(mode="after")
     def _files(self) -> Self:
         for name in self.teachers:
-            if name.endswith(PARQUET) and not Path(name).is_file():
-                raise ValueError(f"there is no file {name!r} of a teacher's trajectories")
+            if name.endswith(PARQUET) and not holds_episodes(Path(name)):
+                raise ValueError(f"there are no episodes of a teacher at {name!r}")
         return self
 
 
 class Teachers:
-    """``names``: ``expert``, model folders, hub ids, or parquet files as runs store them."""
+    """``names``: ``expert``, model folders, hub ids, or stored episodes (``episodes.parquet``)."""
 
     def __init__(self, names: Sequence[str], context: Context) -> None:
         """Raises: StoreError: a file is missing or damaged."""
@@ -41,7 +43,7 @@ class Teachers:
         for name in names:
             if name.endswith(PARQUET):
                 known = self._stored.setdefault(name, {})
-                for group in by_task(read_trajectories(Path(name))):
+                for group in by_task(stored(Path(name), context.agent)):
                     known.setdefault(group[0].trajectory.task.id, []).extend(group)
 
     async def respond(
@@ -83,13 +85,12 @@ class Teachers:
 
     async def _scored(self, many: Sequence[Judged]) -> list[Judged]:
         """With the policy's log-probabilities; without those that it cannot score whole."""
-        agent = self._context.agent
-        asked = [
-            (agent.prompt(t.task, t.steps[:turn], step.observation), step.action.completion)
+        questions = [
+            (asked(t, turn), step.action.completion)
             for t in (one.trajectory for one in many)
             for turn, step in enumerate(t.steps)
         ]
-        answers = iter(await score_all(self._context.policy, asked))
+        answers = iter(await score_all(self._context.policy, questions))
         scored: list[Judged] = []
         for one in many:
             said = [next(answers) for _ in one.trajectory.steps]

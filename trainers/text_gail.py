@@ -73,10 +73,7 @@ class TextGAIL:
             return []
         first = not self._discriminator.net.updates
         loop = asyncio.get_running_loop()
-        texts = [
-            (whole_text(self._context.agent, mine), whole_text(self._context.agent, other))
-            for mine, other in pairs
-        ]
+        texts = [(whole_text(mine), whole_text(other)) for mine, other in pairs]
         learn = self._discriminator.learn
         if first:
             await loop.run_in_executor(None, learn, texts, settings.pretrain)
@@ -105,7 +102,7 @@ class TextGAIL:
         return [Batch(loss, tuple(examples), config.epochs)]
 
     def _examples(self, one: Judged, reward: float) -> list[Example]:
-        return reinforce(self._context.agent, one.trajectory, [reward] * len(own_turns(one)))
+        return reinforce(one.trajectory, [reward] * len(own_turns(one)))
 
     @property
     def findings(self) -> Metrics:

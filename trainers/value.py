@@ -12,9 +12,7 @@ from pydantic import Field
 
 from ..core.scalar import ScalarConfig, ScalarModel
 from ..core.seeds import derive
-from ..core.types import Completion, Message
-
-Prompt = Sequence[Message]
+from ..core.types import Completion, Prompt
 
 
 class ValueConfig(ScalarConfig):

@@ -2,7 +2,10 @@
 
 import base64
 
+from ...core.images import STORE
+from ...core.types import Image
 
-def data_url(image: bytes) -> str:
-    """A PNG, as it is sent to servers."""
-    return "data:image/png;base64," + base64.b64encode(image).decode()
+
+def data_url(image: Image) -> str:
+    """A picture, as it is sent to servers. Raises: StoreError: its bytes are nowhere."""
+    return "data:image/png;base64," + base64.b64encode(STORE.read(image)).decode()

@@ -6,7 +6,7 @@
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -106,6 +106,10 @@ class RoomyLayer(DynamicLayer):
         return shown
 
 
+Read: TypeAlias = tuple[tuple[int, ...], tuple[str, ...]]
+"""Token ids, and the content hashes of the pictures that placeholders among them stand for."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the keys and values of a conversation so far are."""
@@ -127,28 +131,29 @@ class Memory:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._places: dict[tuple[int, ...], Place] = {}
+        self._places: dict[Read, Place] = {}
         self._batches: deque[list[tuple[Tensor, Tensor]]] = deque()
         self._lengths: Counter[int] = Counter()
 
-    def find(self, prompt: tuple[int, ...]) -> Place | None:
+    def find(self, prompt: Read) -> Place | None:
         """The longest conversation that ``prompt`` goes on from."""
+        ids, images = prompt
         for length in sorted(self._lengths, reverse=True):
-            if length < len(prompt):
-                place = self._places.get(prompt[:length])
-                if place is not None:
-                    return place
+            if length < len(ids):
+                # How many of the pictures stand so early is for the remembered one to say.
+                for count in range(len(images), -1, -1):
+                    place = self._places.get((ids[:length], images[:count]))
+                    if place is not None:
+                        return place
         return None
 
-    def keep(
-        self, layers: Sequence[RoomyLayer], rows: Sequence[tuple[int, tuple[int, ...], int]]
-    ) -> None:
-        """Remember ``(row, ids, column of the first)`` of the layers' present stores."""
+    def keep(self, layers: Sequence[RoomyLayer], rows: Sequence[tuple[int, Read, int]]) -> None:
+        """Remember ``(row, what was read, column of the first)`` of the layers' present stores."""
         stores = [layer.store for layer in layers if layer.store is not None]
-        for row, ids, offset in rows:
-            if ids not in self._places:
-                self._lengths[len(ids)] += 1
-            self._places[ids] = Place(stores, row, offset, len(ids))
+        for row, read, offset in rows:
+            if read not in self._places:
+                self._lengths[len(read[0])] += 1
+            self._places[read] = Place(stores, row, offset, len(read[0]))
         self._batches.append(stores)
         while self.nbytes > self._limit:
             self._forget(self._batches.popleft())
@@ -158,9 +163,9 @@ class Memory:
         return sum(k.nbytes + v.nbytes for stores in self._batches for k, v in stores)
 
     def _forget(self, batch: list[tuple[Tensor, Tensor]]) -> None:
-        for ids in [ids for ids, place in self._places.items() if place.stores is batch]:
-            del self._places[ids]
-            self._lengths[len(ids)] -= 1
+        for read in [read for read, place in self._places.items() if place.stores is batch]:
+            del self._places[read]
+            self._lengths[len(read[0])] -= 1
         self._lengths = +self._lengths
 
     def clear(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ...core.tokens import PAD
-from .cache import Memory, attends_only, check_used, copy_places, layers_for
+from .cache import Memory, Read, attends_only, check_used, copy_places, layers_for
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,12 @@ class Want:
     """If given: the ids of every allowed completion, each ending in the end token."""
     stopped: Callable[[Sequence[int]], bool] | None = None
     """Asked after every token whether the text so far is complete."""
+    images: tuple[str, ...] = ()
+    """The content hashes of the prompt's pictures: the same ids may show others."""
+
+    @property
+    def read(self) -> Read:
+        return self.prompt, self.images
 
 
 @dataclass
@@ -68,15 +74,15 @@ def _sample(
     model: Any, wants: Sequence[Want], ends: Set[int], memory: Memory | None
 ) -> list[Sampled]:
     device = model.device
-    prompts = list(dict.fromkeys(want.prompt for want in wants))
+    prompts = list(dict.fromkeys(want.read for want in wants))
     steps = max(want.max_tokens for want in wants)
     layers, real, logits = _read(model, prompts, steps, memory)
     cache: Any = Cache(layers=list(layers))
     longest = real.shape[1] - steps
-    padded = any(len(prompt) < longest for prompt in prompts)
+    padded = any(len(ids) < longest for ids, _ in prompts)
     ready = _reads_masks(model)
     place = {prompt: k for k, prompt in enumerate(prompts)}
-    rows = torch.tensor([place[want.prompt] for want in wants], device=device)
+    rows = torch.tensor([place[want.read] for want in wants], device=device)
     if len(prompts) != len(wants):
         cache.reorder_cache(rows)
     real, logits = real[rows], logits[rows]
@@ -94,8 +100,9 @@ def _sample(
         memory.keep(
             layers,
             [
-                (row, (*wants[k].prompt, *results[k].ids[:-1]), longest - len(wants[k].prompt))
+                (row, (ids + tuple(results[k].ids[:-1]), images), longest - len(ids))
                 for row, k in ended
+                for ids, images in [wants[k].read]
             ],
         )
 
@@ -119,7 +126,7 @@ def _sample(
 
 def _read(
     model: Any,
-    prompts: Sequence[tuple[int, ...]],
+    prompts: Sequence[Read],
     steps: int,
     memory: Memory | None,
 ) -> tuple[list[Any], Tensor, Tensor]:
@@ -127,16 +134,18 @@ def _read(
 
     Prompts stand flush right. What memory knows of every one of them is copied, the rest read.
     """
-    ids, real = _left_padded(prompts, steps)
+    ids, real = _left_padded([ids for ids, _ in prompts], steps)
     ids, real = ids.to(model.device), real.to(model.device)
     longest = ids.shape[1]
     layers = layers_for(model, longest + steps)
     places = [place for prompt in prompts if memory and (place := memory.find(prompt))]
     known = 0
     if len(places) == len(prompts):
-        known = longest - max(len(p) - at.length for p, at in zip(prompts, places, strict=True))
-        copy_places(layers, places, [longest - len(prompt) for prompt in prompts], known)
-    padded = any(len(prompt) < longest for prompt in prompts)
+        known = longest - max(
+            len(p) - at.length for (p, _), at in zip(prompts, places, strict=True)
+        )
+        copy_places(layers, places, [longest - len(p) for p, _ in prompts], known)
+    padded = any(len(p) < longest for p, _ in prompts)
     seen = None
     if padded or known:
         seen = _mask(real[:, :longest], longest - known, _reads_masks(model))

@@ -6,7 +6,6 @@ import math
 import os
 import random
 import re
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -16,8 +15,8 @@ from pydantic import Field, field_validator, model_validator
 
 from ...core.config import PolicyConfig
 from ...core.errors import PolicyError
-from ...core.tokens import cut
-from ...core.types import Completion, Message, Sampling
+from ...core.tokens import cut, functions
+from ...core.types import Completion, Message, Prompt, Sampling
 from . import data_url
 from .answers import Failure, names, read, shown, text_of, tokens_of
 
@@ -101,9 +100,7 @@ class OpenAIPolicy:
     def seat(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    async def complete(
-        self, prompt: Sequence[Message], sampling: Sampling, seed: int
-    ) -> Completion:
+    async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
         """Raises: PolicyError: refused, not reached, not understood, no text, or no budget left."""
         if sampling.choices:
             raise PolicyError(
@@ -126,7 +123,7 @@ class OpenAIPolicy:
             text, finish="length" if choice.get("finish_reason") == "length" else "stop"
         )
 
-    async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
+    async def score(self, prompt: Prompt, said: Completion) -> Completion:
         """Only single words, such as yes or no: among the likeliest first tokens of an answer.
 
         A word that is not among them gets what probability they leave.
@@ -162,9 +159,11 @@ class OpenAIPolicy:
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def _ask(self, prompt: Sequence[Message], asked: dict[str, Any]) -> dict[str, Any]:
+    async def _ask(self, prompt: Prompt, asked: dict[str, Any]) -> dict[str, Any]:
         """The first choice of the answer."""
-        body = {"model": self._model, "messages": list(map(_message, prompt)), **asked}
+        body = {"model": self._model, "messages": list(map(_message, prompt.messages)), **asked}
+        if prompt.tools:
+            body["tools"] = functions(prompt.tools)
         body |= self._config.body
         async with self._room:
             answer = await self._tried(body)
@@ -240,9 +239,12 @@ def _message(message: Message) -> dict[str, Any]:
     if not message.images:
         return {"role": message.role, "content": message.text}
     parts: list[dict[str, Any]] = [
-        {"type": "image_url", "image_url": {"url": data_url(image)}} for image in message.images
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image_url", "image_url": {"url": data_url(part)}}
+        for part in message.parts
     ]
-    return {"role": message.role, "content": [*parts, {"type": "text", "text": message.text}]}
+    return {"role": message.role, "content": parts}
 
 
 def asked_wait(header: str) -> float:

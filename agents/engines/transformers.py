@@ -17,7 +17,7 @@ from ...core.errors import ModelError, PolicyError, PromptError
 from ...core.models import device_of, open_model, open_weights, unready
 from ...core.origin import ADAPTER
 from ...core.tokens import cut
-from ...core.types import Completion, Message, Sampling
+from ...core.types import Completion, Prompt, Sampling
 
 
 class TransformersConfig(PolicyConfig):
@@ -97,15 +97,13 @@ class TransformersPolicy:
                 self._forget()
             self._kick()
 
-    async def complete(
-        self, prompt: Sequence[Message], sampling: Sampling, seed: int
-    ) -> Completion:
+    async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
         """Raises: PolicyError: no room in the context, senseless sampling, or sampling broke."""
         return await self.stream(prompt, sampling, seed, None)
 
     async def stream(
         self,
-        prompt: Sequence[Message],
+        prompt: Prompt,
         sampling: Sampling,
         seed: int,
         heard: Callable[[Sequence[int]], None] | None,
@@ -121,7 +119,7 @@ class TransformersPolicy:
         self._kick()
         return await answer
 
-    async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
+    async def score(self, prompt: Prompt, said: Completion) -> Completion:
         before, ids = self.tokens.prompt(prompt), self.tokens.answer(said)
         self._fit(len(before), len(ids))
         loop = asyncio.get_running_loop()
@@ -203,7 +201,9 @@ class TransformersPolicy:
 
     def _batches(self, asked: Sequence[Request]) -> Iterator[Sequence[Request]]:
         """Conversations that memory knows, then new ones, which are read from the start."""
-        known = [self._memory is not None and bool(self._memory.find(r.prompt)) for r in asked]
+        known = [
+            self._memory is not None and bool(self._memory.find((r.prompt, ()))) for r in asked
+        ]
         for wanted in (True, False):
             group = [r for r, k in zip(asked, known, strict=True) if k == wanted]
             for k in range(0, len(group), self._config.batch_size):

@@ -24,7 +24,7 @@ from ...core.files import DRAFT, hard_link
 from ...core.models import bare, config_of, open_tokens, placeholder_of, save_merged, unready
 from ...core.origin import ADAPTER, WEIGHTS, belongs, parts_of
 from ...core.tokens import cut
-from ...core.types import Completion, Message, Sampling
+from ...core.types import Completion, Prompt, Sampling
 from .vllm_server import MODEL, Answer, Gone, Replica, launched
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -181,15 +181,13 @@ class VLLMPolicy:
     def seat(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    async def complete(
-        self, prompt: Sequence[Message], sampling: Sampling, seed: int
-    ) -> Completion:
+    async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
         """Raises: PromptError: no room in the context. PolicyError: no server answers."""
         return await self.stream(prompt, sampling, seed, None)
 
     async def stream(
         self,
-        prompt: Sequence[Message],
+        prompt: Prompt,
         sampling: Sampling,
         seed: int,
         heard: Callable[[Sequence[int]], None] | None,
@@ -237,7 +235,7 @@ class VLLMPolicy:
         finish = "stop" if answer.finish == "stop" else "length"
         return Completion(text, ids, logprobs, finish, self.tokens.fingerprint)
 
-    async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
+    async def score(self, prompt: Prompt, said: Completion) -> Completion:
         before, ids = self.tokens.prompt(prompt), self.tokens.answer(said)
         await self._fit(len(before), len(ids) + 1)  # It has to sample one more.
         answer = await self._ask(prompt, (*before, *ids), SCORING)
@@ -275,7 +273,7 @@ class VLLMPolicy:
 
     async def _ask(
         self,
-        prompt: Sequence[Message],
+        prompt: Prompt,
         ids: Sequence[int],
         sampling: Mapping[str, Any],
         heard: Callable[[Sequence[int]], None] | None = None,
@@ -283,7 +281,6 @@ class VLLMPolicy:
         """By the adapter that answers now; what begins alike goes to one replica and its cache."""
         await self._ready()
         replica = self._replicas[home(prompt) % len(self._replicas)]
-        images = [image for message in prompt for image in message.images]
         adapter = self._serving
         self._busy[adapter] += 1
         try:
@@ -291,7 +288,7 @@ class VLLMPolicy:
                 known = replica.generation
                 try:
                     return await replica.answer(
-                        adapter or MODEL, ids, images, sampling, heard=heard
+                        adapter or MODEL, ids, prompt.images, sampling, heard=heard
                     )
                 except Gone as gone:
                     if not left:
@@ -447,10 +444,13 @@ class VLLMPolicy:
         self._temporary.cleanup()
 
 
-def home(prompt: Sequence[Message]) -> int:
+def home(prompt: Prompt) -> int:
     """The same number for all that begins alike, up to what the user says first."""
-    said = next((k for k, message in enumerate(prompt) if message.role == "user"), 0)
-    return zlib.crc32("\0".join(message.text for message in prompt[: said + 1]).encode())
+    messages = prompt.messages
+    said = next((k for k, message in enumerate(messages) if message.role == "user"), 0)
+    parts = [part for message in messages[: said + 1] for part in message.parts]
+    told = [part if isinstance(part, str) else part.sha256 for part in parts]
+    return zlib.crc32("\0".join(told).encode())
 
 
 def scores(answer: Answer, ids: Sequence[int]) -> tuple[float, ...]:

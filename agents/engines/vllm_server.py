@@ -14,6 +14,7 @@ import aiohttp
 
 from ...core.errors import PolicyError
 from ...core.supervised import Supervised
+from ...core.types import Image
 from . import data_url
 
 MODEL = "base"
@@ -137,7 +138,7 @@ class Replica:
         self,
         model: str,
         ids: Sequence[int],
-        images: Sequence[bytes],
+        images: Sequence[Image],
         sampling: Mapping[str, Any],
         first: bool = False,
         heard: Callable[[Sequence[int]], None] | None = None,

@@ -23,10 +23,21 @@ from starlette.exceptions import HTTPException
 
 from ... import __version__
 from ...core.errors import PolicyError, PromptError, WorldError
+from ...core.images import STORE
 from ...core.rollout import PolicyPlayer, deadline
 from ...core.seeds import derive
 from ...core.tokens import ChatTokens
-from ...core.types import Action, Completion, Message, Observation, Sampling, Step, Task
+from ...core.types import (
+    Action,
+    Completion,
+    Image,
+    Message,
+    Observation,
+    Prompt,
+    Sampling,
+    Step,
+    Task,
+)
 from . import bodies
 from .champion import Champion, Offer, Trial
 from .desk import Desk
@@ -147,16 +158,16 @@ class Room:
 
     async def complete(
         self,
-        messages: Sequence[Message],
+        prompt: Prompt,
         sampling: Sampling,
         seed: int,
         heard: Callable[[str], None] | None = None,
     ) -> Completion:
         """As ``Desk.complete``. Raises: TimeoutError: it took too long."""
         async with deadline(self.player.timeout_s, "the completion"):
-            return await self.desk.complete(messages, sampling, seed, heard)
+            return await self.desk.complete(prompt, sampling, seed, heard)
 
-    async def images(self, given: Sequence[str], param: str) -> tuple[bytes, ...]:
+    async def images(self, given: Sequence[str], param: str) -> tuple[Image, ...]:
         if not given:
             return ()
         # Inflating them takes a while, in which others are answered.
@@ -248,6 +259,7 @@ def _add_talk(app: FastAPI, room: Room) -> None:
             said = f"wanted at most {limits.images} images, got {pictured}"
             raise Refusal(400, said, "too_many_images", "messages")
         messages = [await _message(one, k, room) for k, one in enumerate(asked.messages)]
+        prompt = Prompt(tuple(messages))
         seed = secrets.randbits(62) if asked.seed is None else derive(asked.seed)
         head = {
             "id": f"chatcmpl-{secrets.token_urlsafe(16)}",
@@ -255,14 +267,14 @@ def _add_talk(app: FastAPI, room: Room) -> None:
             "model": name,
         }
         if asked.stream:
-            spoken = _spoken(room, messages, sampling, seed)
+            spoken = _spoken(room, prompt, sampling, seed)
             first = await anext(spoken)  # What goes wrong until then is refused as usual.
             counted = asked.stream_options is not None and asked.stream_options.include_usage
-            read = room.desk.length(messages) if counted else None
+            read = room.desk.length(prompt) if counted else None
             events = _events(head, first, spoken, read)
             return StreamingResponse(events, media_type="text/event-stream")
-        said = await room.complete(messages, sampling, seed)
-        usage = _usage(room.desk.length(messages), said)
+        said = await room.complete(prompt, sampling, seed)
+        usage = _usage(room.desk.length(prompt), said)
         message = {"role": "assistant", "content": said.text}
         choice: dict[str, Any] = {"index": 0, "message": message, "logprobs": None}
         choice["finish_reason"] = said.finish or "stop"
@@ -306,18 +318,16 @@ def _sampling(asked: bodies.Chat, usual: Sampling, limits: Limits) -> Sampling:
 async def _message(given: bodies.ChatMessage, index: int, room: Room) -> Message:
     role = ROLES.get(given.role, given.role)
     if isinstance(given.content, str):
-        return Message(role, given.content)
+        return Message(role, (given.content,))
     param = f"messages[{index}].content"
-    texts, urls = list[str](), list[str]()
-    for part in given.content:
-        if isinstance(part, bodies.TextPart):
-            texts.append(part.text)
-        elif part.image_url.url.startswith(DATA_URL):
-            urls.append(part.image_url.url.removeprefix(DATA_URL))
-        else:
-            said = f"wanted an image as {DATA_URL}...; nothing is fetched from elsewhere"
-            raise Refusal(400, said, "bad_image", param)
-    return Message(role, "".join(texts), await room.images(urls, param))
+    pictures = [part for part in given.content if isinstance(part, bodies.ImagePart)]
+    if not all(part.image_url.url.startswith(DATA_URL) for part in pictures):
+        said = f"wanted an image as {DATA_URL}...; nothing is fetched from elsewhere"
+        raise Refusal(400, said, "bad_image", param)
+    urls = [part.image_url.url.removeprefix(DATA_URL) for part in pictures]
+    images = iter(await room.images(urls, param))
+    parts = (p.text if isinstance(p, bodies.TextPart) else next(images) for p in given.content)
+    return Message(role, tuple(parts))
 
 
 def _usage(read: int, said: Completion) -> dict[str, int]:
@@ -326,12 +336,12 @@ def _usage(read: int, said: Completion) -> dict[str, int]:
 
 
 async def _spoken(
-    room: Room, messages: Sequence[Message], sampling: Sampling, seed: int
+    room: Room, prompt: Prompt, sampling: Sampling, seed: int
 ) -> AsyncGenerator[str | Completion]:
     """The answer's text, piece by piece as it comes, and at the end the whole."""
     heard: asyncio.Queue[str | None] = asyncio.Queue()
 
-    completing = asyncio.create_task(room.complete(messages, sampling, seed, heard.put_nowait))
+    completing = asyncio.create_task(room.complete(prompt, sampling, seed, heard.put_nowait))
     completing.add_done_callback(lambda _: heard.put_nowait(None))
     told = ""
     try:
@@ -420,7 +430,8 @@ def _add_sessions(app: FastAPI, room: Room) -> None:
         return bodies.Acted(
             action=action.text,
             completion=said.text,
-            valid=_valid(action.text, seen),
+            valid=_valid(action, seen),
+            invalid=action.invalid,
             step=turn + 1,
             checkpoint=room.served.player.policy.checkpoint,
             finish=said.finish,
@@ -434,8 +445,8 @@ def _add_sessions(app: FastAPI, room: Room) -> None:
         room.sessions.remove(id)
 
 
-def _valid(action: str, seen: Observation) -> bool:
-    return not seen.actions or action in seen.actions
+def _valid(action: Action, seen: Observation) -> bool:
+    return not action.invalid and (not seen.actions or action.text in seen.actions)
 
 
 def _add_adapters(app: FastAPI, room: Room) -> None:
@@ -511,7 +522,7 @@ def _add_playground(app: FastAPI, room: Room) -> None:
             except WorldError as error:
                 room.games.drop(game)
                 raise _world_failed("the world", error) from error
-            return _stage(id, game, action, _valid(action.text, before))
+            return _stage(id, game, action, _valid(action, before))
 
     @app.delete("/playground/games/{id}", status_code=204)
     async def end(id: str) -> None:
@@ -531,7 +542,7 @@ def _stage(id: str, game: Game, action: Action | None = None, valid: bool = True
         instruction=game.task.instruction,
         max_steps=game.task.max_steps,
         text=seen.text,
-        images=[base64.b64encode(image).decode() for image in seen.images],
+        images=[base64.b64encode(STORE.read(image)).decode() for image in seen.images],
         actions=list(seen.actions),
         steps=len(game.steps),
         completion=None if action is None else action.completion.text,

@@ -114,7 +114,9 @@ class Acted(Config):
     completion: str
     """What the model said; the action was read from it."""
     valid: bool
-    """The action is among those listed, if any were."""
+    """There is an action, and it is among those listed, if any were."""
+    invalid: str
+    """Why no action could be read, in words to be shown next; empty if one could."""
     step: int
     """How many actions the session has had, this one included."""
     checkpoint: str

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from ...core.checked import checked_completion, no_text
 from ...core.errors import PolicyError
+from ...core.images import STORE
 from ...core.types import Action, Completion, Observation, Step, Task
 from ...core.worlds import World
 from . import bodies
@@ -194,7 +195,8 @@ class Session:
         checked_completion(said, "the server")
         if fault := no_text(told.action):
             raise PolicyError(f"the server's action is {fault}; wanted a str")
-        return Acted(Action(told.action, said), told.valid, told.checkpoint, told.step)
+        action = Action(told.action, said, invalid=told.invalid)
+        return Acted(action, told.valid, told.checkpoint, told.step)
 
     async def end(self) -> None:
         await self.client.ask("DELETE", f"/v1/sessions/{self.id}")
@@ -231,8 +233,9 @@ class ServedPlayer:
         if world not in self._sessions:
             raise PolicyError("a served agent plays episodes from their beginning only")
         reward = history[-1].reward if history else 0.0
+        images = [STORE.read(image) for image in observation.images]
         acted = await self._sessions[world].act(
-            observation.text, observation.images, observation.actions, reward, seed
+            observation.text, images, observation.actions, reward, seed
         )
         if acted.step != len(history) + 1:
             raise PolicyError("a served agent plays episodes from their beginning only")

@@ -8,7 +8,7 @@ from pathlib import Path
 from ...core.checked import checked_completion
 from ...core.protocols import HasStream, Policy
 from ...core.tokens import ChatTokens, cut
-from ...core.types import Completion, Message, Sampling
+from ...core.types import Completion, Prompt, Sampling
 from .champion import Champion
 from .limits import Limits, Refusal
 from .metrics import Metrics
@@ -41,7 +41,7 @@ class Desk:
 
     async def complete(
         self,
-        prompt: Sequence[Message],
+        prompt: Prompt,
         sampling: Sampling,
         seed: int,
         heard: Callable[[str], None] | None = None,
@@ -63,7 +63,7 @@ class Desk:
 
     async def _said(
         self,
-        prompt: Sequence[Message],
+        prompt: Prompt,
         sampling: Sampling,
         seed: int,
         heard: Callable[[str], None] | None,
@@ -79,7 +79,7 @@ class Desk:
 
         return await policy.stream(prompt, sampling, seed, sampled)
 
-    async def score(self, prompt: Sequence[Message], said: Completion) -> Completion:
+    async def score(self, prompt: Prompt, said: Completion) -> Completion:
         raise NotImplementedError("a server is asked for completions only")
 
     async def load(self, checkpoint: Path | None) -> None:
@@ -88,21 +88,21 @@ class Desk:
     async def close(self) -> None:
         await self._policy.close()
 
-    def length(self, prompt: Sequence[Message]) -> int:
+    def length(self, prompt: Prompt) -> int:
         """In tokens; 0 where nobody here can count them."""
-        if self._tokens is None or any(message.images for message in prompt):
+        if self._tokens is None or prompt.images:
             return 0
         return len(self._tokens.prompt(prompt))
 
-    def _check(self, prompt: Sequence[Message]) -> None:
+    def _check(self, prompt: Prompt) -> None:
         limits = self._limits
-        size = sum(len(message.text) for message in prompt)
+        size = sum(len(message.text) for message in prompt.messages)
         if size > limits.prompt_chars:
             said = f"the prompt has {size:,} characters, more than {limits.prompt_chars:,}"
             raise Refusal(400, said, "context_length_exceeded")
         if self._tokens is None:
             return
-        for message in prompt:
+        for message in prompt.messages:
             # What the policy itself has sampled goes in as the ids that it sampled.
             found = "" if message.token_ids else self._tokens.control(message.text)
             if found:

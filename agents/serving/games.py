@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from ...core.errors import WorldError
-from ...core.rollout import PolicyPlayer, deadline
+from ...core.rollout import PolicyPlayer, deadline, executed
 from ...core.seeds import derive
 from ...core.types import Action, Observation, Step, Task, TimeStep
 from ...core.worlds import World, Worlds
@@ -46,11 +46,11 @@ class Game:
         action = await player.answer(self.task, self.steps, self.observation, seed)
         try:
             async with deadline(self.worlds.fleet.step_timeout_s, "the world's step"):
-                self.last = await self.world.step(action.text)
+                self.last = await executed(self.world, self.observation, action)
         except Exception as cause:
             self.worlds.discard(self.world)
             raise failed(cause) from cause
-        self.steps.append(Step(self.observation, action, self.last.reward))
+        self.steps.append(Step(self.observation, action, self.last.reward, self.last.answer))
         self.observation = self.last.observation
         return action
 

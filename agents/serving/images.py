@@ -5,9 +5,10 @@ import binascii
 import struct
 import zlib
 
+from ...core.images import SIGNATURE, picture
+from ...core.types import Image
 from .limits import Limits, Refusal
 
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
 DATA_URL = "data:image/png;base64,"
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """By a PNG's colour type."""
@@ -15,8 +16,8 @@ DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 1
 PIECE = 1 << 16
 
 
-def checked_images(given: list[str], limits: Limits, param: str) -> tuple[bytes, ...]:
-    """The PNG files of base64 texts.
+def checked_images(given: list[str], limits: Limits, param: str) -> tuple[Image, ...]:
+    """The PNG files of base64 texts, which go as long as whoever holds them.
 
     Raises:
         Refusal: too many, too large, or no such file.
@@ -27,7 +28,7 @@ def checked_images(given: list[str], limits: Limits, param: str) -> tuple[bytes,
     return tuple(_checked(text, limits, f"{param}[{k}]") for k, text in enumerate(given))
 
 
-def _checked(text: str, limits: Limits, param: str) -> bytes:
+def _checked(text: str, limits: Limits, param: str) -> Image:
     most = int(limits.image_mb * 1e6)
     if len(text) * 3 // 4 > most + 3:
         said = f"{param} is larger than {limits.image_mb:g} MB"
@@ -45,7 +46,7 @@ def _checked(text: str, limits: Limits, param: str) -> bytes:
     except (ValueError, struct.error, zlib.error) as error:
         said = f"{param} is no whole PNG: {error}"
         raise Refusal(400, said, "bad_image", param) from None
-    return data
+    return picture(data)
 
 
 def _pixels(data: bytes) -> int:

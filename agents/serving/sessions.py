@@ -128,7 +128,7 @@ class Session:
             said = f"this session's {self.task.max_steps} actions are used up; open another"
             raise Refusal(409, said, "session_over")
         parts = (observation.text, *observation.actions)
-        size = self.size + sum(map(len, parts)) + sum(map(len, observation.images))
+        size = self.size + sum(map(len, parts)) + sum(len(i.png) for i in observation.images)
         if size > limits.history_mb * 1e6:
             said = f"this session was shown more than {limits.history_mb:g} MB; open another"
             raise Refusal(413, said, "session_too_large")

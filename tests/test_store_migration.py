@@ -1,0 +1,125 @@
+"""Runs of older schemas are read as if they were of today's."""
+
+# pyarrow has no types.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from test_store import png
+
+from selfwright.core.errors import StoreError
+from selfwright.core.images import STORE, picture, place
+from selfwright.core.store import (
+    TRAJECTORIES,
+    judge_identity,
+    read_episode,
+    read_origin,
+    read_trajectories,
+    write_trajectories,
+    write_verdicts,
+)
+from selfwright.core.types import Image, Prompt, Task, Verdict
+
+RUN = Path(__file__).parent / "data" / "run-schema-2"
+FILES = sorted(RUN.rglob(TRAJECTORIES))
+
+
+def test_the_run_is_of_schema_2() -> None:
+    assert len(FILES) == 4
+    for path in FILES:
+        metadata: Any = pq.read_schema(path).metadata
+        assert json.loads(metadata[b"selfwright"])["schema"] == 2
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
+def test_every_episode_of_schema_2_comes_back(path: Path) -> None:
+    rows = pq.read_table(path).to_pylist()
+    judged = read_trajectories(path)
+    assert read_trajectories(path.parent) == judged
+    assert len(judged) == len(rows) > 0
+    for one, row in zip(judged, rows, strict=True):
+        t = one.trajectory
+        assert t.task == Task(**row["task"]) and one.verdict == Verdict(**row["verdict"])
+        same = ("seed", "attempt", "policy", "replayed", "stop", "success", "error")
+        assert {name: getattr(t, name) for name in same} == {name: row[name] for name in same}
+        assert t.final.text == row["final"]["text"] and t.parent == ""
+        assert len(t.steps) == len(row["steps"])
+        for step, was in zip(t.steps, row["steps"], strict=True):
+            told = was["action"]["completion"]
+            made = step.action.completion
+            assert {name: getattr(made, name) for name in told} == told | {
+                "token_ids": tuple(told["token_ids"]),
+                "logprobs": tuple(told["logprobs"]),
+            }
+            assert (step.action.text, step.reward) == (was["action"]["text"], was["reward"])
+            assert step.observation.text == was["observation"]["text"]
+            assert list(step.observation.actions) == was["observation"]["actions"]
+            assert step.action.prompt == Prompt() and step.action.invalid == ""
+            assert step.answer is None and step.actor == ""
+
+
+def test_ids_are_the_same_whenever_they_are_made(tmp_path: Path) -> None:
+    path = FILES[0]
+    judged = read_trajectories(path)
+    ids = [one.trajectory.id for one in judged]
+    assert all(ids) and len(set(ids)) == len(ids)
+    assert read_trajectories(path) == judged
+    assert read_episode(path.parent, ids[3]) == judged[3]
+    assert read_origin(path) == {}
+    with pytest.raises(StoreError, match="holds no episode 'nobody'"):
+        read_episode(path, "nobody")
+    # Written anew they keep them, and whoever names the old file finds the new ones.
+    write_trajectories(tmp_path, judged, tmp_path / "images")
+    assert read_trajectories(tmp_path / TRAJECTORIES) == judged
+    write_verdicts(tmp_path, judge_identity("late", {}), {ids[0]: Verdict(1.0, "", "late")})
+
+
+def with_images(folder: Path, names: list[str]) -> Path:
+    """A file of schema 2 whose first episode ends with these images."""
+    table = pq.read_table(FILES[0])
+    rows: list[Any] = table.to_pylist()
+    rows[0]["final"]["images"] = names
+    path = folder / "some" / "where" / "kept.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(table.from_pylist(rows, schema=table.schema), path)
+    return path
+
+
+def test_images_of_schema_2_get_their_sizes(tmp_path: Path) -> None:
+    image = picture(png(30))
+    STORE.save([image], tmp_path / "images")
+    path = with_images(tmp_path, [image.sha256] * 2)
+    bare = Image(image.sha256, 1, 1)
+    assert read_trajectories(path)[0].trajectory.final.images == (bare, bare)
+    assert STORE.read(bare) == image.png
+    kept = place(tmp_path / "images", image)
+    kept.write_bytes(png(31))
+    with pytest.raises(StoreError, match=rf"{kept.name} is damaged"):
+        read_trajectories(path)
+    kept.unlink()
+    with pytest.raises(StoreError, match=rf"{kept.name}: No such file"):
+        read_trajectories(path)
+
+
+def test_a_damaged_file_of_schema_2_is_named(tmp_path: Path) -> None:
+    path = tmp_path / TRAJECTORIES
+    whole = FILES[0].read_bytes()
+    for length in (0, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(StoreError, match=rf"{TRAJECTORIES} is damaged"):
+            read_trajectories(path)
+    table = pq.read_table(FILES[0])
+    pq.write_table(table.drop_columns(["seed"]), path)
+    with pytest.raises(StoreError, match="its columns are not those of schema version 2"):
+        read_trajectories(tmp_path)
+    path.write_bytes(whole)
+    with pytest.raises(StoreError, match="does not say who judged"):
+        read_trajectories(path, "0123")
+    judged = read_trajectories(path)
+    assert judged[0] != replace(judged[0], verdict=Verdict(None, "", ""))
