@@ -68,7 +68,10 @@ def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 def launch(code: str, folder: Path) -> "subprocess.Popen[str]":
     """A process that has the run of ``folder`` open."""
     process = subprocess.Popen(
-        [sys.executable, "-c", PRELUDE + code, str(folder)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", PRELUDE + code, str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
     )
     assert process.stdout and process.stdout.readline() == "ready\n"
     return process
@@ -209,11 +212,11 @@ def attempt(write):
             write(draft)
     except StoreError as error:
         print(error, flush=True)
-resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-attempt(lambda draft: write_json(draft / "metrics.json", {"text": "x" * 5000}))
-noise = [replace(one, verdict=Verdict(None, os.urandom(3000).hex(), "")) for one in judged(0)]
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+attempt(lambda draft: write_json(draft / "metrics.json", {"text": "x" * 50_000}))
+noise = [replace(one, verdict=Verdict(None, os.urandom(30_000).hex(), "")) for one in judged(0)]
 attempt(lambda draft: write_trajectories(draft, noise, folder / "images"))
-large = picture(png(40, 30, rows=os.urandom(30 * 121)))
+large = picture(png(100, 100, rows=os.urandom(100 * 301)))
 seen = replace(judged(0)[0].trajectory, final=Observation("", (large,)))
 attempt(lambda d: write_trajectories(d, [Judged(seen, Verdict(1.0, "", ""))], folder / "images"))
 print("torch" in sys.modules, run.finished, os.listdir(folder / "iterations"))

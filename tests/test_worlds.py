@@ -336,14 +336,14 @@ def test_tasks_come_back_to_their_world_as_what_they_were(isolation: str) -> Non
             await use(worlds)
             async with worlds.lease() as world:
                 foreign = StoredTask("x", "Go.", 3, '{"url":"https://here"}')
-                with pytest.raises(
-                    WorldError, match=r"'x' has the data \['url'\], but a Route has"
-                ):
+                with pytest.raises(WorldError, match=r"'x'\.url: Route has no such field"):
                     await world.reset(foreign, 0)
         async with await open_worlds("faulty_worlds:Mistyped", {}, settings) as worlds:
             task = StoredTask("x", "Go.", 3, task_data(own[1]))
             async with worlds.lease() as world:
-                with pytest.raises(WorldError, match=r"spec = WorldSpec\(task=\.\.\.\)"):
+                with pytest.raises(
+                    WorldError, match=r"spec names the class of its tasks: WorldSpec\(task="
+                ):
                     await world.reset(task, 0)
 
     asyncio.run(run())
