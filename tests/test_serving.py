@@ -300,9 +300,7 @@ def test_half_of_an_emoji_is_refused_wherever_it_stands(path: str, body: Any) ->
 class Halves(Echo):
     """Says what is no text."""
 
-    async def complete(
-        self, prompt: Sequence[Message], sampling: Sampling, seed: int
-    ) -> Completion:
+    async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
         return Completion(HALF)
 
 

@@ -326,13 +326,15 @@ def test_a_broken_adapter_is_found_out(
         ]
         return str(caught.value)
 
+    # Seen in the file itself, before any server is asked.
     said = refused(edited(checkpoints[1], tmp_path / "prefixes", wrong))
-    assert "canary" in said or "was not loaded" in said
-    # Nor without a canary.
-    blind = edited(checkpoints[1], tmp_path / "blind", wrong)
-    (blind / "canary.json").unlink()
-    said = refused(blind)
-    assert "as the base model does" in said or "was not loaded" in said
+    assert "tensors do not match" in said and "language_model" in said
+    # Its own canary, which is not what these weights come to.
+    other = shutil.copytree(checkpoints[1], tmp_path / "other")
+    canary = Canary.of(other)
+    assert canary
+    Canary(canary.ids, tuple(one - 1.0 for one in canary.logprobs)).write(other)
+    assert "answers otherwise than it should" in refused(other)
     # The last adapter's weights under a new name: what a stale server would answer.
     stale = shutil.copytree(checkpoints[0], tmp_path / "stale")
     (stale / "adapter_config.json").write_text(
