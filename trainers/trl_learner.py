@@ -409,14 +409,18 @@ def _open_scorer(model: str, config: LearnerConfig) -> tuple[Any, ChatTokens]:
     transformers: Any = importlib.import_module("transformers")
     base, adapters = layers_of(model)
     tokens = open_tokens(model, config.trust_remote_code)
+    torch: Any = importlib.import_module("torch")
     try:
-        scorer = transformers.AutoModelForSequenceClassification.from_pretrained(
-            base,
-            num_labels=1,
-            dtype=_dtype(config),
-            use_safetensors=True,
-            trust_remote_code=config.trust_remote_code,
-        )
+        # Its head is new: of these random numbers, and nobody else's are touched.
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            scorer = transformers.AutoModelForSequenceClassification.from_pretrained(
+                base,
+                num_labels=1,
+                dtype=_dtype(config),
+                use_safetensors=True,
+                trust_remote_code=config.trust_remote_code,
+            )
     except (OSError, ValueError) as cause:
         raise PolicyError(f"cannot make a reward model of {model!r}: {cause}") from cause
     for adapter in adapters:
