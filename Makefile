@@ -16,7 +16,8 @@ install = $(1)/bin/uv pip install --quiet --python $(1)/bin/python $(2) || $(1)/
 BESIDE := $(MAKE) --no-print-directory --jobs --keep-going --output-sync=target
 # One more than there are cores, as many tests wait; at most 8, for each takes a gigabyte.
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n + 1 : 8)))
-PYTEST := $(BIN)/pytest --quiet --dist loadgroup
+# A file is one worker's, with the servers its tests share; in their order, as the long ones are not last.
+PYTEST := $(BIN)/pytest --quiet --dist loadfile --no-loadscope-reorder
 SLOW := server or multi or jvm or browser or node or method
 
 demo: .venv/demo.stamp

@@ -26,7 +26,7 @@ from selfwright.commands.crew import Crew
 from selfwright.core.files import read_json
 from selfwright.trainers.critic import Critic, CriticConfig
 
-pytestmark = [pytest.mark.multi, pytest.mark.xdist_group("launch")]
+pytestmark = pytest.mark.multi
 
 SHIPPED = Path(__file__).parents[1] / "recipes/accelerate"
 PHASES = SINGLE.replace(

@@ -18,7 +18,7 @@ from selfwright.commands.cli import call
 from selfwright.core.store import read_trajectories
 from selfwright.core.types import Stop
 
-pytestmark = [pytest.mark.method, pytest.mark.xdist_group("loop")]
+pytestmark = pytest.mark.method
 
 COMMAND = Path(sys.executable).parent / "selfwright"
 TINY = """

@@ -12,7 +12,7 @@ import pytest
 
 from selfwright.core.store import read_trajectories
 
-pytestmark = [pytest.mark.method, pytest.mark.xdist_group("plugin_package")]
+pytestmark = pytest.mark.method
 
 SOURCE = Path(__file__).parent / "plugin_world"
 RECIPE = """

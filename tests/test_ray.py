@@ -37,7 +37,7 @@ from selfwright.core.types import (
 )
 from selfwright.core.worlds import LOSSES, RemoteWorld, World, open_worlds
 
-pytestmark = [pytest.mark.multi, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.multi
 
 HERE = Path(__file__).parent
 

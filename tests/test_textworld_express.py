@@ -20,7 +20,7 @@ from selfwright.environments.textworld_express import (
     squeezed,
 )
 
-pytestmark = [pytest.mark.jvm, pytest.mark.xdist_group("textworld_express")]
+pytestmark = pytest.mark.jvm
 
 GAMES = get_args(Game)
 Log = list[Observation | TimeStep]

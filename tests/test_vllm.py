@@ -37,7 +37,6 @@ PYTHON = os.environ.get(
     "SELFWRIGHT_VLLM_PYTHON", str(Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python")
 )
 PROMPTS = [prompt_of(f"make {k} from 3 {k * 7}" + " 8" * (k % 4)) for k in range(24)]
-one_server = pytest.mark.xdist_group("one vllm server")
 T = TypeVar("T")
 Folder = Callable[[str], Path]
 Run = Callable[..., Any]
@@ -128,7 +127,6 @@ def either(policy: VLLMPolicy, request: pytest.FixtureRequest) -> Iterator[VLLMP
 
 
 @pytest.mark.vllm
-@one_server
 def test_it_is_the_same_model(run: Run, either: VLLMPolicy, model_folder: Folder) -> None:
     policy = either
     mine = in_process(model_folder("vllm"))
@@ -147,7 +145,6 @@ def test_it_is_the_same_model(run: Run, either: VLLMPolicy, model_folder: Folder
 
 
 @pytest.mark.vllm
-@one_server
 def test_log_probabilities_are_those_of_temperature_one(run: Run, policy: VLLMPolicy) -> None:
     for said, prompt in zip(
         run(ask(policy, Sampling(0.5, 0.8, max_tokens=6))), PROMPTS, strict=True
@@ -156,7 +153,6 @@ def test_log_probabilities_are_those_of_temperature_one(run: Run, policy: VLLMPo
 
 
 @pytest.mark.vllm
-@one_server
 def test_seeds_decide_what_is_sampled(run: Run, policy: VLLMPolicy) -> None:
     once, again, other = (run(ask(policy, Sampling(max_tokens=12), k)) for k in (0, 0, 99))
     assert [a.token_ids for a in once] == [a.token_ids for a in again]
@@ -164,7 +160,6 @@ def test_seeds_decide_what_is_sampled(run: Run, policy: VLLMPolicy) -> None:
 
 
 @pytest.mark.vllm
-@one_server
 def test_stop_texts_and_choices(run: Run, either: VLLMPolicy) -> None:
     policy = either
     whole = run(ask(policy, Sampling(0.0, max_tokens=12)))
@@ -183,7 +178,6 @@ def test_stop_texts_and_choices(run: Run, either: VLLMPolicy) -> None:
 
 
 @pytest.mark.vllm
-@one_server
 def test_it_is_heard_while_it_speaks(run: Run, either: VLLMPolicy) -> None:
     heard: list[Sequence[int]] = []
     sampling = Sampling(max_tokens=40)
@@ -203,7 +197,6 @@ TURNS = st.lists(st.text("0123456789 +-*make", min_size=1, max_size=12), min_siz
 
 
 @pytest.mark.vllm
-@one_server
 @pytest.mark.parametrize("template", ["plain", "thinking", "trimmed"])
 @settings(
     deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -271,7 +264,6 @@ def templated(policy: VLLMPolicy, model_folder: Folder, template: str) -> ChatTo
 
 
 @pytest.mark.vllm
-@one_server
 def test_adapters_are_swapped_in_live(
     run: Run, policy: VLLMPolicy, model_folder: Folder, checkpoints: list[Path]
 ) -> None:
@@ -305,7 +297,6 @@ def edited(checkpoint: Path, folder: Path, change: Callable[[str], str]) -> Path
 
 
 @pytest.mark.vllm
-@one_server
 def test_a_broken_adapter_is_found_out(
     run: Run, policy: VLLMPolicy, checkpoints: list[Path], tmp_path: Path
 ) -> None:
@@ -346,7 +337,6 @@ def test_a_broken_adapter_is_found_out(
 
 
 @pytest.mark.vllm
-@one_server
 def test_a_full_disk_is_named(
     run: Run, model_folder: Folder, policy: VLLMPolicy, checkpoints: list[Path], tmp_path: Path
 ) -> None:
@@ -376,7 +366,6 @@ def test_a_full_disk_is_named(
 
 
 @pytest.mark.vllm
-@one_server
 def test_no_room_in_the_context(run: Run, policy: VLLMPolicy) -> None:
     with pytest.raises(PolicyError, match="exceed the server's context of"):
         run(policy.complete(prompt_of("9 " * 3000), Sampling(max_tokens=5), 0))
