@@ -21,11 +21,12 @@ from rich.table import Table
 
 from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
 from selfwright.core.files import read_json, write_json
-from selfwright.core.origin import parts_of
+from selfwright.core.models.origin import parts_of
 from selfwright.core.protocols import Agent
 from selfwright.core.recipe import section
-from selfwright.core.run import iteration_name, iterations
-from selfwright.trainers.credit import asked, stored
+from selfwright.core.store.folder import iteration_name, iterations
+from selfwright.trainers.learning.examples import asked
+from selfwright.trainers.parts.credit import stored
 
 RESULTS = Path(__file__).parent / "results" / "agreement.json"
 

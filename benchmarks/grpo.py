@@ -36,17 +36,17 @@ from rich.console import Console
 from rich.table import Table
 
 from selfwright.agents.chat import Chat, ChatConfig
-from selfwright.commands.base import prepare
-from selfwright.commands.evaluate import evaluate
-from selfwright.commands.progress import Progress
-from selfwright.commands.run import run
-from selfwright.core.draw import draw
 from selfwright.core.files import read_json, write_json
+from selfwright.core.hosting.worlds import open_worlds
+from selfwright.core.play.draw import draw
 from selfwright.core.recipe import read
 from selfwright.core.seeds import derive
 from selfwright.core.types import Observation
-from selfwright.core.worlds import open_worlds
 from selfwright.environments.countdown import Countdown, CountdownConfig
+from selfwright.loop.evaluate import evaluate
+from selfwright.loop.progress import Progress
+from selfwright.loop.run import run
+from selfwright.loop.warm_start import prepare
 
 RESULTS = Path(__file__).parent / "results" / "grpo.json"
 THREADS = 2

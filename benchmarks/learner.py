@@ -257,8 +257,8 @@ def measure(asked: dict[str, Any]) -> Measured:
 
 
 def run_plain(case: Case, model: str) -> Measured:
-    from selfwright.trainers.learner import LearnerConfig, PlainLearner
-    from selfwright.trainers.loss import NLL
+    from selfwright.trainers.learning.learner import LearnerConfig, PlainLearner
+    from selfwright.trainers.learning.loss import NLL
 
     told = {"batch_size": case.batch_size, "device": "cpu"}
     config = LearnerConfig.model_validate(LORA | told)
@@ -274,7 +274,7 @@ def run_plain(case: Case, model: str) -> Measured:
 
 def run_trl(case: Case, model: str, setting: Setting, timed: int) -> Measured:
     transformers: Any = importlib.import_module("transformers")
-    from selfwright.core.tokens import ChatTokens
+    from selfwright.core.models.tokens import ChatTokens
 
     tokens = ChatTokens(transformers.AutoTokenizer.from_pretrained(model))
     weights = transformers.AutoModelForCausalLM.from_pretrained(
@@ -414,7 +414,7 @@ def words(rng: random.Random, sizes: tuple[int, int]) -> str:
 
 def rows(case: Case, listed: Sequence[Example], tokens: Any, kind: str) -> list[Tokens]:
     """What TRL learns: exactly the tokens and the trained positions of ours."""
-    from selfwright.trainers.pack import pack
+    from selfwright.trainers.learning.pack import pack
 
     groups = [list(listed)] if kind == "conversation" else [[example] for example in listed]
     made: list[Tokens] = []

@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from selfwright.core.files import DRAFT, read_json, write_json
-from selfwright.core.run import iterations
 from selfwright.core.store import read_trajectories
+from selfwright.core.store.folder import iterations
 
 RESULTS = Path(__file__).parent / "results" / "recovery.json"
 SELFWRIGHT = [str(Path(sys.executable).with_name("selfwright"))]

@@ -38,16 +38,16 @@ from torch import Tensor
 
 from selfwright.agents.chat import Chat, ChatConfig
 from selfwright.agents.engines.transformers import Request, TransformersConfig, TransformersPolicy
-from selfwright.commands.base import prepare
-from selfwright.commands.progress import Progress
 from selfwright.core.config import Fleet
-from selfwright.core.draw import draw, starts
 from selfwright.core.files import write_json
+from selfwright.core.hosting.worlds import Worlds, open_worlds
+from selfwright.core.models.tokens import PAD
+from selfwright.core.play.draw import draw, starts
+from selfwright.core.play.rollout import PolicyPlayer, rollouts
 from selfwright.core.recipe import read
-from selfwright.core.rollout import PolicyPlayer, rollouts
-from selfwright.core.tokens import PAD
 from selfwright.core.types import Completion, Sampling, Stop
-from selfwright.core.worlds import Worlds, open_worlds
+from selfwright.loop.progress import Progress
+from selfwright.loop.warm_start import prepare
 
 RESULTS = Path(__file__).parent / "results" / "rollouts.json"
 TARGET = 0.8

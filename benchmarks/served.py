@@ -40,9 +40,10 @@ from selfwright.agents.chat import Chat, ChatConfig
 from selfwright.agents.engines.vllm import VLLMConfig, VLLMPolicy
 from selfwright.agents.engines.vllm_server import metric
 from selfwright.core.config import Config, Fleet
-from selfwright.core.draw import draw, starts
 from selfwright.core.files import write_json
-from selfwright.core.rollout import PolicyPlayer, rollouts
+from selfwright.core.hosting.worlds import Worlds, open_worlds
+from selfwright.core.play.draw import draw, starts
+from selfwright.core.play.rollout import PolicyPlayer, rollouts
 from selfwright.core.types import (
     Message,
     Observation,
@@ -53,7 +54,6 @@ from selfwright.core.types import (
     TimeStep,
     WorldSpec,
 )
-from selfwright.core.worlds import Worlds, open_worlds
 
 RESULTS = Path(__file__).parent / "results" / "served.json"
 PYTHON = os.environ.get("SELFWRIGHT_VLLM_PYTHON", ".venv-vllm/bin/python")

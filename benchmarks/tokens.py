@@ -28,9 +28,9 @@ from rich.table import Table
 from selfwright.agents import scratch
 from selfwright.agents.chat import Chat, ChatConfig
 from selfwright.core.files import write_json
-from selfwright.core.tokens import ChatTokens
+from selfwright.core.models.tokens import ChatTokens
 from selfwright.core.types import Action, Completion, Example, Observation, Step, Task
-from selfwright.trainers.pack import pack
+from selfwright.trainers.learning.pack import pack
 
 RESULTS = Path(__file__).parent / "results" / "tokens.json"
 TURNS = (1, 2, 4, 8, 16)

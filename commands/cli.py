@@ -136,17 +136,17 @@ def run(
     with _stdout_for_results() as stdout:
         plan = read(recipe, override or ())
         if rank:
-            from .crew import follow
+            from ..loop.process_group import follow
 
             return follow(plan)
         console = _console()
         for note in plan.notes:
             console.print(f"note: {note}", markup=False)
-        from .run import run
+        from ..loop.run import run
 
         whole = partial(run, plan, output or Path("runs") / plan.name, console)
         if size > 1:
-            from .crew import lead
+            from ..loop.process_group import lead
 
             result = lead(plan, whole)
         else:
@@ -188,7 +188,7 @@ def evaluate(
     import asyncio
 
     with _stdout_for_results() as stdout:
-        from .evaluate import evaluate
+        from ..loop.evaluate import evaluate
         from .words import evaluation_words
 
         asked = (checkpoint, environment, override or (), split, tasks, seed, temperature)
@@ -234,7 +234,7 @@ def serve(
     import asyncio
 
     with _stdout_for_results() as stdout:
-        from .serve import Asked, serve
+        from ..loop.serve import Asked, serve
 
         asked = Asked(
             checkpoint,
@@ -267,7 +267,7 @@ def check(
 
     with _stdout_for_results() as stdout:
         world, fleet = section("environment", environment, override or ())
-        from .check import check, render
+        from ..environments.contract import check, render
 
         report = asyncio.run(check(environment, world.config.model_dump(mode="json"), fleet))
         _emit(report.to_json(), stdout, None if as_json else render(report))
@@ -283,7 +283,7 @@ def compare(
 ) -> None:
     """Compare two evaluations, paired by task."""
     with _stdout_for_results() as stdout:
-        from .compare import compare, render
+        from ..evidence.compare import compare, render
 
         result = compare(a, b)
         _emit(result, stdout, None if as_json else render(result))
@@ -307,7 +307,7 @@ def bench_methods(
     import asyncio
 
     with _stdout_for_results() as stdout:
-        from .bench import bench, planned, render
+        from ..loop.bench import bench, planned, render
 
         plans = planned(recipes, seeds, override or (), against)
         result = asyncio.run(bench(plans, output or Path("runs") / "bench-methods", _console()))
@@ -330,8 +330,8 @@ def doctor(
     import asyncio
 
     with _stdout_for_results() as stdout:
-        from .doctor import doctor, show, to_json
-        from .progress import Progress
+        from ..loop.doctor import doctor, show, to_json
+        from ..loop.progress import Progress
 
         with Progress(_console()).stage("looking at this machine"):
             findings = asyncio.run(doctor(vllm_python))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from .config import Config
-from .tokens import ChatTokens
+from .models.tokens import ChatTokens
 from .types import (
     Batch,
     Completion,

@@ -11,9 +11,9 @@ from pydantic import Field, model_validator
 from ..core.config import JudgeConfig
 from ..core.errors import JudgeError
 from ..core.files import read_json
-from ..core.origin import found_base
-from ..core.run import iterations
-from ..core.scalar import DISCRIMINATOR, ScalarConfig, ScalarModel, Text
+from ..core.models.origin import found_base
+from ..core.models.scalar import DISCRIMINATOR, ScalarConfig, ScalarModel, Text
+from ..core.store.folder import iterations
 from ..core.types import Stop, Trajectory, Verdict
 
 

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from itertools import combinations
 
-from ..core.asking import yes_share
 from ..core.config import JudgeConfig
+from ..core.play.asking import yes_share
 from ..core.protocols import Policy
 from ..core.types import Message, Prompt, Stop, Trajectory, Verdict
-from .model import Asks, answer_of, cleaned
+from .asks import Asks, answer_of, cleaned
 
 QUESTION = (
     "Two people answered the same task. Whatever stands between the marks is an answer to be "

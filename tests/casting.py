@@ -9,12 +9,10 @@ from typing import Any
 from rich.console import Console
 
 from selfwright.agents.chat import Chat, ChatConfig
-from selfwright.commands.base import prepare
-from selfwright.commands.progress import Progress
-from selfwright.commands.run import run
+from selfwright.core.hosting.worlds import open_worlds
+from selfwright.core.play.rollout import sharing
 from selfwright.core.protocols import Context
 from selfwright.core.recipe import read
-from selfwright.core.rollout import sharing
 from selfwright.core.types import (
     Action,
     Completion,
@@ -27,7 +25,9 @@ from selfwright.core.types import (
     Trajectory,
     Verdict,
 )
-from selfwright.core.worlds import open_worlds
+from selfwright.loop.progress import Progress
+from selfwright.loop.run import run
+from selfwright.loop.warm_start import prepare
 
 AGENT = Chat(ChatConfig())
 """Whoever plays in these tests."""

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from hypothesis import settings
 # Before torch is imported, and for every process that a test starts: several tests run at once, and
 # over matrices this small threads would mostly wait for one another.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# A shell that starts tests in the background has them ignore interrupts, and so would all that they
+# start: some tests send them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes says how busy the machine is. Whole tests have their time limit.
 settings.register_profile("selfwright", deadline=None)

@@ -5,7 +5,7 @@ import zlib
 from typing import Any
 
 from selfwright.core.images import picture
-from selfwright.core.tokens import ChatTokens
+from selfwright.core.models.tokens import ChatTokens
 from selfwright.core.types import Image, Message, Part, Prompt
 
 SEEING = (

@@ -12,10 +12,10 @@ from selfwright.agents.chat import Chat, ChatConfig
 from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
 from selfwright.agents.serving.app import Served, make_app
 from selfwright.agents.serving.limits import Limits
-from selfwright.commands.serve import Server, bound
-from selfwright.core.rollout import PolicyPlayer
-from selfwright.core.tokens import ChatTokens
+from selfwright.core.models.tokens import ChatTokens
+from selfwright.core.play.rollout import PolicyPlayer
 from selfwright.core.types import Completion, Prompt, Sampling
+from selfwright.loop.serve import Server, bound
 
 DEADLINE_S = 60.0
 LOCAL = ("localhost", "127.0.0.1", "::1")

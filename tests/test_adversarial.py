@@ -15,13 +15,13 @@ from casting import context_of, episode
 from prompts import prompt_of
 from pydantic import ValidationError
 
-from selfwright.core.scalar import Text
+from selfwright.core.models.scalar import Text
 from selfwright.core.store import write_trajectories
 from selfwright.core.types import Batch, Completion, Judged, Prompt, Start
-from selfwright.trainers.adversarial import Adversarial, AdversarialConfig, paired
-from selfwright.trainers.discriminator import Discriminator, DiscriminatorConfig, objective
-from selfwright.trainers.group import DrGRPO
-from selfwright.trainers.loss import Clip
+from selfwright.trainers.learning.loss import Clip
+from selfwright.trainers.methods.adversarial import Adversarial, AdversarialConfig, paired
+from selfwright.trainers.methods.group import DrGRPO
+from selfwright.trainers.parts.discriminator import Discriminator, DiscriminatorConfig, objective
 
 Folder = Callable[[str], Path]
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from selfwright.commands.bench import bench, page, planned, render
 from selfwright.core.config import Budget
 from selfwright.core.errors import RecipeError
+from selfwright.loop.bench import bench, page, planned, render
 
 pytestmark = pytest.mark.method
 

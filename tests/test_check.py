@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from selfwright.commands.check import CheckReport, check, render
 from selfwright.core.config import Fleet
 from selfwright.core.errors import PluginError
+from selfwright.environments.contract import CheckReport, check, render
 
 GAMES: list[dict[str, Any]] = [
     {"game": "coin", "parameters": {"numLocations": 4}},

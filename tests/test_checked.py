@@ -15,10 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfwright.agents.chat import Chat, ChatConfig
-from selfwright.commands.cast import namer
-from selfwright.commands.evaluate import Exam, introspect, task_result
 from selfwright.core import evaluation
-from selfwright.core.asking import ask, patient
 from selfwright.core.checked import (
     Tasks,
     UnreadableTask,
@@ -30,9 +27,11 @@ from selfwright.core.checked import (
 )
 from selfwright.core.config import Fleet, JudgeConfig
 from selfwright.core.errors import TooManyFailures, WorldError
-from selfwright.core.judging import BROKEN, judged
+from selfwright.core.hosting.worlds import open_worlds
+from selfwright.core.play.asking import ask, patient
+from selfwright.core.play.judging import BROKEN, judged
+from selfwright.core.play.rollout import ExpertPlayer, Player, PolicyPlayer, RandomPlayer, rollouts
 from selfwright.core.recipe import section
-from selfwright.core.rollout import ExpertPlayer, Player, PolicyPlayer, RandomPlayer, rollouts
 from selfwright.core.store import read_trajectories, write_trajectories
 from selfwright.core.types import (
     Completion,
@@ -48,7 +47,8 @@ from selfwright.core.types import (
     Trajectory,
     Verdict,
 )
-from selfwright.core.worlds import open_worlds
+from selfwright.loop.components import namer
+from selfwright.loop.evaluate import Exam, introspect, task_result
 
 halves = st.integers(0xD800, 0xDFFF).map(chr)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from selfwright.commands.compare import compare, render
 from selfwright.core import evaluation
 from selfwright.core.errors import StoreError
 from selfwright.core.evaluation import EvaluationResult, TaskResult, summarise
 from selfwright.core.statistics import introspection_table, mcnemar_exact, wilson
+from selfwright.evidence.compare import compare, render
 
 
 def result(task: int, solved: bool, steps: int = 1, error: str = "") -> TaskResult:

@@ -7,8 +7,8 @@ from casting import AGENT, episode
 
 from selfwright.core.errors import LearnerError
 from selfwright.core.types import Prompt, Trajectory
-from selfwright.trainers.credit import asked, imitate, prompted, reinforce
-from selfwright.trainers.feedback import asking_more
+from selfwright.trainers.learning.examples import asked, imitate, prompted, reinforce
+from selfwright.trainers.parts.feedback import asking_more
 
 PLAYED = episode(1.0, ("o", "a"), ("p", "b"), ("q", "c"), replayed=1).trajectory
 

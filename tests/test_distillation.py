@@ -19,10 +19,10 @@ from test_adversarial import Stage, students
 
 from selfwright.core.errors import ModelError
 from selfwright.core.types import Batch, Judged, Start
-from selfwright.trainers.critic import Critic, CriticConfig
-from selfwright.trainers.loss import ContestedGap, MomentGap, SequenceClip
-from selfwright.trainers.moment_matching import MomentMatching, MomentMatchingConfig
-from selfwright.trainers.text_gail import Moments, TextGAIL, TextGAILConfig, mixed
+from selfwright.trainers.learning.loss import ContestedGap, MomentGap, SequenceClip
+from selfwright.trainers.methods.moment_matching import MomentMatching, MomentMatchingConfig
+from selfwright.trainers.methods.text_gail import Moments, TextGAIL, TextGAILConfig, mixed
+from selfwright.trainers.parts.critic import Critic, CriticConfig
 
 Folder = Callable[[str], Path]
 

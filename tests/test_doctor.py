@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfwright.agents.engines.transformers import TransformersPolicy
-from selfwright.commands import doctor
 from selfwright.commands.cli import call
-from selfwright.commands.doctor import Finding
+from selfwright.loop import doctor
+from selfwright.loop.doctor import Finding
 
 VLLM = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
 Look = Callable[[], Awaitable[Iterable[Finding]]]
@@ -226,8 +226,7 @@ def test_a_probe_that_raises_is_reported() -> None:
 def test_what_a_probe_started_goes_with_us(folder: Path, how: signal.Signals) -> None:
     script = program(folder, "hangs", "echo $$ > pid\nexec /bin/sleep 300")
     code = (
-        "import asyncio\nfrom selfwright.commands.doctor import ran\n"
-        f"asyncio.run(ran({str(script)!r}))"
+        f"import asyncio\nfrom selfwright.loop.doctor import ran\nasyncio.run(ran({str(script)!r}))"
     )
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as ours:
         pid = pid_in(folder / "pid")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfwright.core.draw import draw, starts
 from selfwright.core.errors import WorldError
+from selfwright.core.play.draw import draw, starts
 from selfwright.core.seeds import derive, identify
 from selfwright.core.types import Task
 

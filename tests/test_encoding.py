@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from selfwright.core.encoding import Growing
-from selfwright.core.tokens import ChatTokens
+from selfwright.core.models.encoding import Growing
+from selfwright.core.models.tokens import ChatTokens
 from selfwright.core.types import Message, Prompt
 
 SPECIAL = ["[UNK]", "<|end|>", "<|user|>", "<|assistant|>"]

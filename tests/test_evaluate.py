@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from selfwright.commands.evaluate import Exam, exam_tasks, examine, introspect
-from selfwright.commands.progress import Progress
 from selfwright.commands.words import evaluation_words, table_words
+from selfwright.core.hosting.worlds import open_worlds
+from selfwright.core.play.rollout import ExpertPlayer, Player, RandomPlayer
 from selfwright.core.recipe import section
-from selfwright.core.rollout import ExpertPlayer, Player, RandomPlayer
 from selfwright.core.statistics import Introspection
 from selfwright.core.types import Trajectory
-from selfwright.core.worlds import open_worlds
+from selfwright.loop.evaluate import Exam, exam_tasks, examine, introspect
+from selfwright.loop.progress import Progress
 
 
 @pytest.fixture(autouse=True)

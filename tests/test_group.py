@@ -12,9 +12,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from selfwright.core.types import Batch, Completion, Judged, Prompt, Verdict
-from selfwright.trainers.advantage import advantages, estimated, step_advantages
-from selfwright.trainers.group import GRPO, RLOO, DrGRPO
-from selfwright.trainers.loss import Clip
+from selfwright.trainers.learning.loss import Clip
+from selfwright.trainers.methods.group import GRPO, RLOO, DrGRPO
+from selfwright.trainers.parts.advantage import advantages, estimated, step_advantages
+from selfwright.trainers.parts.group_relative import GroupRelative
 
 Rewards = st.lists(st.floats(-10, 10).map(lambda x: round(x, 3)), min_size=2, max_size=9)
 
@@ -64,7 +65,7 @@ def test_the_divergence_of_a_token_is_the_losss() -> None:
     assert estimated(0.0, "k3") == 0
 
 
-def batches(trainer: type[GRPO], judged: Sequence[Judged], **keys: Any) -> list[Batch]:
+def batches(trainer: type[GroupRelative], judged: Sequence[Judged], **keys: Any) -> list[Batch]:
     parts = {key: keys.pop(key) for key in ("open",) if key in keys}
     config = trainer.Config.model_validate(keys)
     return asyncio.run(trainer(config, context_of(**parts)).batches(judged))

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfwright.core.types import Batch, Judged, Trajectory, Verdict
-from selfwright.trainers.group import GRPO
-from selfwright.trainers.guards import CANARIES, Guard, GuardConfig, set_apart
-from selfwright.trainers.self_judge import SelfJudge, SelfJudgeConfig, chosen
+from selfwright.trainers.methods.group import GRPO
+from selfwright.trainers.methods.self_judge import SelfJudge, SelfJudgeConfig, chosen
+from selfwright.trainers.parts.guards import CANARIES, Guard, GuardConfig, set_apart
 
 
 @dataclass

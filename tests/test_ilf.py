@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from selfwright.core.asking import patient, yes_share
 from selfwright.core.errors import PolicyError, RecipeError
+from selfwright.core.play.asking import patient, yes_share
 from selfwright.core.protocols import HasEmbeddings
 from selfwright.core.store import write_trajectories
 from selfwright.core.types import (
@@ -34,9 +34,9 @@ from selfwright.core.types import (
     Trajectory,
     Verdict,
 )
-from selfwright.trainers.feedback import NO_FEEDBACK, Item, read_feedback, shuffled
-from selfwright.trainers.ilf import ILF, ILFConfig
-from selfwright.trainers.selection import QUESTIONS, cosine, instruct, pick, shares
+from selfwright.trainers.methods.ilf import ILF, ILFConfig
+from selfwright.trainers.parts.feedback import NO_FEEDBACK, Item, read_feedback, shuffled
+from selfwright.trainers.parts.selection import QUESTIONS, cosine, instruct, pick, shares
 
 
 @dataclass

@@ -7,7 +7,7 @@ import pytest
 
 from selfwright.core.config import JudgeConfig
 from selfwright.core.errors import JudgeError
-from selfwright.core.judging import BROKEN, judged
+from selfwright.core.play.judging import BROKEN, judged
 from selfwright.core.types import Observation, Stop, Task, Trajectory, Verdict
 
 

@@ -27,13 +27,12 @@ from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariable
 
 from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
 from selfwright.core.errors import LearnerError
+from selfwright.core.models.tokens import ChatTokens
 from selfwright.core.seeds import derive
-from selfwright.core.tokens import ChatTokens
 from selfwright.core.types import Batch, Completion, Example, Loss, Message, Prompt, TokenArrays
-from selfwright.trainers import learner as module
-from selfwright.trainers.critic import Critic, CriticConfig
-from selfwright.trainers.learner import LearnerConfig, PlainLearner
-from selfwright.trainers.loss import (
+from selfwright.trainers.learning import learner as module
+from selfwright.trainers.learning.learner import LearnerConfig, PlainLearner
+from selfwright.trainers.learning.loss import (
     DPO,
     NLL,
     Clip,
@@ -42,7 +41,8 @@ from selfwright.trainers.loss import (
     MomentGap,
     SequenceClip,
 )
-from selfwright.trainers.pack import Row, Span, micro_batches, pack, units
+from selfwright.trainers.learning.pack import Row, Span, micro_batches, pack, units
+from selfwright.trainers.parts.critic import Critic, CriticConfig
 
 Folder = Callable[[str], Path]
 Gradients = dict[str, torch.Tensor]
@@ -665,9 +665,9 @@ import sys
 from pathlib import Path
 
 from selfwright.core.types import Batch, Completion, Example, Message, Prompt
-from selfwright.trainers.learner import LearnerConfig, PlainLearner
-from selfwright.trainers.critic import Critic, CriticConfig
-from selfwright.trainers.loss import DPO, Clip, ContestedGap, CovarianceClip, SequenceClip
+from selfwright.trainers.learning.learner import LearnerConfig, PlainLearner
+from selfwright.trainers.parts.critic import Critic, CriticConfig
+from selfwright.trainers.learning.loss import DPO, Clip, ContestedGap, CovarianceClip, SequenceClip
 
 
 def learn(model, teacher, out):

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfwright.core.types import Aggregation, TokenArrays
-from selfwright.trainers.loss import (
+from selfwright.trainers.learning.loss import (
     DPO,
     NLL,
     Clip,
@@ -25,7 +25,7 @@ from selfwright.trainers.loss import (
     kl,
     sums,
 )
-from selfwright.trainers.pack import Row, Span, token_weights
+from selfwright.trainers.learning.pack import Row, Span, token_weights
 
 LOG = math.log
 

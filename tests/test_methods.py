@@ -15,8 +15,6 @@ from casting import SINGLE, episode, played
 from rich.console import Console
 
 from selfwright.agents import scratch
-from selfwright.commands.evaluate import default_output, evaluate, settle
-from selfwright.commands.run import together
 from selfwright.commands.words import evaluation_words, run_words
 from selfwright.core.config import JudgeConfig, PolicyConfig
 from selfwright.core.errors import JudgeError, LearnerError, ModelError, RecipeError
@@ -26,8 +24,10 @@ from selfwright.core.types import Completion, Prompt, Sampling, Trajectory, Verd
 from selfwright.environments.countdown import solutions
 from selfwright.judges.discriminator import DiscriminatorJudge
 from selfwright.judges.reward import RewardJudge
-from selfwright.trainers.guards import CANARIES
-from selfwright.trainers.self_judge import SelfJudge
+from selfwright.loop.evaluate import default_output, evaluate, settle
+from selfwright.loop.run import together
+from selfwright.trainers.methods.self_judge import SelfJudge
+from selfwright.trainers.parts.guards import CANARIES
 
 pytestmark = pytest.mark.method
 

@@ -18,8 +18,9 @@ from selfwright.core.errors import JudgeError
 from selfwright.core.statistics import agreement
 from selfwright.core.types import Completion, Prompt, Sampling, Stop, Trajectory
 from selfwright.environments.countdown import Countdown, CountdownConfig
+from selfwright.judges.asks import LONGEST, cleaned
 from selfwright.judges.majority import MajorityJudge
-from selfwright.judges.model import LONGEST, ModelJudge, cleaned, read_points, read_verdict
+from selfwright.judges.model import ModelJudge, read_points, read_verdict
 from selfwright.judges.pairwise import PairwiseJudge
 
 

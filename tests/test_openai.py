@@ -17,8 +17,8 @@ from pydantic import ValidationError
 from selfwright.agents.engines import openai as module
 from selfwright.agents.engines.answers import text_of, tokens_of
 from selfwright.agents.engines.openai import OpenAIConfig, OpenAIPolicy
-from selfwright.core.asking import yes_share
 from selfwright.core.errors import PolicyError
+from selfwright.core.play.asking import yes_share
 from selfwright.core.types import Completion, Message, Prompt, Sampling
 
 PICTURE = grey(9)

@@ -26,12 +26,11 @@ from test_transformers_policy import REFUSED, adapter, broken
 
 from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
 from selfwright.commands.cli import call
-from selfwright.commands.evaluate import evaluate
-from selfwright.core.adapters import fits
 from selfwright.core.errors import ModelError, PolicyError, StoreError
 from selfwright.core.files import read_json
-from selfwright.core.models import bare, config_of, open_model, open_weights, save_merged
-from selfwright.core.origin import (
+from selfwright.core.models.adapters import fits
+from selfwright.core.models.open import bare, config_of, open_model, open_weights, save_merged
+from selfwright.core.models.origin import (
     BLOCK,
     BLOCKS,
     NOTE,
@@ -43,8 +42,9 @@ from selfwright.core.origin import (
 )
 from selfwright.core.store import TRAJECTORIES, read_trajectories
 from selfwright.core.types import Batch
-from selfwright.trainers.learner import PlainLearner
-from selfwright.trainers.loss import NLL
+from selfwright.loop.evaluate import evaluate
+from selfwright.trainers.learning.learner import PlainLearner
+from selfwright.trainers.learning.loss import NLL
 
 Folder = Callable[[str], Path]
 TINY = SINGLE.replace("iterations: 3", "iterations: 1").replace("grpo", "imitation")

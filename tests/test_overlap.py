@@ -15,8 +15,9 @@ from casting import SINGLE, played
 from selfwright.agents.chat import Chat, ChatConfig
 from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
 from selfwright.core.config import Fleet, Rollout
-from selfwright.core.draw import draw, starts
-from selfwright.core.rollout import PolicyPlayer, rollouts, turn_seed
+from selfwright.core.hosting.worlds import World, Worlds, open_worlds
+from selfwright.core.play.draw import draw, starts
+from selfwright.core.play.rollout import PolicyPlayer, rollouts, turn_seed
 from selfwright.core.store import read_trajectories
 from selfwright.core.types import (
     Action,
@@ -29,7 +30,6 @@ from selfwright.core.types import (
     Task,
     Trajectory,
 )
-from selfwright.core.worlds import World, Worlds, open_worlds
 
 WORLD = {"numbers": 2, "largest": 9, "attempts": 2}
 PATIENCE_S = 60

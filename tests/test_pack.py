@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from prompts import grey, prompt_of, seeing
 
 from selfwright.core.errors import LearnerError
-from selfwright.core.tokens import ChatTokens
+from selfwright.core.models.tokens import ChatTokens
 from selfwright.core.types import (
     Aggregation,
     Completion,
@@ -28,8 +28,8 @@ from selfwright.core.types import (
     Prompt,
     TokenArrays,
 )
-from selfwright.trainers.loss import NLL, Clip
-from selfwright.trainers.pack import Row, Span, micro_batches, pack, token_weights
+from selfwright.trainers.learning.loss import NLL, Clip
+from selfwright.trainers.learning.pack import Row, Span, micro_batches, pack, token_weights
 
 
 @pytest.fixture(scope="module")

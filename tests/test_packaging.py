@@ -10,7 +10,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS: dict[str, Any] = PROJECT["tool"]["setuptools"]
-ROOMS = ("agents", "commands", "core", "environments", "judges", "recipes", "trainers")
+ROOMS = (
+    "agents",
+    "commands",
+    "core",
+    "environments",
+    "evidence",
+    "judges",
+    "loop",
+    "recipes",
+    "trainers",
+)
 
 
 def folder(package: str) -> Path:

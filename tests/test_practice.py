@@ -9,8 +9,8 @@ from casting import context_of, episode
 
 from selfwright.core.types import Completion, Judged, Prompt, Sampling, Start, Task
 from selfwright.environments.countdown import Countdown, CountdownConfig
-from selfwright.trainers.practice import REQUEST, practised
-from selfwright.trainers.self_judge import SelfJudge, SelfJudgeConfig
+from selfwright.trainers.methods.self_judge import SelfJudge, SelfJudgeConfig
+from selfwright.trainers.parts.practice import REQUEST, practised
 
 WORLD = Countdown(CountdownConfig())
 

@@ -22,8 +22,9 @@ from selfwright.core import recipe as recipes
 from selfwright.core.config import Fleet
 from selfwright.core.errors import RecipeError, WorldError
 from selfwright.core.files import read_json
-from selfwright.core.ray_worlds import Cluster, RayWorker
-from selfwright.core.rollout import ExpertPlayer, rollouts
+from selfwright.core.hosting.ray import Cluster, RayWorker
+from selfwright.core.hosting.worlds import LOSSES, RemoteWorld, World, open_worlds
+from selfwright.core.play.rollout import ExpertPlayer, rollouts
 from selfwright.core.tasks import StoredTask
 from selfwright.core.types import (
     Action,
@@ -35,7 +36,6 @@ from selfwright.core.types import (
     Task,
     Trajectory,
 )
-from selfwright.core.worlds import LOSSES, RemoteWorld, World, open_worlds
 
 pytestmark = pytest.mark.multi
 
@@ -284,8 +284,8 @@ def test_a_run_is_the_same(player: Path, tmp_path: Path) -> None:
 ALONE = """
 import asyncio, sys
 from selfwright.core.config import Fleet
-from selfwright.core.ray_worlds import Cluster
-from selfwright.core.worlds import open_worlds
+from selfwright.core.hosting.ray import Cluster
+from selfwright.core.hosting.worlds import open_worlds
 
 FLEET = Fleet(parallel=1, on="ray")
 

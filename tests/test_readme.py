@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from selfwright.commands.check import check, render
 from selfwright.commands.cli import app
 from selfwright.core.recipe import read, shipped
+from selfwright.environments.contract import check, render
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

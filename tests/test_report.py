@@ -14,8 +14,6 @@ from xml.etree import ElementTree
 import pytest
 from prompts import grey, png
 
-from selfwright.commands.charts import ticks, visible
-from selfwright.commands.report import TURNS_SHOWN, p_value, report, seconds, signed
 from selfwright.core import evaluation
 from selfwright.core.errors import StoreError
 from selfwright.core.evaluation import EvaluationResult, TaskResult, summarise
@@ -34,6 +32,8 @@ from selfwright.core.types import (
     Trajectory,
     Verdict,
 )
+from selfwright.evidence.charts import ticks, visible
+from selfwright.evidence.report import TURNS_SHOWN, p_value, report, seconds, signed
 
 NASTY = (
     "<script>alert(1)</script></style></pre>\"'`<!-- ]]> &amp; {{ 7 * 7 }} "

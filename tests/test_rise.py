@@ -22,8 +22,8 @@ from selfwright.core.types import (
     Trajectory,
     Verdict,
 )
-from selfwright.trainers.lessons import degenerate, kept
-from selfwright.trainers.rise import RISE, RISEConfig
+from selfwright.trainers.methods.rise import RISE, RISEConfig
+from selfwright.trainers.parts.lessons import degenerate, kept
 
 TASK = Task("t", "guess", 4)
 

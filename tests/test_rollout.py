@@ -15,10 +15,11 @@ from prompts import grey, png
 
 from selfwright.agents.chat import Chat, ChatConfig
 from selfwright.core.config import Fleet
-from selfwright.core.draw import draw, starts
 from selfwright.core.errors import TooManyFailures
+from selfwright.core.hosting.worlds import open_worlds
 from selfwright.core.images import STORE
-from selfwright.core.rollout import (
+from selfwright.core.play.draw import draw, starts
+from selfwright.core.play.rollout import (
     ExpertPlayer,
     Player,
     PolicyPlayer,
@@ -41,7 +42,6 @@ from selfwright.core.types import (
     Task,
     Trajectory,
 )
-from selfwright.core.worlds import open_worlds
 
 
 @pytest.fixture(autouse=True)

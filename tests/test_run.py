@@ -14,8 +14,8 @@ import pytest
 
 from selfwright.core.errors import StoreError
 from selfwright.core.files import read_json, write_json
-from selfwright.core.run import Run, iteration_name, iterations
 from selfwright.core.store import read_trajectories
+from selfwright.core.store.folder import Run, iteration_name, iterations
 
 RECIPE = {"seed": 1, "trainer": {"use": "rise", "sizes": (1, 2)}}
 
@@ -26,7 +26,7 @@ from prompts import grey, png
 from selfwright.core.errors import StoreError
 from selfwright.core.files import write_json
 from selfwright.core.images import picture
-from selfwright.core.run import Run, iteration_name
+from selfwright.core.store.folder import Run, iteration_name
 from selfwright.core.store import write_trajectories
 from selfwright.core.types import *
 

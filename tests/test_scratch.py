@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from selfwright.agents import scratch
 from selfwright.core.errors import PolicyError
-from selfwright.core.models import open_model
-from selfwright.core.tokens import ChatTokens
+from selfwright.core.models.open import open_model
+from selfwright.core.models.tokens import ChatTokens
 
 TEXTS = ["Make 24 from 3 5 8.", "3 * 5 + 9 = 24, right"] * 20
 

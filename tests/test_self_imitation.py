@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfwright.core.types import Batch, Judged
-from selfwright.trainers.group import DrGRPO
-from selfwright.trainers.loss import Clip, CovarianceClip
-from selfwright.trainers.replay import Memory, Replay
-from selfwright.trainers.self_imitation import (
+from selfwright.trainers.learning.loss import Clip, CovarianceClip
+from selfwright.trainers.methods.group import DrGRPO
+from selfwright.trainers.methods.self_imitation import (
     SelfImitation,
     SelfImitationConfig,
     falling,
     rising,
 )
+from selfwright.trainers.parts.replay import Memory, Replay
 
 PLAIN: dict[str, Any] = {
     "tool_reward": 0.0,

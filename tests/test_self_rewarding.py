@@ -5,8 +5,8 @@ import asyncio
 from casting import context_of, episode
 
 from selfwright.core.types import Judged
-from selfwright.trainers.loss import DPO
-from selfwright.trainers.self_rewarding import SelfRewarding, SelfRewardingConfig
+from selfwright.trainers.learning.loss import DPO
+from selfwright.trainers.methods.self_rewarding import SelfRewarding, SelfRewardingConfig
 
 
 def group(task: str, *scores: float | None) -> list[Judged]:

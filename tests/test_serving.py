@@ -25,11 +25,12 @@ from selfwright.agents.serving.desk import certain
 from selfwright.agents.serving.images import checked_images
 from selfwright.agents.serving.limits import Limits, Refusal
 from selfwright.core.config import Config, Fleet
-from selfwright.core.draw import draw, starts
 from selfwright.core.errors import PolicyError
+from selfwright.core.hosting.worlds import open_worlds
 from selfwright.core.images import picture
-from selfwright.core.models import open_tokens
-from selfwright.core.rollout import rollouts
+from selfwright.core.models.open import open_tokens
+from selfwright.core.play.draw import draw, starts
+from selfwright.core.play.rollout import rollouts
 from selfwright.core.types import (
     Completion,
     Message,
@@ -40,7 +41,6 @@ from selfwright.core.types import (
     TimeStep,
     WorldSpec,
 )
-from selfwright.core.worlds import open_worlds
 
 pytestmark = pytest.mark.server
 

@@ -18,9 +18,9 @@ import pytest
 from test_serving_swap import adapter
 
 from selfwright.commands.cli import call
-from selfwright.commands.evaluate import read_card
-from selfwright.commands.serve import limits_of, loopback
 from selfwright.core.errors import RecipeError
+from selfwright.loop.evaluate import read_card
+from selfwright.loop.serve import limits_of, loopback
 
 pytestmark = pytest.mark.server
 

@@ -18,6 +18,7 @@ from test_serving import refusal
 from selfwright.agents.serving.app import Served, playground
 from selfwright.core.chromium import chromium as found
 from selfwright.core.config import Config, Fleet
+from selfwright.core.hosting.worlds import Worlds, open_worlds
 from selfwright.core.images import picture
 from selfwright.core.types import (
     Completion,
@@ -29,7 +30,6 @@ from selfwright.core.types import (
     TimeStep,
     WorldSpec,
 )
-from selfwright.core.worlds import Worlds, open_worlds
 
 pytestmark = [pytest.mark.server, pytest.mark.browser]
 

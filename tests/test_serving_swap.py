@@ -14,12 +14,12 @@ from serving import Echo, limits, running, served, transformers_policy, until
 from test_serving import TASK, opened, refusal, seen
 
 from selfwright.agents.serving.champion import Gate
-from selfwright.commands.evaluate import Exam
-from selfwright.commands.progress import Progress
-from selfwright.commands.serve import Trial
 from selfwright.core.recipe import section
 from selfwright.core.statistics import Comparison, compare_outcomes
 from selfwright.core.types import Sampling
+from selfwright.loop.evaluate import Exam
+from selfwright.loop.progress import Progress
+from selfwright.loop.serve import Trial
 
 pytestmark = pytest.mark.server
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from prompts import prompt_of
 
 from selfwright.core.types import Judged
-from selfwright.trainers.loss import NLL, Clip
-from selfwright.trainers.replay import prioritised, recent, returns
-from selfwright.trainers.sil import SIL, SILConfig
-from selfwright.trainers.value import Value, ValueConfig, value_gap
+from selfwright.trainers.learning.loss import NLL, Clip
+from selfwright.trainers.methods.sil import SIL, SILConfig
+from selfwright.trainers.parts.replay import prioritised, recent, returns
+from selfwright.trainers.parts.value import Value, ValueConfig, value_gap
 
 Folder = Callable[[str], Path]
 

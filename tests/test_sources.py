@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from selfwright.commands.base import key_of, made_as
-from selfwright.commands.progress import Progress
-from selfwright.commands.run import begun
+from selfwright.core.hosting.worlds import open_worlds
 from selfwright.core.plugins import load
 from selfwright.core.protocols import alone
 from selfwright.core.recipe import differences, read
-from selfwright.core.run import Run
 from selfwright.core.sources import code_of
-from selfwright.core.worlds import open_worlds
+from selfwright.core.store.folder import Run
+from selfwright.loop.progress import Progress
+from selfwright.loop.run import begun
+from selfwright.loop.warm_start import key_of, made_as
 
 FILES = {
     "lone.py": "from .. import nothing\n",
@@ -72,7 +72,7 @@ def test_all_that_is_imported_counts_wherever_and_whenever_it_is(folder: Path) -
 def test_our_own_plug_ins_count_by_their_files_and_others_by_their_version() -> None:
     found = code_of(load("environments", "countdown"), load("agents", "chat"))
     assert {"selfwright.environments.countdown", "selfwright.agents.chat"} <= found.keys()
-    assert "selfwright.commands.base" not in found, "whatever is not imported does not count"
+    assert "selfwright.loop.warm_start" not in found, "whatever is not imported does not count"
     import pydantic
 
     assert found["pydantic of pydantic"] == pydantic.VERSION

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from selfwright.core.supervised import Supervised
+from selfwright.core.hosting.supervised import Supervised
 
 STUBBORN = "trap '' TERM; sleep 600 & while true; do sleep 1; done"
 """Starts another one, and does not end when it is asked to."""
@@ -74,7 +74,7 @@ def test_it_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
             sys.executable,
             "-c",
             "import os, pathlib, sys, time\n"
-            "from selfwright.core.supervised import Supervised\n"
+            "from selfwright.core.hosting.supervised import Supervised\n"
             "one = Supervised(['bash', '-c', sys.argv[1]], os.environ, pathlib.Path(sys.argv[2]))\n"
             "print(one.pid, flush=True)\n"
             "time.sleep(600)\n",

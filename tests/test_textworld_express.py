@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from selfwright.core.config import Fleet
 from selfwright.core.errors import WorldError
+from selfwright.core.hosting.worlds import open_worlds
 from selfwright.core.types import Observation, TimeStep
-from selfwright.core.worlds import open_worlds
 from selfwright.environments.textworld_express import (
     Game,
     TextWorldExpress,

@@ -14,9 +14,9 @@ from prompts import grey, prompt_of, seeing
 from transformers import AutoTokenizer
 
 from selfwright.core.errors import PolicyError, PromptError
-from selfwright.core.tokens import ChatTokens
+from selfwright.core.models.tokens import ChatTokens
 from selfwright.core.types import Completion, Example, Message, Part, Prompt, Tool
-from selfwright.trainers.pack import pack
+from selfwright.trainers.learning.pack import pack
 
 OPEN = "{% for m in messages %}<|{{ m.role }}|>"
 CLOSE = "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from selfwright.agents import scratch
 from selfwright.commands.cli import call
 from selfwright.core.errors import LearnerError, StoreError
-from selfwright.core.models import open_model
+from selfwright.core.models.open import open_model
 from selfwright.core.store import write_trajectories
 from selfwright.core.types import (
     Batch,
@@ -42,10 +42,10 @@ from selfwright.core.types import (
     Trajectory,
     Verdict,
 )
-from selfwright.trainers.export import read_sft, to_messages, to_preferences, to_sft
-from selfwright.trainers.learner import LearnerConfig, PlainLearner
-from selfwright.trainers.loss import NLL, Clip
-from selfwright.trainers.trl_learner import (
+from selfwright.trainers.learning.export import read_sft, to_messages, to_preferences, to_sft
+from selfwright.trainers.learning.learner import LearnerConfig, PlainLearner
+from selfwright.trainers.learning.loss import NLL, Clip
+from selfwright.trainers.learning.trl import (
     TRLConfig,
     TRLLearner,
     fit_dpo,

@@ -24,14 +24,14 @@ from test_supervised import within
 from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
 from selfwright.agents.engines.vllm import RANKS, VLLMConfig, VLLMPolicy, room_for
 from selfwright.agents.engines.vllm_server import Gone, Replica, metric
-from selfwright.core.canary import Canary
 from selfwright.core.errors import DiskError, PolicyError, RecipeError
 from selfwright.core.files import read_json
+from selfwright.core.models.canary import Canary
+from selfwright.core.models.tokens import ChatTokens
 from selfwright.core.recipe import read
-from selfwright.core.tokens import ChatTokens
 from selfwright.core.types import Batch, Completion, Example, Message, Prompt, Sampling
-from selfwright.trainers.loss import NLL
-from selfwright.trainers.pack import pack
+from selfwright.trainers.learning.loss import NLL
+from selfwright.trainers.learning.pack import pack
 
 PYTHON = os.environ.get(
     "SELFWRIGHT_VLLM_PYTHON", str(Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python")

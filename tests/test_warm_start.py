@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from casting import warmed
 
-from selfwright.commands.base import STORY
 from selfwright.core.files import read_json
+from selfwright.loop.warm_start import STORY
 
 
 def test_it_ends_by_its_updates_however_long_they_take(

@@ -20,11 +20,7 @@ from prompts import grey, png
 from selfwright.core.checked import checked_observation, checked_time_step
 from selfwright.core.config import Config, Fleet
 from selfwright.core.errors import PluginError, WorldError
-from selfwright.core.images import STORE
-from selfwright.core.protocols import HasAttempts, HasExpert, HasRandom
-from selfwright.core.tasks import StoredTask, task_data
-from selfwright.core.types import Observation, TimeStep, WorldSpec
-from selfwright.core.worlds import (
+from selfwright.core.hosting.worlds import (
     Here,
     LocalWorker,
     ProcessHost,
@@ -33,6 +29,10 @@ from selfwright.core.worlds import (
     open_worlds,
     spec_of,
 )
+from selfwright.core.images import STORE
+from selfwright.core.protocols import HasAttempts, HasExpert, HasRandom
+from selfwright.core.tasks import StoredTask, task_data
+from selfwright.core.types import Observation, TimeStep, WorldSpec
 
 GONE_S = 10.0
 
@@ -391,7 +391,7 @@ PARENT = """
 import asyncio, sys, time
 import psutil
 from selfwright.core.config import Fleet
-from selfwright.core.worlds import open_worlds
+from selfwright.core.hosting.worlds import open_worlds
 
 async def main():
     sys.path.append(sys.argv[1])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ...core.tokens import PAD
+from ...core.models.tokens import PAD
 from .cache import Memory, Read, attends_only, check_used, copy_places, layers_for
 
 

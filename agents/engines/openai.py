@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ...core.config import PolicyConfig
 from ...core.errors import PolicyError
-from ...core.tokens import cut, functions
+from ...core.models.tokens import cut, functions
 from ...core.types import Completion, Message, Prompt, Sampling
 from . import data_url
 from .answers import Failure, names, read, shown, text_of, tokens_of

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from ...core.adapters import merge, restore
 from ...core.config import PolicyConfig
 from ...core.errors import ModelError, PolicyError, PromptError
-from ...core.models import device_of, open_model, open_weights, unready
-from ...core.origin import ADAPTER
-from ...core.tokens import cut
+from ...core.models.adapters import merge, restore
+from ...core.models.open import device_of, open_model, open_weights, unready
+from ...core.models.origin import ADAPTER
+from ...core.models.tokens import cut
 from ...core.types import Completion, Prompt, Sampling
 
 

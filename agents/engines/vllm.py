@@ -16,14 +16,14 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ...core.adapters import changes, fits
-from ...core.canary import Canary, canary_ids, distance
 from ...core.config import PolicyConfig
 from ...core.errors import DiskError, PolicyError, PromptError
 from ...core.files import DRAFT, hard_link
-from ...core.models import bare, config_of, open_tokens, placeholder_of, save_merged, unready
-from ...core.origin import ADAPTER, WEIGHTS, belongs, parts_of
-from ...core.tokens import cut
+from ...core.models.adapters import changes, fits
+from ...core.models.canary import Canary, canary_ids, distance
+from ...core.models.open import bare, config_of, open_tokens, placeholder_of, save_merged, unready
+from ...core.models.origin import ADAPTER, WEIGHTS, belongs, parts_of
+from ...core.models.tokens import cut
 from ...core.types import Completion, Prompt, Sampling
 from .vllm_server import MODEL, Answer, Gone, Replica, launched
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import aiohttp
 
 from ...core.errors import PolicyError
-from ...core.supervised import Supervised
+from ...core.hosting.supervised import Supervised
 from ...core.types import Image
 from . import data_url
 

@@ -24,9 +24,9 @@ from starlette.exceptions import HTTPException
 from ... import __version__
 from ...core.errors import PolicyError, PromptError, WorldError
 from ...core.images import STORE
-from ...core.rollout import PolicyPlayer, deadline
+from ...core.models.tokens import ChatTokens
+from ...core.play.rollout import PolicyPlayer, deadline
 from ...core.seeds import derive
-from ...core.tokens import ChatTokens
 from ...core.types import (
     Action,
     Completion,

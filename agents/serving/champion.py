@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ...core.errors import DiskError, SelfwrightError
-from ...core.origin import ADAPTER
+from ...core.models.origin import ADAPTER
+from ...core.play.rollout import deadline
 from ...core.protocols import Policy
-from ...core.rollout import deadline
 from ...core.statistics import Comparison
 from .limits import Limits, Refusal
 from .metrics import Metrics

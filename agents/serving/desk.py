@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...core.checked import checked_completion
+from ...core.models.tokens import ChatTokens, cut
 from ...core.protocols import HasStream, Policy
-from ...core.tokens import ChatTokens, cut
 from ...core.types import Completion, Prompt, Sampling
 from .champion import Champion
 from .limits import Limits, Refusal

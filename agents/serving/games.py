@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from ...core.errors import WorldError
-from ...core.rollout import PolicyPlayer, deadline, executed
+from ...core.hosting.worlds import World, Worlds
+from ...core.play.rollout import PolicyPlayer, deadline, executed
 from ...core.seeds import derive
 from ...core.types import Action, Observation, Step, Task, TimeStep
-from ...core.worlds import World, Worlds
 from .limits import Refusal
 
 Split: TypeAlias = Literal["train", "validation", "test"]

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import StoreError
-from ..run import iterations
 from ..types import Completion, Observation, Prompt
+from .folder import iterations
 from .schema import BOOL, COMPLETION, DOUBLE, INT32, INT64, MESSAGE, OBSERVATION, TEXT, TOOL
 from .shapes import Many, Maybe, Record
 from .trajectories import read_trajectories

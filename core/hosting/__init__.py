@@ -1,0 +1,1 @@
+"""Hosting worlds: in this process, in others, on a cluster."""

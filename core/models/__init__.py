@@ -1,0 +1,1 @@
+"""Models: opened, their tokens, what they stand on."""

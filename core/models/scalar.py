@@ -1,0 +1,145 @@
+"""A language model's body with one number on top, read at a text's last token; it is trained whole.
+
+torch is imported when called.
+"""
+
+# torch is partly untyped.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from pydantic import Field
+
+from ..config import Config
+from ..errors import ModelError
+from ..types import Completion, Prompt
+from .open import open_model
+from .tokens import PAD
+
+DISCRIMINATOR = "discriminator.safetensors"
+"""What a trainer with a discriminator keeps of it in an iteration's folder, for judges to find."""
+Text: TypeAlias = tuple[Prompt, Completion]
+"""A prompt and what was answered; an answer that was not sampled and is empty adds nothing."""
+
+
+class ScalarConfig(Config):
+    learning_rate: float = Field(default=1e-4, gt=0)
+    batch_size: int = Field(default=32, ge=1)
+    """Pairs, or texts, per optimiser step."""
+    token_budget: int = Field(default=4096, ge=1)
+    """Padded tokens computed at once."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class ScalarModel:
+    """z(text), a float; 0 for every text at first."""
+
+    def __init__(self, config: ScalarConfig, model: str) -> None:
+        """Raises: ModelError, PolicyError: the model cannot be opened there."""
+        import torch
+
+        self._budget = config.token_budget
+        device = config.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        whole, self._tokens = open_model(model, device, "float32", False)
+        self.body: Any = whole.get_decoder()
+        self.head = torch.nn.Linear(whole.config.get_text_config().hidden_size, 1).to(device)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
+        self._trained = [*self.body.parameters(), *self.head.parameters()]
+        self._optimizer = torch.optim.AdamW(self._trained, lr=config.learning_rate, weight_decay=0)
+        self.updates = 0
+
+    def ids(self, text: Text) -> list[int]:
+        prompt, said = text
+        answer = self._tokens.answer(said) if said.text or said.token_ids else ()
+        return [*self._tokens.prompt(prompt), *answer]
+
+    def values(self, texts: Sequence[Text]) -> list[float]:
+        """z of each, without gradient."""
+        import torch
+
+        rows = [self.ids(text) for text in texts]
+        found = [0.0] * len(rows)
+        order = sorted(range(len(rows)), key=lambda k: len(rows[k]))
+        with torch.no_grad():
+            for part in self.parts(order, rows):
+                made: list[float] = self.forward([rows[k] for k in part]).tolist()
+                for k, value in zip(part, made, strict=True):
+                    found[k] = value
+        return found
+
+    def parts(
+        self, order: Sequence[int], rows: Sequence[Sequence[int]], each: int = 1
+    ) -> list[list[int]]:
+        """``order``, shortest rows first, in groups of at most ``token_budget`` padded tokens."""
+        parts: list[list[int]] = []
+        for k in order:
+            size = each * (len(parts[-1]) + 1) * len(rows[k]) if parts else 0
+            if parts and size <= self._budget:
+                parts[-1].append(k)
+            else:
+                parts.append([k])
+        return parts
+
+    def forward(self, rows: Sequence[list[int]]) -> Any:
+        """(B,) z, read at each row's last token; carries the gradient."""
+        import torch
+
+        longest, device = max(map(len, rows)), self.head.weight.device
+        ids = torch.tensor([row + [PAD] * (longest - len(row)) for row in rows], device=device)
+        last = torch.tensor([len(row) - 1 for row in rows], device=device)
+        hidden = self.body(input_ids=ids, use_cache=False).last_hidden_state
+        return self.head(hidden[torch.arange(len(rows), device=device), last])[:, 0]
+
+    def clear(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        """One optimiser step along the gradients, clipped to a norm of 1."""
+        import torch
+
+        torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
+        self._optimizer.step()
+        self.updates += 1
+
+    def save(self, file: Path) -> None:
+        import torch
+        from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
+
+        state: dict[str, Any] = {"updates": torch.tensor(self.updates)}
+        for k, weight in enumerate(self._trained):
+            state[f"weight.{k}"] = weight.detach().clone().contiguous()
+            for name, value in self._optimizer.state.get(weight, {}).items():
+                state[f"optimizer.{name}.{k}"] = torch.as_tensor(value).clone().contiguous()
+        save_file(state, file)
+
+    def restore(self, file: Path) -> None:
+        """Raises: ModelError: the file is missing, damaged or of another model."""
+        import torch
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
+
+        try:
+            state = load_file(file)
+            shapes = [state[f"weight.{k}"].shape for k in range(len(self._trained))]
+        except (OSError, SafetensorError, KeyError) as cause:
+            raise ModelError(f"cannot read {file}: {cause}") from cause
+        if shapes != [weight.shape for weight in self._trained]:
+            raise ModelError(f"{file} was written with another model than this one")
+        self.updates = int(state["updates"])
+        with torch.no_grad():
+            for k, weight in enumerate(self._trained):
+                weight.copy_(state[f"weight.{k}"])
+                kept = {
+                    name: state[f"optimizer.{name}.{k}"].to(
+                        weight.device if name != "step" else "cpu"
+                    )
+                    for name in ("step", "exp_avg", "exp_avg_sq")
+                    if f"optimizer.{name}.{k}" in state
+                }
+                if kept:
+                    self._optimizer.state[weight] = kept

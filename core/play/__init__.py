@@ -1,0 +1,1 @@
+"""Playing: episodes, whom they ask, and who judges them."""

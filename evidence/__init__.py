@@ -1,0 +1,1 @@
+"""Evidence: comparisons, reports and the charts in them."""

@@ -1,0 +1,465 @@
+"""The whole loop, top to bottom: play, judge, learn, again; then prove it."""
+
+import asyncio
+import shutil
+import time
+from collections.abc import Awaitable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..core import evaluation as files
+from ..core.config import PolicyConfig
+from ..core.errors import LearnerError
+from ..core.files import read_json, write_json
+from ..core.hosting.worlds import Worlds, open_worlds
+from ..core.images import FOLDER as IMAGES
+from ..core.images import STORE
+from ..core.models.open import save_merged
+from ..core.models.origin import layers_of, note_base
+from ..core.play.draw import draw, starts
+from ..core.play.judging import BROKEN
+from ..core.play.rollout import failures_by_name, rollouts
+from ..core.protocols import HasFindings, HasGuards, HasMemory, Hire, Judge, Plan, Trainer, alone
+from ..core.recipe import Recipe, differences
+from ..core.seeds import derive
+from ..core.store import write_trajectories
+from ..core.store.folder import Run, iteration_name
+from ..core.types import Judged, Metrics, Stop, Task
+from ..evidence.report import report
+from .components import Cast
+from .evaluate import drawn, exam_tasks, examine, judge_of, tokens_sampled
+from .progress import Progress
+from .ready import check
+from .result import BASE, conclude, phase_base, phase_name, points, seconds
+from .warm_start import key_of, made_as, made_here, prepare
+
+PATIENCE = 3
+"""Iterations in a row from which nothing could be learned, after which a run stops."""
+
+
+LOOKED_AT = 32
+"""Training tasks that a run looks at before it plays anything."""
+
+
+class Alarm(Exception):
+    """A trainer found that what it learns from can no longer be trusted.
+
+    ``trusted``: after so many of the phase's iterations what was learned was best.
+    """
+
+    def __init__(self, why: str, trusted: int) -> None:
+        super().__init__(why)
+        self.trusted = trusted
+
+
+async def run(recipe: Recipe, output: Path, console: Console, hire: Hire = alone) -> dict[str, Any]:
+    """Run ``recipe``, or go on with it, in the folder ``output``; what ``result.json`` holds.
+
+    ``hire`` makes its learners.
+
+    Raises:
+        SelfwrightError: it says what went wrong; what was committed stays, and the same command
+            goes on from there.
+    """
+    progress = Progress(console)
+    settings = recipe.environment.config.model_dump(mode="json")
+    with Run.open(output, recipe.dump(), differences) as kept, STORE.kept_in(kept.path(IMAGES)):
+        if kept.has("result.json"):
+            progress.say(f"{output} holds a finished run; this is its result")
+            if not kept.has("report.html"):
+                progress.say(f"report: {report(output)}")
+            return read_json(kept.path("result.json"))
+        check(recipe, str(kept.path(BASE)) if kept.has(BASE) else policy_of(recipe).model)
+        async with await open_worlds(recipe.environment.use, settings, recipe.fleet) as worlds:
+            look_at_tasks(recipe, worlds, progress)
+            judge: Judge = recipe.judge.make()
+            base = await begun(recipe, worlds, kept, progress, hire)
+            cast = Cast(recipe, worlds, recipe.agent.make(), judge, progress, hire)
+            try:
+                learned = await improve(cast, kept, base)
+            finally:
+                await cast.close()
+        result = conclude(recipe, base, cast.stopped, learned, kept)
+        progress.say(f"report: {report(output)}")
+        return result
+
+
+def look_at_tasks(recipe: Recipe, worlds: Worlds, progress: Progress) -> None:
+    """Before anything is played: all that is evaluated on, and some of what is trained on.
+
+    Raises:
+        WorldError: some are no tasks, or two share an id.
+    """
+    settings = recipe.evaluation
+    exam_tasks(worlds, settings.split, settings.tasks, recipe.seed, progress)
+    if settings.every:
+        validation_tasks(recipe, worlds, progress)
+    if len(tasks := worlds.tasks("train")):
+        draw(tasks, LOOKED_AT, derive(recipe.seed, "look"))
+
+
+def validation_tasks(recipe: Recipe, worlds: Worlds, progress: Progress) -> list[Task]:
+    count, seed = recipe.evaluation.validation_tasks, derive(recipe.seed, "validation")
+    return drawn(worlds, "validation", count, seed, progress)
+
+
+async def begun(recipe: Recipe, worlds: Worlds, kept: Run, progress: Progress, hire: Hire) -> str:
+    """The base model: a plain one, that is no adapter, nor a run.
+
+    One made here is kept with the run, which then needs no other place; and so is what an adapter
+    makes of its base, as what is learned stands on both.
+    """
+    made_anew = made_here(policy_of(recipe)) and not kept.begun
+    if kept.has(BASE) and made_anew and made_as(kept.path(BASE)) != key_of(recipe):
+        kept.discard(BASE)  # Of a world that was another one then.
+    if not kept.has(BASE):
+        made = await prepare(recipe, worlds, progress, hire)
+        plain, adapters = layers_of(made)
+        if not adapters and not made_here(policy_of(recipe)):
+            return plain
+        with kept.draft(BASE) as folder:
+            if adapters:
+                save_merged(made, folder, trusting(recipe))
+            else:
+                shutil.copytree(made, folder, dirs_exist_ok=True)
+    return str(kept.path(BASE).resolve())
+
+
+def policy_of(recipe: Recipe) -> PolicyConfig:
+    """What every engine knows of the policy in training."""
+    config = recipe.policy.config
+    assert isinstance(config, PolicyConfig)
+    return config
+
+
+def trusting(recipe: Recipe) -> bool:
+    """Whether code that comes with the policy's model may be run."""
+    return bool(getattr(recipe.policy.config, "trust_remote_code", False))
+
+
+async def improve(cast: Cast, kept: Run, base: str) -> int:
+    """Every iteration that is not committed yet, between evaluations on the same tasks.
+
+    A phase's base is what the phase before it has come to.
+
+    Returns:
+        After how many iterations the run had learned what it has come to: all of them, or fewer if
+        an alarm took it back.
+    """
+    recipe, begin, learned = cast.recipe, 0, 0
+    for number, phase in enumerate(recipe.phases):
+        last = number + 1 == len(recipe.phases)
+        if kept.has(phase_base(number + 1)):
+            begin += phase.iterations  # The next one has begun.
+            continue
+        if kept.finished < begin:
+            break  # The budget was spent before this phase.
+        await cast.start(phase, str(kept.path(phase_base(number)).resolve()) if number else base)
+        trainer: Trainer = phase.trainer.make(cast.means)
+        if not number:
+            # Before anything is played: what cannot be opened or is unfit is better known now.
+            for other in recipe.phases[1:]:
+                other.trainer.make(cast.means)
+            await evaluated(cast, kept, "base")
+        if kept.finished > begin:
+            done = kept.path(iteration_name(kept.finished - 1))
+            if isinstance(trainer, HasMemory):
+                trainer.restore(done / "trainer")
+            cast.learner.restore(done / "learner")
+            await cast.policy.load(done / "checkpoint")
+            cast.progress.say(f"resuming after iteration {kept.finished} of {recipe.iterations}")
+        try:
+            await rounds(cast, trainer, kept, begin)
+        except Alarm as alarm:
+            learned = begin + alarm.trusted
+            await cast.policy.load(kept.path(iteration_name(learned - 1)) / "checkpoint")
+            cast.stopped = (
+                f"after iteration {kept.finished} of {recipe.iterations}: {alarm}; back to what "
+                f"it had learned after iteration {learned}"
+            )
+            cast.progress.say(f"stopped {cast.stopped}")
+            break
+        begin += phase.iterations
+        if spent_share(kept, recipe) >= 1:
+            cast.progress.say(f"the budget is spent after iteration {kept.finished}")
+            break
+        if not last:
+            await evaluated(cast, kept, phase_name(number))
+            with kept.draft(phase_base(number + 1)) as folder:
+                ended = kept.path(iteration_name(begin - 1)) / "checkpoint"
+                save_merged(str(ended), folder, trusting(recipe))
+    await evaluated(cast, kept, "final")
+    return learned or kept.finished
+
+
+async def rounds(cast: Cast, trainer: Trainer, kept: Run, begin: int) -> None:
+    """The iterations of a phase that are left, each committed by itself; ``begin`` is its first.
+
+    Raises:
+        Alarm: the trainer's. The iteration it was raised in is kept, but nothing was learned in it.
+    """
+    recipe = cast.recipe
+    if isinstance(trainer, HasGuards) and trainer.alarm:
+        raise Alarm(trainer.alarm, trainer.trusted)  # Raised before the run was killed.
+    cast.version, cast.asked = kept.finished, 0
+    ahead = Ahead(cast, trainer, begin + cast.phase.iterations)
+    try:
+        for index in range(max(begin, kept.finished), begin + cast.phase.iterations):
+            spent = spent_share(kept, recipe)
+            if spent >= 1:
+                break
+            done = max((index - begin) / cast.phase.iterations, spent)
+            ahead.begin(index, spent)
+            await iteration(cast, trainer, kept, index, done, ahead.rounds[index])
+            del ahead.rounds[index]
+            if isinstance(trainer, HasGuards) and trainer.alarm:
+                raise Alarm(trainer.alarm, trainer.trusted)
+            watch(kept, begin, index)
+    finally:
+        await ahead.end()
+
+
+class Ahead:
+    """The rounds of episodes in play, by the index of their iteration."""
+
+    def __init__(self, cast: Cast, trainer: Trainer, end: int) -> None:
+        self.rounds: dict[int, asyncio.Task[list[Judged]]] = {}
+        self._cast = cast
+        self._trainer = trainer
+        self._end = end
+
+    def begin(self, index: int, spent: float) -> None:
+        """Play what is not in play yet: this round, and as many after it as the recipe allows.
+
+        ``spent``: the budget's share that all before ``index`` have cost.
+        """
+        each = spent / index if index else 0.0
+        for more in range(self._cast.recipe.rollout.max_staleness + 1):
+            number = index + more
+            # None that the budget, as far as can be told, will not come to.
+            if number < self._end and number not in self.rounds and spent + more * each < 1:
+                played = play(self._cast, self._trainer.plan, number)
+                self.rounds[number] = asyncio.create_task(played)
+
+    async def end(self) -> None:
+        """Whatever is still in play is given up."""
+        for one in self.rounds.values():
+            one.cancel()
+        await asyncio.gather(*self.rounds.values(), return_exceptions=True)
+
+
+async def iteration(
+    cast: Cast,
+    trainer: Trainer,
+    kept: Run,
+    index: int,
+    done: float,
+    played: Awaitable[list[Judged]],
+) -> None:
+    """Learn from what is being played, and commit it."""
+    recipe, policy = cast.recipe, cast.policy
+    with kept.draft(iteration_name(index)) as folder:
+        metrics = await iterate(cast, trainer, index, done, played)
+        clock = Clock()
+        cast.learner.export(folder / "checkpoint")
+        note_base(folder / "checkpoint", cast.base)
+        cast.learner.save(folder / "learner")
+        images = kept.path(IMAGES)
+        write_trajectories(folder, cast.played, images, judge_of(cast.phase.judge))
+        if isinstance(trainer, HasMemory):
+            (folder / "trainer").mkdir()
+            trainer.save(folder / "trainer", images)
+        metrics["time/store_s"] = clock.lap()
+        await policy.load(folder / "checkpoint")
+        cast.version = index + 1
+        metrics |= await validated(cast, index)
+        write_json(folder / "metrics.json", metrics)
+    # The draft has its final name now; the weights are to be known by that.
+    await policy.load(kept.path(iteration_name(index)) / "checkpoint")
+    cast.progress.say(line(index, recipe.iterations, metrics))
+
+
+def spent_share(kept: Run, recipe: Recipe) -> float:
+    """How much of the budget the committed iterations have cost."""
+    rounds = [
+        read_json(kept.path(iteration_name(k)) / "metrics.json") for k in range(kept.finished)
+    ]
+    costs = (sum(m[f"rollout/{key}"] for m in rounds) for key in ("environment_steps", "tokens"))
+    return recipe.budget.share(*costs)
+
+
+async def play(cast: Cast, plan: Plan, index: int) -> list[Judged]:
+    """The episodes that iteration ``index`` begins with, judged."""
+    if not plan.tasks:
+        return []
+    seed = derive(cast.recipe.seed, "iteration", index)
+    tasks = drawn(cast.worlds, "train", plan.tasks, derive(seed, "tasks"), cast.progress)
+    begin = starts(tasks, plan.attempts, seed, plan.turns)
+    what = f"iteration {index + 1}: playing"
+    return await cast.round(cast.called(plan.player), begin, seed, what)
+
+
+async def iterate(
+    cast: Cast, trainer: Trainer, index: int, progress: float, played: Awaitable[list[Judged]]
+) -> Metrics:
+    """Have played, learn once. All of the iteration's episodes are left in ``cast.played``."""
+    clock = Clock()
+    given = await played
+    cast.seed = derive(cast.recipe.seed, "iteration", index)
+    cast.played, cast.rounds = [*given], 0
+    batches = await trainer.batches(given)
+    metrics = {"time/rollout_s": clock.lap()} | summary(cast.played, cast.asked)
+    metrics |= staleness(cast.played, cast.version)
+    cast.asked = 0
+    if isinstance(trainer, HasFindings):
+        metrics |= trainer.findings
+    if isinstance(trainer, HasGuards) and trainer.alarm:
+        batches = []
+    loop = asyncio.get_running_loop()
+    learned: list[Metrics] = []
+    with cast.progress.stage(f"iteration {index + 1}: learning"):
+        for batch in batches:
+            if batch.examples:
+                # In a thread, so that deadlines and signals are served while it computes.
+                update = loop.run_in_executor(None, cast.learner.update, batch, progress)
+                learned.append(await update)
+    return metrics | together(learned) | {"time/learn_s": clock.lap()}
+
+
+def staleness(played: Sequence[Judged], version: int) -> Metrics:
+    """How many iterations the policy has learned from since it said what it learns from now."""
+    own = [
+        version - step.action.completion.version
+        for one in played
+        for step in one.trajectory.steps[one.trajectory.replayed :]
+        if step.action.completion.version >= 0
+    ]
+    if not own:
+        return {}
+    return {"rollout/staleness": sum(own) / len(own), "rollout/staleness_max": float(max(own))}
+
+
+COUNTED = ("train/examples", "train/rows", "train/updates", "train/tokens", "train/prefix_breaks")
+"""What adds up over an iteration's batches; of other metrics the mean over updates is told."""
+
+
+def together(learned: Sequence[Metrics]) -> Metrics:
+    """The metrics of an iteration's batches as those of one."""
+    total: Metrics = {key: 0.0 for key in ("train/examples", "train/tokens")}
+    updates = sum(one.get("train/updates", 1.0) for one in learned)
+    for one in learned:
+        share = one.get("train/updates", 1.0) / updates if updates else 1 / len(learned)
+        for key, value in one.items():
+            total[key] = total.get(key, 0.0) + (value if key in COUNTED else share * value)
+    return total | {"train/total_tokens": total["train/tokens"]}
+
+
+def summary(played: Sequence[Judged], asked: int = 0) -> Metrics:
+    """What was played, in numbers; nothing undefined is written down as a number.
+
+    ``asked``: tokens that were sampled outside of episodes.
+    """
+    trajectories = [j.trajectory for j in played]
+    scores = [j.verdict.score for j in played if j.verdict.score is not None]
+    own = [step for t in trajectories for step in t.steps[t.replayed :]]
+    metrics: Metrics = {
+        "rollout/episodes": float(len(played)),
+        "rollout/environment_steps": float(sum(len(t.steps) for t in trajectories)),
+        "rollout/tokens": float(tokens_sampled(trajectories) + asked),
+        "rollout/failed": float(sum(t.stop == Stop.FAILED for t in trajectories)),
+        "judge/undecided": float(len(played) - len(scores)),
+        "judge/broken": float(sum(j.verdict.judge == BROKEN for j in played)),
+    }
+    metrics |= {f"failures/{k}": float(v) for k, v in failures_by_name(trajectories).items()}
+    if played:
+        metrics["rollout/success"] = sum(t.success for t in trajectories) / len(played)
+        metrics["rollout/reward"] = sum(t.reward for t in trajectories) / len(played)
+    if scores:
+        metrics["judge/score"] = sum(scores) / len(scores)
+    if own:
+        cut = sum(step.action.completion.finish == "length" for step in own)
+        metrics["rollout/cut_share"] = cut / len(own)
+    return metrics
+
+
+async def validated(cast: Cast, index: int) -> Metrics:
+    """A point of the learning curve, on validation tasks that nothing is trained on."""
+    settings = cast.recipe.evaluation
+    if not settings.every or (index + 1) % settings.every:
+        return {}
+    clock = Clock()
+    seed = derive(cast.recipe.seed, "validation")
+    tasks = validation_tasks(cast.recipe, cast.worlds, cast.progress)
+    player = cast.player(settings.temperature)
+    played = await rollouts(player, cast.worlds, starts(tasks, 1, seed), seed)
+    return {
+        "validation/success": sum(t.success for t in played) / len(played),
+        "validation/tasks": float(len(played)),
+        "validation/failed": float(sum(t.stop == Stop.FAILED for t in played)),
+        "validation/environment_steps": float(sum(len(t.steps) for t in played)),
+        "validation/tokens": float(tokens_sampled(played)),
+        "time/validation_s": clock.lap(),
+    }
+
+
+async def evaluated(cast: Cast, kept: Run, name: str) -> None:
+    """``evaluations/NAME``, unless it is there already."""
+    if kept.has(f"evaluations/{name}"):
+        return
+    player = cast.player(cast.exam.temperature)
+    exam, judge = cast.exam, cast.examiner
+    origin = f"{cast.recipe.identity} {name}"
+    result, episodes = await examine(exam, player, judge, cast.worlds, cast.progress, name, origin)
+    with kept.draft(f"evaluations/{name}") as folder:
+        files.write(folder, result)
+        write_trajectories(folder, episodes, kept.path(IMAGES), judge_of(exam.judge))
+    low, high = result.interval
+    cast.progress.say(
+        f"{name}: {result.successes} of {result.tasks} {result.split} tasks solved, "
+        f"{result.success_rate:.1%} [{low:.1%}, {high:.1%}]"
+    )
+
+
+def watch(kept: Run, begin: int, index: int) -> None:
+    """Raises: LearnerError: the phase's last iterations had nothing to learn from."""
+    recent = [
+        read_json(kept.path(iteration_name(k)) / "metrics.json")
+        for k in range(max(begin, index + 1 - PATIENCE), index + 1)
+    ]
+    if len(recent) == PATIENCE and not any(m.get("train/examples") for m in recent):
+        score = recent[-1].get("judge/score", "undefined")
+        raise LearnerError(
+            f"nothing is being learned: the trainer found no example in {PATIENCE} iterations "
+            f"(mean score {score}, {recent[-1]['judge/undecided']:.0f} undecided, "
+            f"{recent[-1]['rollout/failed']:.0f} failed); warm the policy up, make the tasks "
+            "easier, or loosen the trainer's filter"
+        )
+
+
+def line(index: int, iterations: int, metrics: Metrics) -> str:
+    """One iteration for people."""
+    parts = [f"iteration {index + 1}/{iterations}"]
+    if points(metrics):
+        parts.append(f"validation {metrics['validation/success']:.1%}")
+    if "judge/score" in metrics:
+        parts.append(f"score {metrics['judge/score']:.3f}")
+    if "train/loss" in metrics:
+        parts.append(f"loss {metrics['train/loss']:.3f}")
+    parts.append(f"{metrics.get('train/examples', 0):.0f} examples")
+    if metrics["rollout/failed"]:
+        parts.append(f"{metrics['rollout/failed']:.0f} failed")
+    return ", ".join([*parts, f"{sum(seconds(metrics).values()):.1f} s"])
+
+
+class Clock:
+    """Seconds since it was last asked."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def lap(self) -> float:
+        now = time.monotonic()
+        gone, self._since = now - self._since, now
+        return gone

@@ -1,0 +1,340 @@
+"""The model a run starts from: given, or made here and warmed up, and kept for the next run."""
+
+import asyncio
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+
+from .. import __version__
+from ..agents import scratch
+from ..core.config import Config, PolicyConfig, WarmStart
+from ..core.errors import LearnerError, RecipeError, StoreError, WorldError
+from ..core.files import DRAFT, check_writable, read_json, write_json
+from ..core.hosting.worlds import Worlds
+from ..core.play.draw import draw, starts
+from ..core.play.rollout import ExpertPlayer, PolicyPlayer, rollouts, turn_seed
+from ..core.protocols import Agent, HasExpert, Hire, Learner, Policy, alone
+from ..core.recipe import Recipe
+from ..core.seeds import derive
+from ..core.sources import code_of
+from ..core.types import Batch, Completion, Example, Sampling, Start, Trajectory
+from .progress import Progress
+
+VALIDATION = 200
+"""Tasks on which a warm start's skill is measured."""
+MADE = 3
+"""Raise this whenever the same settings would give another model."""
+WORDS = 4000
+"""Expert episodes that a new tokenizer is trained on."""
+STORY = "story.json"
+"""In the folder of a model made here: how it came about."""
+
+
+def cache() -> Path:
+    """Where models made here are kept: ``$SELFWRIGHT_CACHE``, or in the user's cache folder.
+
+    Raises:
+        StoreError: there is neither.
+    """
+    given = os.environ.get("SELFWRIGHT_CACHE")
+    try:
+        return Path(given) if given else Path.home() / ".cache" / "selfwright"
+    except RuntimeError:
+        raise StoreError("there is no home folder for models; set $SELFWRIGHT_CACHE") from None
+
+
+async def prepare(recipe: Recipe, worlds: Worlds, progress: Progress, hire: Hire = alone) -> str:
+    """The folder or hub id of the base model; made first if nobody has made it yet.
+
+    ``hire`` makes the learner that warms it up.
+
+    Raises:
+        ModelError: the model cannot be opened or made.
+        RecipeError: it must be made or warmed up, but the world has no expert.
+        StoreError: it must be made, and there is no place to keep it.
+    """
+    config = recipe.policy.config
+    assert isinstance(config, PolicyConfig)
+    if config.model.startswith(scratch.PREFIX):
+        scratch.parse(config.model)
+    if not made_here(config):
+        return str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
+    folder = cache() / "models" / key_of(recipe)
+    if (folder / "config.json").is_file():
+        progress.say(f"base model made earlier: {story_of(folder)}, {folder}")
+        _warn(folder, progress)
+        return str(folder)
+    if not isinstance(worlds.sample, HasExpert):
+        raise RecipeError(
+            f"policy.model: {config.model} is to be made or warmed up here, but "
+            f"{recipe.environment.use} has no expert to learn from; give a trained model, and no "
+            "policy.warm_start"
+        )
+    check_writable(folder.parent, "set $SELFWRIGHT_CACHE to a folder that can be written to")
+    _remove_drafts(folder.parent)
+    mine = f"{DRAFT}{os.getpid()}@{socket.gethostname()}-"
+    draft = Path(tempfile.mkdtemp(prefix=mine, dir=folder.parent))
+    try:
+        await _make(recipe, config, worlds, draft, progress, hire)
+        try:
+            draft.rename(folder)
+        except OSError:
+            # Another run made the same model meanwhile; its content is the same.
+            if not (folder / "config.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return str(folder)
+
+
+def made_here(config: PolicyConfig) -> bool:
+    """Whether the base model is one that this package makes or changes before the run."""
+    return config.model.startswith(scratch.PREFIX) or config.warm_start is not None
+
+
+def story_of(folder: Path) -> str:
+    """How a model made here came about, in a few words."""
+    story: dict[str, Any] = read_json(folder / STORY)
+    if not story["updates"]:
+        return "untrained"
+    words = f"warm start of {story['updates']} updates, {story['wall_s']:.0f} s"
+    if story["skill"] is not None:
+        words += f", solves {story['skill']:.0%} of {VALIDATION} validation tasks"
+    return words
+
+
+def made_as(folder: Path) -> str:
+    """The ``key_of`` what a model made here was made from."""
+    return read_json(folder / STORY).get("key", "")
+
+
+def _warn(folder: Path, progress: Progress) -> None:
+    """Say so if a warm start came to its last update short of the skill it was to reach."""
+    story: dict[str, Any] = read_json(folder / STORY)
+    if story["skill"] is not None and story["skill"] < story["wanted"]:
+        progress.say(
+            f"warning: policy.warm_start.skill={story['wanted']:g} was not reached in "
+            f"{story['updates']} updates; the base solves {story['skill']:.1%} of {VALIDATION} "
+            "validation tasks. For a better one raise policy.warm_start.updates"
+        )
+
+
+def _remove_drafts(folder: Path) -> None:
+    """Remove what processes of this machine left half made when they were killed."""
+    for draft in folder.glob(f"{DRAFT}*@{socket.gethostname()}-*"):
+        owner = draft.name.removeprefix(DRAFT).split("@")[0]
+        if not psutil.pid_exists(int(owner)):
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def key_of(recipe: Recipe) -> str:
+    """A hash of all that a model made here depends on: settings, files and the plug-ins' code."""
+    config = recipe.policy.config
+    assert isinstance(config, PolicyConfig)
+    played = {"environment": recipe.environment.dump(), "agent": recipe.agent.dump()}
+    told = {
+        "version": [__version__, MADE],
+        "model": config.model,
+        "files": _contents(Path(config.model)),
+        "warm_start": None if config.warm_start is None else config.warm_start.model_dump(),
+        "sampling": [config.max_tokens, config.stop, config.listed],
+        **played,
+        "data": {name: _hash(Path(name)) for name in sorted(_named(played))},
+        "code": code_of(recipe.environment.plugin, recipe.agent.plugin),
+        "seed": recipe.seed,
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    if not folder.is_dir():
+        return {}
+    return {
+        str(file.relative_to(folder)): _hash(file)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def _named(value: Any) -> set[str]:
+    """The files that settings name."""
+    if isinstance(value, str):
+        return {value} if os.path.isfile(value) else set()
+    if isinstance(value, Mapping):
+        value = list(cast("Mapping[str, Any]", value).values())
+    if isinstance(value, list | tuple):
+        return {name for one in cast("Sequence[Any]", value) for name in _named(one)}
+    return set()
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+async def _make(
+    recipe: Recipe,
+    config: PolicyConfig,
+    worlds: Worlds,
+    folder: Path,
+    progress: Progress,
+    hire: Hire,
+) -> None:
+    began, key = time.monotonic(), key_of(recipe)
+    agent: Agent = recipe.agent.make()
+    warm = config.warm_start
+    noise = 0.0 if warm is None else warm.noise
+    count = WORDS if warm is None else warm.demonstrations
+    expert = ExpertPlayer(agent, noise, recipe.fleet.step_timeout_s)
+    tasks = draw(worlds.tasks("train"), count, derive(recipe.seed, "demonstrations"))
+    begin = starts(tasks, 1, recipe.seed)
+    seed = derive(recipe.seed, "demonstrations")
+    with progress.stage("expert demonstrations", len(begin)) as tell:
+        shown = await rollouts(expert, worlds, begin, seed, tell)
+    examples = [
+        example
+        for start, trajectory in zip(begin, shown, strict=True)
+        for example in _examples(expert, start, trajectory, seed)
+    ]
+    if not examples:
+        raise WorldError(
+            f"the expert of {recipe.environment.use} gave up at once on all of {len(begin)} tasks; "
+            "there is nothing to warm up on"
+        )
+    model = config.model
+    if model.startswith(scratch.PREFIX):
+        texts = [text for trajectory in shown[:WORDS] for text in _texts(trajectory)]
+        scratch.make(model, texts, folder, derive(recipe.seed, "scratch"))
+        model = str(folder)
+    story: dict[str, Any] = {
+        "key": key,
+        "environment_steps": sum(len(trajectory.steps) for trajectory in shown),
+        "tokens_trained": 0,
+        "updates": 0,
+        "skill": None,
+        "wanted": None,
+    }
+    if warm is not None:
+        if warm.seconds is not None:
+            progress.say(
+                f"policy.warm_start.seconds={warm.seconds:g} ends nothing any more; "
+                f"policy.warm_start.updates={warm.updates} does"
+            )
+        learner = hire(*_cloner(recipe, warm), model, recipe.seed)
+        told = (config, warm, model, worlds, examples, folder, progress)
+        story |= await _clone(recipe, learner, *told)
+    write_json(folder / STORY, story | {"wall_s": round(time.monotonic() - began, 1)})
+    progress.say(f"base model: {story_of(folder)}")
+    _warn(folder, progress)
+
+
+def _examples(
+    expert: ExpertPlayer, start: Start, trajectory: Trajectory, seed: int
+) -> list[Example]:
+    """What the expert itself did; the errors mixed in are seen, not learned."""
+    return [
+        Example(step.action.prompt, Completion(step.action.completion.text))
+        for turn, step in enumerate(trajectory.steps)
+        if not expert.errs(turn_seed(seed, start, turn))
+    ]
+
+
+def _texts(trajectory: Trajectory) -> list[str]:
+    seen = [step.observation.text for step in trajectory.steps]
+    said = [step.action.text for step in trajectory.steps]
+    return [trajectory.task.instruction, *seen, *said, trajectory.final.text]
+
+
+def _cloner(recipe: Recipe, warm: WarmStart) -> tuple[type[Any], Config]:
+    """The class and the config of the learner of a warm start."""
+    from ..trainers.learning.learner import LearnerConfig, PlainLearner
+
+    settings: dict[str, Any] = {"method": "full", "learning_rate": warm.learning_rate}
+    settings |= {"batch_size": warm.batch_size, "warmup": 20}
+    if isinstance(recipe.learner.config, LearnerConfig):
+        settings["device"] = recipe.learner.config.device  # One for all of a process's learners.
+    return PlainLearner, LearnerConfig.model_validate(settings)
+
+
+async def _clone(
+    recipe: Recipe,
+    learner: Learner,
+    config: PolicyConfig,
+    warm: WarmStart,
+    model: str,
+    worlds: Worlds,
+    examples: Sequence[Example],
+    folder: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Full-weight cloning until the skill or the updates are reached; its story.
+
+    No clock has a say in it: the same recipe gives the same model on machines fast and slow.
+    """
+    from ..trainers.learning.loss import NLL
+
+    policy = looked_at_by(config, model, recipe.seed)
+    agent: Agent = recipe.agent.make()
+    tasks = draw(worlds.tasks("validation"), VALIDATION, derive(recipe.seed, "skill"))
+    player = PolicyPlayer(
+        agent,
+        policy,
+        Sampling(0.0, 1.0, config.max_tokens, tuple(config.stop)),
+        config.timeout_s,
+        config.listed,
+    )
+    done, share, tokens = 0, 0.0, 0.0
+    loop = asyncio.get_running_loop()
+    scratchpad = Path(tempfile.mkdtemp(prefix=DRAFT, dir=folder))  # Known to be writable.
+    try:
+        with progress.stage("warm start", warm.updates) as tell:
+            while done < warm.updates:
+                count = min(warm.check_every, warm.updates - done)
+                batch = _cycle(examples, done * warm.batch_size, count * warm.batch_size)
+                told = await loop.run_in_executor(None, learner.update, Batch(NLL(), batch), 0.0)
+                tokens += told["train/tokens"]
+                done += count
+                tell(done)
+                if warm.skill is None:
+                    continue
+                learner.export(scratchpad)
+                await policy.load(scratchpad)
+                played = await rollouts(player, worlds, starts(tasks, 1, recipe.seed), recipe.seed)
+                share = sum(t.success for t in played) / len(played)
+                if share >= warm.skill:
+                    break
+        learner.export(folder)
+    finally:
+        shutil.rmtree(scratchpad, ignore_errors=True)
+        await policy.close()
+    if warm.skill is not None and share == 0:
+        raise LearnerError(
+            f"the warm start solves none of {len(tasks)} validation tasks after {done} updates; "
+            "give it more updates, or an easier world"
+        )
+    skill = None if warm.skill is None else share
+    reached = {"skill": skill, "wanted": warm.skill}
+    return {"updates": done, "tokens_trained": int(tokens)} | reached
+
+
+def looked_at_by(config: PolicyConfig, model: str, seed: int) -> Policy:
+    """Who plays for a warm start: in this process, as its weights change all the time."""
+    from ..agents.engines.transformers import TransformersConfig, TransformersPolicy
+
+    if not isinstance(config, TransformersConfig):
+        known = {key: getattr(config, key) for key in PolicyConfig.model_fields}
+        config = TransformersConfig.model_validate(known)
+    return TransformersPolicy(config, model, seed)
+
+
+def _cycle(examples: Sequence[Example], begin: int, count: int) -> tuple[Example, ...]:
+    return tuple(examples[k % len(examples)] for k in range(begin, begin + count))

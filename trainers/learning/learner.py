@@ -1,0 +1,590 @@
+"""The learner: one plain loop, the only place with gradients. Knows losses, no trainer."""
+
+import math
+import os
+import random
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from accelerate import Accelerator  # pyright: ignore[reportMissingTypeStubs]
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import (
+    load_file,  # pyright: ignore[reportUnknownVariableType]
+    save_file,  # pyright: ignore[reportUnknownVariableType]
+)
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional
+
+from ...core.config import Config
+from ...core.errors import LearnerError
+from ...core.models.canary import Canary, canary_ids
+from ...core.models.open import open_model
+from ...core.models.origin import note_base
+from ...core.models.tokens import PAD
+from ...core.seeds import derive
+from ...core.types import (
+    AdversarialLoss,
+    Batch,
+    DistributionLoss,
+    Loss,
+    Metrics,
+    StepLoss,
+    TokenArrays,
+)
+from .pack import Row, micro_batches, pack, token_weights, units
+from .shard import like, sharding, whole
+from .targets import Targets, unknown_targets
+
+LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}
+"""The most logits held at once, by kind of device: 32 and 256 MiB in float32."""
+NO_GPU = "learner.device is cuda, but there is no GPU; use auto or cpu"
+
+
+class LearnerConfig(Config):
+    method: Literal["lora", "full"] = "lora"
+    rank: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    """LoRA's scale is alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Targets = "all-linear"
+    """The last parts of the names of the layers that get a LoRA."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Over the whole run, or phase."""
+    warmup: int = Field(default=0, ge=0)
+    """Updates over which the rate rises from 0."""
+    batch_size: int = Field(default=64, ge=1)
+    """Examples per optimiser step, about: a row of several turns is never split."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    token_budget: int | None = Field(default=None, ge=1)
+    """Padded tokens per micro-batch; gradients of a step's micro-batches are accumulated. None:
+    2,048 on a CPU, whose caches small ones suit, and 16,384 on a GPU."""
+    gradient_checkpointing: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """``bfloat16``: frozen weights and activations in bf16; what is trained stays float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    trust_remote_code: bool = False
+
+    def budget(self, device: str) -> int:
+        """``token_budget`` on a device of that type."""
+        return self.token_budget or (2048 if device == "cpu" else 16_384)
+
+
+def accelerator(device: str) -> Any:
+    """This process among all that learn together, on a device of that kind.
+
+    No mixed precision here: accelerate keeps one for the whole process, whoever asks first.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    # By itself accelerate takes several processes without a GPU for as many that stand alone.
+    return Accelerator(cpu=device == "cpu" or (several and not torch.cuda.is_available()))
+
+
+class PlainLearner:
+    """AdamW on LoRA or full weights.
+
+    A step's loss is normalised over all of its examples, whatever micro-batches or processes they
+    are cut into. The model's head sees only trained positions.
+    """
+
+    Config = LearnerConfig
+    shares: ClassVar[bool] = True
+    """Several processes may each have one, and call it alike: each does its share."""
+
+    @staticmethod
+    def unfit(config: LearnerConfig, bare: Callable[[], Any]) -> list[str]:
+        """Why it could not learn here; ``bare()``: the model in question, without values."""
+        faults = [NO_GPU] if config.device == "cuda" and not torch.cuda.is_available() else []
+        if config.method == "lora" and isinstance(config.targets, list):
+            faults += unknown_targets(config.targets, bare())
+        return faults
+
+    def __init__(self, config: LearnerConfig, model: str, seed: int) -> None:
+        self._config = config
+        self._seed = seed
+        self._accelerator: Any = accelerator(config.device)
+        self._device: torch.device = self._accelerator.device
+        if config.device == "cuda" and self._device.type != "cuda":
+            raise LearnerError(NO_GPU)
+        processes = self._accelerator.num_processes
+        self._mesh: Any = None
+        if processes > 1 and sharding():
+            self._mesh = init_device_mesh(self._device.type, (processes,))
+        self._budget = config.budget(self._device.type)
+        self._base = model
+        self._teachers: dict[str, Any] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        """The base model, weights to train and an optimiser that has seen nothing."""
+        config = self._config
+        lora_bf16 = config.precision == "bfloat16" and config.method == "lora"
+        weights, self._tokens = open_model(
+            self._base,
+            # Sharding moves a layer at a time: the whole may be more than a device holds.
+            str(self._device) if self._mesh is None else "cpu",
+            "bfloat16" if lora_bf16 else "float32",
+            config.trust_remote_code,
+        )
+        if config.gradient_checkpointing:
+            weights.gradient_checkpointing_enable({"use_reentrant": False})
+            weights.enable_input_require_grads()
+        self._model: Any = self._adapt(weights) if config.method == "lora" else weights
+        self._model.train()
+        self._head: Any = weights.get_output_embeddings()
+        layers = getattr(weights.get_decoder(), "layers", None)
+        last = getattr(layers[-1], "mlp", None) if layers else None
+        # What is checkpointed runs again when the hooks are gone; experts want whole sequences.
+        usual = not config.gradient_checkpointing and not hasattr(last, "experts")
+        self._last: Any = last if usual else None
+        if self._mesh is not None:
+            for layer in layers or ():
+                fully_shard(layer, mesh=self._mesh)
+            fully_shard(self._model, mesh=self._mesh)
+        self._trained: dict[str, Tensor] = {
+            name: p for name, p in self._model.named_parameters() if p.requires_grad
+        }
+        self._optimizer = torch.optim.AdamW(
+            self._trained.values(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self._updates = 0
+
+    def _adapt(self, weights: Any) -> Any:
+        from peft import LoraConfig, get_peft_model
+
+        config = self._config
+        settings = LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=config.targets,
+            task_type="CAUSAL_LM",
+        )
+        try:
+            with self._randomness("lora"):
+                return get_peft_model(weights, settings, autocast_adapter_dtype=True)
+        except ValueError as cause:
+            raise LearnerError(
+                f"no LoRA can be put on {self._base!r} ({type(weights).__name__}) with "
+                f"learner.targets: {config.targets}: {cause}"
+            ) from cause
+
+    @contextmanager
+    def _randomness(self, *parts: int | str) -> Generator[None]:
+        """Random numbers that follow from our seed and ``parts`` alone.
+
+        Whatever else draws in this process neither changes them nor is changed: a restored
+        learner drops out the same activations as one that never stopped.
+        """
+        rng: Any = torch.random
+        gpus = [self._device] if self._device.type == "cuda" else []
+        with rng.fork_rng(devices=gpus):
+            rng.manual_seed(derive(self._seed, *parts))
+            yield
+
+    def update(self, batch: Batch, progress: float) -> Metrics:
+        """One pass per epoch over the examples, in optimiser steps of about ``batch_size``.
+
+        Rows that have no gradient, as their advantages are 0, are left out of the computation but
+        not of the means; a step of such rows only is no step.
+
+        Raises:
+            LearnerError: no examples, a loss that needs a frozen base which full training has
+                not got, or a loss that is not finite (the weights are then those before it).
+        """
+        if not batch.examples:
+            raise LearnerError("the batch holds no examples: nothing can be learned from it")
+        if batch.loss.needs_reference and self._config.method == "full":
+            raise LearnerError(
+                "KL to the base needs learner.method: lora; full weights keep no base"
+            )
+        if batch.fresh:
+            self._begin()
+            progress = 0.0  # A whole training of its own: the run's schedule is not its.
+        before = self._tokens.breaks
+        rows = pack(batch.examples, self._tokens)
+        totals = {"loss": 0.0, "grad_norm": 0.0, "ratio": 0.0, "kl_old": 0.0, "tokens": 0.0}
+        steps, rate, begun = 0, 0.0, self._updates
+        for epoch in range(batch.epochs):
+            for chunk in self._steps(rows, len(batch.examples), epoch):
+                rate = self._rate(progress)
+                for key, value in self._step(chunk, batch.loss, rate).items():
+                    totals[key] += value
+                steps += 1
+        self._model.zero_grad(set_to_none=True)
+        tokens = totals.pop("tokens")
+        metrics = {f"train/{key}": value / steps for key, value in totals.items()}
+        return metrics | {
+            "train/examples": float(len(batch.examples)),
+            "train/rows": float(len(rows)),
+            "train/updates": float(self._updates - begun),
+            "train/tokens": tokens,
+            "train/prefix_breaks": float(self._tokens.breaks - before),
+            "train/learning_rate": rate,
+        }
+
+    def _steps(self, rows: Sequence[Row], examples: int, epoch: int) -> Iterable[list[Row]]:
+        order = units(rows)
+        random.Random(derive(self._seed, "order", self._updates, epoch)).shuffle(order)
+        steps = min(len(order), max(1, round(examples / self._config.batch_size)))
+        cuts = [len(order) * k // steps for k in range(steps + 1)]
+        return ([row for unit in order[a:b] for row in unit] for a, b in pairwise(cuts))
+
+    def _step(self, rows: list[Row], loss: Loss, rate: float) -> dict[str, float]:
+        every = token_weights(rows, loss.aggregation, loss.length)
+        self._optimizer.zero_grad(set_to_none=True)
+        live = [
+            k
+            for k, row in enumerate(rows)
+            if loss.needs_reference or any(span.advantage for span in row.spans)
+        ]
+        if isinstance(loss, StepLoss) and live:
+            every = self._weighed(rows, every, loss)
+        rows, weights = [rows[k] for k in live], [every[k] for k in live]
+        if not rows:
+            return dict.fromkeys(("loss", "grad_norm", "ratio", "kl_old", "tokens"), 0.0)
+        mine = [
+            ([rows[k] for k in group], [weights[k] for k in group]) for group in self._mine(rows)
+        ]
+        if isinstance(loss, AdversarialLoss):
+            self._challenge(mine, loss)
+        sums = torch.zeros(4, dtype=torch.float64)
+        with self._randomness("step", self._updates, self._accelerator.process_index):
+            for part, scale in mine:
+                sums += self._backward(part, scale, loss)
+        if self._accelerator.num_processes > 1:
+            sums = self._add_up(sums)
+        most = self._config.max_grad_norm
+        norm = whole(torch.nn.utils.clip_grad_norm_(self._trained.values(), most))
+        total, ratio, kl_old, trained = (float(x) for x in sums)
+        if not (torch.isfinite(norm) and math.isfinite(total)):
+            self._optimizer.zero_grad(set_to_none=True)
+            raise LearnerError(
+                f"update {self._updates + 1} has loss {total} and gradient norm {float(norm)}; "
+                "lower learner.learning_rate or look for extreme advantages"
+            )
+        for settings in self._optimizer.param_groups:
+            settings["lr"] = rate
+        self._optimizer.step()  # pyright: ignore[reportUnknownMemberType]
+        self._updates += 1
+        return {
+            "loss": total,
+            "grad_norm": float(norm),
+            "ratio": ratio / trained,
+            "kl_old": kl_old / trained,
+            "tokens": float(sum(len(row.ids) for row in rows)),
+        }
+
+    def _mine(self, rows: Sequence[Row]) -> list[list[int]]:
+        """This process's share of the micro-batches.
+
+        Where the model is sharded, all of them have as many, for each takes part in every pass of
+        the others; some are then of no row at all.
+        """
+        vocabulary = self._model.config.get_text_config().vocab_size
+        logits = LOGITS.get(self._device.type, LOGITS["cuda"])
+        groups = micro_batches(rows, self._budget, max(1, logits // vocabulary))
+        processes = self._accelerator.num_processes
+        if self._mesh is not None:
+            groups += [[]] * (-len(groups) % processes)
+        return groups[self._accelerator.process_index :: processes]
+
+    def _weighed(
+        self, rows: Sequence[Row], weights: Sequence[list[list[float]]], loss: StepLoss
+    ) -> list[list[list[float]]]:
+        """The weights, times what the loss, having seen the whole step, says of each token."""
+        sizes = [sum(span.end - span.begin for span in row.spans) for row in rows]
+        offsets = [0, *accumulate(sizes)]
+        found = torch.zeros(2, offsets[-1], device=self._device)
+        self._model.eval()
+        with torch.no_grad():
+            for group in self._mine(rows):
+                # Rows come back one after another, as the spans inside each.
+                made = self._arrays([rows[k] for k in group], loss)
+                both = (made.logprobs, made.reference_logprobs)
+                at = 0
+                for k in group:
+                    for where, values in zip(found, both, strict=True):
+                        if values is not None:
+                            where[offsets[k] : offsets[k + 1]] = values[at : at + sizes[k]]
+                    at += sizes[k]
+        self._model.train()
+        if self._accelerator.num_processes > 1:
+            found = self._accelerator.reduce(found, "sum")
+        arrays = self._given(rows, found[0])
+        if loss.needs_reference:
+            arrays = replace(arrays, reference_logprobs=found[1])
+        said = iter(loss.weigh(arrays, derive(self._seed, "weigh", self._updates)).tolist())
+        return [[[w * next(said) for w in span] for span in row] for row in weights]
+
+    def _challenge(
+        self, mine: Sequence[tuple[list[Row], list[list[list[float]]]]], loss: AdversarialLoss
+    ) -> None:
+        """One step of the loss's own parameters, up."""
+        sizes = self._model.config.get_text_config()
+        adversary = loss.meet(sizes.hidden_size, sizes.vocab_size, self._device)
+        for weight in adversary:
+            weight.grad = None  # What the last descent has left there.
+        self._model.eval()
+        for rows, weights in mine:
+            with torch.no_grad():
+                arrays = self._arrays(rows, loss)
+            if rows:
+                (-(loss(arrays) * self._scale(weights)).sum()).backward()
+        self._model.train()
+        if self._accelerator.num_processes > 1:
+            for weight in adversary:
+                mine_only = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                weight.grad = self._accelerator.reduce(mine_only, "sum")
+        loss.climb()
+
+    def _given(self, rows: Sequence[Row], logprobs: Tensor) -> TokenArrays:
+        """What is known of the rows' tokens, beside ``logprobs``."""
+        device = self._device
+        known = [s.old_logprobs or [torch.nan] * (s.end - s.begin) for r in rows for s in r.spans]
+        old = torch.tensor([x for span in known for x in span], device=device)
+        spans = [s for r in rows for s in r.spans for _ in range(s.begin, s.end)]
+        advantages = torch.tensor([s.advantage for s in spans], device=device, dtype=torch.float32)
+        examples, groups = (
+            torch.tensor(those, device=device)
+            for those in ([s.example for s in spans], [s.group for s in spans])
+        )
+        old = old.where(~old.isnan(), logprobs.detach())
+        return TokenArrays(logprobs, old, advantages, None, examples, groups)
+
+    def _add_up(self, sums: Tensor) -> Tensor:
+        """Gradients and sums over all processes. By hand: some may hold no row at all.
+
+        Of a model that is sharded, the gradients were added up as they came.
+        """
+        for weight in self._trained.values():
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            if self._mesh is None:
+                weight.grad = self._accelerator.reduce(weight.grad, "sum")
+        return self._accelerator.reduce(sums.to(self._device), "sum").cpu()
+
+    def _backward(
+        self, rows: Sequence[Row], weights: Sequence[list[list[float]]], loss: Loss
+    ) -> Tensor:
+        """Gradients of a micro-batch; sums of loss, ratio, estimated KL to the sampler, tokens."""
+        arrays = self._arrays(rows, loss)
+        total = arrays.logprobs.sum()  # Of nothing, if there are no rows.
+        if rows:
+            total = (loss(arrays) * self._scale(weights)).sum()
+        # Where it is sharded, torch has means of the processes' gradients made, not sums.
+        parts = 1 if self._mesh is None else self._accelerator.num_processes
+        self._accelerator.backward(total * parts)
+        old, logprobs = arrays.old_logprobs, arrays.logprobs
+        gap = (old - logprobs).detach()
+        return torch.stack(
+            [
+                total.detach(),
+                (-gap).exp().sum(),
+                (gap.exp() - gap - 1).sum(),
+                torch.tensor(float(len(gap)), device=self._device),
+            ]
+        ).to("cpu", torch.float64)
+
+    def _scale(self, weights: Sequence[list[list[float]]]) -> Tensor:
+        return torch.tensor([w for row in weights for span in row for w in span]).to(self._device)
+
+    def _arrays(self, rows: Sequence[Row], loss: Loss) -> TokenArrays:
+        """What ``loss`` sees of these rows."""
+        ids, where = self._tensors(rows)
+        logits, states = self._logits(self._model, self._head, self._last, ids, where)
+        # Of all ways to say this, the one that holds the fewest copies of the logits.
+        logprobs = -functional.cross_entropy(logits, ids[where], reduction="none")
+        arrays = self._given(rows, logprobs)
+        if loss.needs_reference:
+            with torch.no_grad(), self._model.disable_adapter():
+                other, _ = self._logits(self._model, self._head, self._last, ids, where)
+                reference = -functional.cross_entropy(other, ids[where], reduction="none")
+            arrays = replace(arrays, reference_logprobs=reference)
+        if isinstance(loss, DistributionLoss):
+            teacher = self._teacher(loss.teacher)
+            with torch.no_grad():
+                theirs, _ = self._logits(teacher, teacher.get_output_embeddings(), None, ids, where)
+            arrays = replace(
+                arrays,
+                distribution=logits.log_softmax(-1),
+                teacher=theirs.log_softmax(-1),
+                states=states.detach().float(),
+            )
+        return arrays
+
+    def _teacher(self, name: str) -> Any:
+        """A frozen model of the same vocabulary, opened once. Raises: LearnerError: it is not."""
+        if name not in self._teachers:
+            dtype = self._config.precision
+            weights, tokens = open_model(
+                name, str(self._device), dtype, self._config.trust_remote_code
+            )
+            sizes = [m.config.get_text_config().vocab_size for m in (self._model, weights)]
+            if tokens.fingerprint != self._tokens.fingerprint or sizes[0] != sizes[1]:
+                raise LearnerError(
+                    f"the teacher {name!r} has another vocabulary ({sizes[1]} tokens) than the "
+                    f"model in training ({sizes[0]}): their distributions cannot be compared; "
+                    "learn from its text instead"
+                )
+            self._teachers[name] = weights.eval()
+        return self._teachers[name]
+
+    def _tensors(self, rows: Sequence[Row]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(B, T) ids, padded on the right, and (N,), (N,): row and position of trained tokens."""
+        longest = max((len(row.ids) for row in rows), default=1)
+        ids = torch.tensor([row.ids + [PAD] * (longest - len(row.ids)) for row in rows] or [[PAD]])
+        spots = [
+            (k, at)
+            for k, row in enumerate(rows)
+            for span in row.spans
+            for at in range(span.begin, span.end)
+        ]
+        place = torch.tensor(spots, dtype=torch.long).reshape(-1, 2).to(self._device)
+        return ids.to(self._device), (place[:, 0], place[:, 1])
+
+    def _logits(
+        self, model: Any, head: Any, last: Any, ids: Tensor, where: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """(N, V) float32, and (N, D) what the head made them from, that predict these tokens.
+
+        No mask is needed: padding stands on the right of a causal row.
+        """
+        rows, at = where
+        mixed = torch.autocast(
+            self._device.type, torch.bfloat16, enabled=self._config.precision == "bfloat16"
+        )
+        with only(head, last, rows, at - 1) as read, mixed:
+            logits = model(input_ids=ids, use_cache=False).logits.float()
+        return logits, read[0]
+
+    def _rate(self, progress: float) -> float:
+        left = 1 - min(max(progress, 0.0), 1.0)
+        match self._config.schedule:
+            case "constant":
+                share = 1.0
+            case "linear":
+                share = left
+            case "cosine":
+                share = (1 - math.cos(math.pi * left)) / 2
+        if self._config.warmup:
+            share *= min(1.0, (self._updates + 1) / self._config.warmup)
+        return self._config.learning_rate * share
+
+    def export(self, folder: Path) -> None:
+        lora = self._config.method == "lora"
+        canary = self._canary()  # By everybody, as each may hold a part of the model.
+        told: dict[str, Any] = {}
+        if self._mesh is not None:
+            named = self._trained if lora else self._model.state_dict()
+            told["state_dict"] = {name: whole(value).detach() for name, value in named.items()}
+        if self._accelerator.is_main_process:
+            if lora:
+                # Embeddings are not trained, and to ask whether they were resized peft may phone.
+                told["save_embedding_layers"] = False
+            self._model.save_pretrained(folder, **told)
+            if lora:
+                note_base(folder, self._base)
+            else:
+                self._tokens.tokenizer.save_pretrained(folder)
+            canary.write(folder)
+
+    def _canary(self) -> Canary:
+        """What these weights, served by anybody, have to answer."""
+        ids = canary_ids(self._tokens.tokenizer)
+        row = torch.tensor([ids], device=self._device)
+        at = torch.arange(1, len(ids), device=self._device)
+        self._model.eval()
+        with torch.no_grad():
+            logits, _ = self._logits(self._model, self._head, None, row, (at * 0, at))
+        self._model.train()
+        found = -functional.cross_entropy(logits, row[0, 1:], reduction="none")
+        return Canary(ids, tuple(float(one) for one in found))
+
+    def save(self, folder: Path) -> None:
+        """Weights in training, optimiser state and the count that random numbers follow from."""
+        state: dict[str, Tensor] = {}
+        for name, weight in self._trained.items():
+            state[f"weight.{name}"] = whole(weight.detach())
+            for key, value in self._optimizer.state.get(weight, {}).items():
+                state[f"optimizer.{key}.{name}"] = whole(torch.as_tensor(value))
+        if not self._accelerator.is_main_process:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        state["updates"] = torch.tensor(self._updates)
+        save_file(
+            {k: v.contiguous().cpu().clone() for k, v in state.items()},
+            folder / "learner.safetensors",
+        )
+
+    def restore(self, folder: Path) -> None:
+        """Raises: LearnerError: the folder is of a learner with other weights, or damaged."""
+        try:
+            state = load_file(folder / "learner.safetensors")
+        except (OSError, SafetensorError) as cause:
+            raise LearnerError(f"cannot read {folder}/learner.safetensors: {cause}") from cause
+        shapes = {
+            key.removeprefix("weight."): value.shape
+            for key, value in state.items()
+            if key.startswith("weight.")
+        }
+        if shapes != {name: weight.shape for name, weight in self._trained.items()}:
+            raise LearnerError(
+                f"{folder} holds {len(shapes)} trained tensors, this learner has "
+                f"{len(self._trained)}, or of other shapes: it was written with another model or "
+                "learner config"
+            )
+        self._updates = int(state["updates"])
+        slots = {key.split(".")[1] for key in state if key.startswith("optimizer.")}
+        for name, weight in self._trained.items():
+            with torch.no_grad():
+                weight.copy_(like(state[f"weight.{name}"], weight))
+            self._optimizer.state[weight] = {
+                slot: like(value, weight)
+                for slot in slots
+                if (value := state.get(f"optimizer.{slot}.{name}")) is not None
+            }
+
+
+@contextmanager
+def only(head: Any, last: Any, rows: Tensor, at: Tensor) -> Generator[list[Tensor]]:
+    """A model's ``head`` gets (N, D) hidden states of these positions in place of (B, T, D).
+
+    So does ``last``, the last layer's MLP, if given, as (1, N, D): nobody reads what it makes of
+    other positions. What the head read is put into the list.
+    """
+
+    def select(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        read.append(args[0][rows, at])
+        return (read[-1],)
+
+    def select_one(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        shape.append(args[0].shape)
+        return (args[0][rows, at][None],)
+
+    def put_back(_: Any, __: Any, made: Tensor) -> Tensor:
+        return made.new_zeros(shape.pop()).index_put((rows, at), made[0])
+
+    read: list[Tensor] = []
+    shape: list[torch.Size] = []
+    hooks = [head.register_forward_pre_hook(select)]
+    if last is not None:
+        hooks.append(last.register_forward_pre_hook(select_one))
+        hooks.append(last.register_forward_hook(put_back))
+    try:
+        yield read
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,35 @@
+"""Group-relative policy gradients: GRPO, RLOO, Dr.GRPO, with GiGPO's step groups as an option."""
+
+from ...core.types import Aggregation
+from ..parts.advantage import Baseline
+from ..parts.group_relative import GroupConfig, GroupRelative, UnbiasedConfig
+
+
+class RLOOConfig(GroupConfig):
+    baseline: Baseline = "rloo"
+    aggregation: Aggregation = "seq-mean-token-sum"
+
+
+class GRPO(GroupRelative):
+    """Reinforces attempts that did better than their group (Shao et al. 2024, arXiv:2402.03300).
+
+    The advantage of an attempt is that of each of its turns and tokens. With ``step_weight`` a turn
+    also has one of its own, from its discounted return among all turns of the task's attempts that
+    saw the same (GiGPO: Feng et al. 2025, arXiv:2505.10978); the score is paid with the last turn.
+
+    Departures: statistics are over attempts, as in the papers, not over their turns as in some
+    releases; a KL in the reward is charged once per attempt, summed over its tokens. Groups whose
+    members all scored the same teach nothing, and if all are such there is no batch.
+    """
+
+
+class RLOO(GroupRelative):
+    """Each attempt against the mean of the others (Ahmadian et al. 2024, arXiv:2402.14740)."""
+
+    Config = RLOOConfig
+
+
+class DrGRPO(GroupRelative):
+    """GRPO without its biases, of difficulty and of length (Liu et al. 2025, arXiv:2503.20783)."""
+
+    Config = UnbiasedConfig

@@ -1,0 +1,162 @@
+"""Imitation learning from language feedback: refine what failed, imitate what that made good."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from ...core.files import read_json, write_json
+from ...core.play.asking import ask
+from ...core.protocols import Context, Plan
+from ...core.seeds import derive
+from ...core.store import read_trajectories, write_trajectories
+from ...core.types import Action, Batch, Completion, Example, Judged, Prompt, Start, Step
+from ..learning.examples import asked, example
+from ..parts.credit import by_task, score
+from ..parts.feedback import (
+    FeedbackConfig,
+    Item,
+    failures,
+    known,
+    refining,
+    shuffled,
+    with_feedback,
+)
+from ..parts.selection import Select, candidates, shares
+
+
+class ILFConfig(FeedbackConfig):
+    attempts_per_task: int = Field(default=30, ge=1)
+    refinements: int = Field(default=30, ge=1)
+    """Sampled for every attempt that feedback was given on."""
+    unit: Literal["turn", "episode"] = "turn"
+    """What is refined: an action, answered by the world; or one action of an episode, which the
+    policy then plays on to its end."""
+    refiner: str = ""
+    """Empty: the policy; else a model folder or hub id, a teacher or one trained to refine."""
+    layout: Literal["conversation", "blocks"] = "conversation"
+    """How a refiner is asked: as the world would go on, or with labelled blocks."""
+    select: Select = "reward"
+    """Which refinement is learned: a random one of those that reach ``threshold``; the one that
+    the policy itself finds to follow the feedback best; the one most like it; any."""
+    restart: bool = True
+    """Learn all rounds' refinements from the base model on, instead of the new ones from here."""
+    beta: float | None = Field(default=None, ge=0)
+    """None: one refinement a task, of weight 1. Else all that were tried, weighed in proportion to
+    exp(beta * score), a task's together as one."""
+
+
+class ILF:
+    """Sample, get feedback, refine, select, fine-tune on task -> refinement, feedback left out.
+
+    Chen et al. 2023 (arXiv:2303.16749): refinements of failures that pass, one per task, chosen
+    at random, all of one weight. Scheurer et al. 2023 (arXiv:2303.16755): ``select: instruct`` with
+    ``pool: failed``, ``threshold: 1``. Every round learns the union of all rounds from the base.
+
+    Departures: the refiner is the policy unless another model is named, and feedback the world's
+    unless it is asked for otherwise; which failure of a task is refined is drawn at random.
+    """
+
+    Config = ILFConfig
+
+    def __init__(self, config: ILFConfig, context: Context) -> None:
+        self._config = config
+        self._context = context
+        self._given = known(config.items(), context) if config.file else []
+        self._round = 0
+        self._kept: list[Judged] = []
+        """The refined action of each is the last one that was replayed."""
+
+    @property
+    def plan(self) -> Plan:
+        config = self._config
+        if self._given:
+            return Plan(0, 0)
+        turns = 1 if config.unit == "turn" else None
+        return Plan(config.tasks_per_iteration, config.attempts_per_task, turns)
+
+    async def batches(self, judged: Sequence[Judged]) -> list[Batch]:
+        config, context = self._config, self._context
+        items = self._given or failures(judged, config, self._seed("pool"))
+        if config.feedback != "file":
+            items = await with_feedback(items, config.feedback, context, self._seed("feedback"))
+        if config.shuffle:
+            items = shuffled(items, self._seed("shuffle"))
+        chosen = await self._refine(items)
+        self._kept = [*self._kept, *chosen] if config.restart else chosen
+        self._round += 1
+        examples: list[Example] = []
+        for group in by_task(self._kept):
+            beta = config.beta
+            scores = [score(one) for one in group]
+            weights = [1.0] * len(group) if beta is None else shares(scores, beta)
+            for one, weight in zip(group, weights, strict=True):
+                examples += self._examples(one, weight)
+        return [Batch(config.nll, tuple(examples), config.epochs, config.restart)] if chosen else []
+
+    def _seed(self, *parts: int | str) -> int:
+        return derive(self._context.seed, "ilf", self._round, *parts)
+
+    async def _refine(self, items: Sequence[Item]) -> list[Judged]:
+        """The refinements to learn, as episodes; one per task, unless they are weighed."""
+        config, context = self._config, self._context
+        name = config.refiner or "policy"
+        policy = await context.open(name)
+        many = config.refinements
+        prompts = [refining(item, config.layout, context) for item in items for _ in range(many)]
+        said = await ask(policy, prompts, context.sampling_of(name), self._seed("refine"))
+        starts: list[Start] = []
+        for k, item in enumerate(items):
+            made = [one for one in said[k * many : (k + 1) * many] if one is not None]
+            seed = self._seed("pick", item.trajectory.task.id, item.step)
+            tried = await candidates(context, item, made, config.select, seed)
+            for number, one in enumerate(tried):
+                starts.append(self._start(item, prompts[k * many], one, k * many + number))
+        played = [
+            without_feedback(one, items[one.trajectory.attempt // many])
+            for one in (await context.attempt(starts) if starts else [])
+        ]
+        chosen: list[Judged] = []
+        for group in by_task(played):
+            if config.beta is not None:
+                chosen += group
+                continue
+            seed = self._seed("select", group[0].trajectory.task.id)
+            decides = config.select == "reward"
+            passed = [one for one in group if not decides or score(one) >= config.threshold]
+            chosen += random.Random(seed).sample(passed, min(1, len(passed)))
+        return chosen
+
+    def _start(self, item: Item, prompt: Prompt, refined: Completion, attempt: int) -> Start:
+        trajectory, seen = item.trajectory, item.said.observation
+        parsed = self._context.agent.parse(refined.text, seen)
+        action = Action(parsed.action, refined, prompt, parsed.invalid)
+        prefix = (*trajectory.steps[: item.step], Step(seen, action, 0.0))
+        turns = 0 if self._config.unit == "turn" else None
+        return Start(trajectory.task, trajectory.seed, attempt, prefix, turns, trajectory.id)
+
+    def _examples(self, one: Judged, weight: float) -> list[Example]:
+        turns = range(one.trajectory.replayed - 1, len(one.trajectory.steps))
+        return [example(one.trajectory, turn, weight) for turn in turns]
+
+    def save(self, folder: Path, images: Path) -> None:
+        write_json(folder / "ilf.json", {"round": self._round})
+        write_trajectories(folder, self._kept, images)
+
+    def restore(self, folder: Path) -> None:
+        self._round = read_json(folder / "ilf.json")["round"]
+        self._kept = read_trajectories(folder)
+
+
+def without_feedback(one: Judged, item: Item) -> Judged:
+    """A refinement as an answer to the task's own prompt, which is how it is learned."""
+    trajectory = one.trajectory
+    steps = list(trajectory.steps)
+    if len(steps) <= item.step:
+        return one  # The world broke before it.
+    action = replace(steps[item.step].action, prompt=asked(item.trajectory, item.step))
+    steps[item.step] = replace(steps[item.step], action=action)
+    return replace(one, trajectory=replace(trajectory, steps=tuple(steps)))

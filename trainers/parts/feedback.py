@@ -1,0 +1,226 @@
+"""What was wrong with an attempt, in words, and the prompts that ask for a better one."""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ...core.errors import RecipeError
+from ...core.files import read_words
+from ...core.play.asking import ask
+from ...core.protocols import Context
+from ...core.seeds import derive
+from ...core.store import read_trajectories
+from ...core.types import Judged, Observation, Prompt, Step, Trajectory
+from ..learning.examples import asked, prompted
+from .credit import TrainerConfig, by_task, score
+
+QUESTION = (
+    "That attempt did not succeed. Say in one or two sentences what is wrong with it and what "
+    "would have to change. Do not give the answer itself."
+)
+BLANK = " \t\r"
+"""White space of JSON within a line."""
+NO_FEEDBACK = "That attempt did not succeed. Try again."
+
+
+@dataclass(frozen=True)
+class Item:
+    """An attempt that failed, and what somebody says about one of its actions."""
+
+    judged: Judged
+    step: int
+    """Index of the action that the feedback is about."""
+    feedback: str = ""
+
+    @property
+    def trajectory(self) -> Trajectory:
+        return self.judged.trajectory
+
+    @property
+    def said(self) -> Step:
+        """The action to be refined."""
+        return self.trajectory.steps[self.step]
+
+
+class Line(BaseModel):
+    """A line of a feedback file: ``{"trajectory": 3, "step": 0, "feedback": "..."}``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    trajectory: int = Field(ge=0)
+    """Row of the trajectories' file, from 0."""
+    step: int = Field(ge=0)
+    feedback: str = Field(min_length=1)
+
+
+def read_feedback(path: Path, given: Sequence[Judged], threshold: float) -> list[Item]:
+    """The items of a feedback file about the trajectories ``given``.
+
+    A line ends where its line feed stands: JSON may hold other line separators as they are.
+
+    Raises:
+        ValueError: listing every line that is malformed, or about something that is not there, or
+            about an attempt that did not fail.
+    """
+    items: list[Item] = []
+    faults: list[str] = []
+    for number, text in enumerate(read_words(path).split("\n"), 1):
+        if not text.strip(BLANK):
+            continue
+        try:
+            line = Line.model_validate(json.loads(text))
+            items.append(_item(line, given, threshold))
+        except ValidationError as error:
+            found = error.errors(include_url=False, include_input=False)[0]
+            faults.append(f"line {number}: {'.'.join(map(str, found['loc']))}: {found['msg']}")
+        except ValueError as error:
+            faults.append(f"line {number}: {error}")
+    if faults or not items:
+        raise ValueError(f"{path}: {'; '.join(faults) or 'there is no feedback in it'}")
+    return items
+
+
+def _item(line: Line, given: Sequence[Judged], threshold: float) -> Item:
+    if line.trajectory >= len(given):
+        raise ValueError(f"trajectory {line.trajectory} is unknown, there are {len(given)}")
+    judged = given[line.trajectory]
+    if line.step >= len(judged.trajectory.steps):
+        count = len(judged.trajectory.steps)
+        raise ValueError(f"step {line.step} of trajectory {line.trajectory} is none of its {count}")
+    if judged.verdict.score is None or judged.verdict.score >= threshold:
+        raise ValueError(f"trajectory {line.trajectory} did not fail: {judged.verdict.score}")
+    return Item(judged, line.step, line.feedback)
+
+
+class FeedbackConfig(TrainerConfig):
+    feedback: Literal["world", "judge", "policy", "file", "none"] = "world"
+    """Whose: what the world answered, what the judge said, the policy's own, or ``file``'s. With
+    ``none`` the refiner is only told that it failed."""
+    file: str = ""
+    """With ``feedback: file``: JSON lines {"trajectory": row, "step": index, "feedback": words}."""
+    trajectories: str = ""
+    """The attempts at training tasks that ``file`` is about: a folder of episodes, as runs store
+    them (an iteration's)."""
+    about: Literal["last", "any"] = "last"
+    """Which action of a failed attempt is refined: the last one, or one drawn at random."""
+    pool: Literal["unsolved", "failed"] = "unsolved"
+    """Whose failures: of tasks that no attempt solved, or of any."""
+    shuffle: bool = False
+    """Give every attempt another one's feedback: what is left then is not due to it."""
+    threshold: float = Field(default=1.0, ge=0, le=1)
+    """The score that an attempt must miss to be refined, and a refinement reach by ``reward``."""
+
+    @model_validator(mode="after")
+    def _file(self) -> Self:
+        if {self.feedback == "file"} != {bool(self.file), bool(self.trajectories)}:
+            raise ValueError("feedback: file, file: PATH and trajectories: PATH go together")
+        if self.file:
+            self.items()
+        return self
+
+    def items(self) -> list[Item]:
+        """What ``file`` says. Raises: ValueError: it does not fit ``trajectories``."""
+        given = read_trajectories(Path(self.trajectories))
+        return read_feedback(Path(self.file), given, self.threshold)
+
+
+def known(items: Sequence[Item], context: Context) -> list[Item]:
+    """The items, whose stored tasks are again the world's own.
+
+    Raises:
+        RecipeError: listing every task that is none of the world's training tasks.
+    """
+    found: list[Item] = []
+    faults: dict[str, None] = {}
+    for item in items:
+        try:
+            task = context.named(item.trajectory.task.id)
+        except ValueError as error:
+            faults[str(error)] = None
+        else:
+            trajectory = prompted(replace(item.trajectory, task=task), context.agent)
+            found.append(replace(item, judged=replace(item.judged, trajectory=trajectory)))
+    if faults:
+        raise RecipeError("trainer.trajectories: " + "; ".join(faults))
+    return found
+
+
+def failures(judged: Sequence[Judged], config: FeedbackConfig, seed: int) -> list[Item]:
+    """One failed attempt per task, and the action about which something is to be said."""
+    items: list[Item] = []
+    for group in by_task(judged):
+        failed = [one for one in group if score(one) < config.threshold]
+        solved = len(failed) < len(group)
+        failed = [one for one in failed if one.trajectory.steps]
+        if failed and not (solved and config.pool == "unsolved"):
+            rng = random.Random(derive(seed, group[0].trajectory.task.id))
+            one = rng.choice(failed)
+            last = len(one.trajectory.steps) - 1
+            items.append(Item(one, rng.randint(0, last) if config.about == "any" else last))
+    return items
+
+
+async def with_feedback(
+    items: Sequence[Item],
+    source: Literal["world", "judge", "policy", "none"],
+    context: Context,
+    seed: int,
+) -> list[Item]:
+    """The items with their feedback; those about which nothing was said are left out."""
+    if source == "policy":
+        prompts = [_asked(item, context) for item in items]
+        said = await ask(context.policy, prompts, context.sampling_of("policy"), seed)
+        words = ["" if one is None else one.text.strip() for one in said]
+    else:
+        words = [_told(item, source) for item in items]
+    return [replace(i, feedback=text) for i, text in zip(items, words, strict=True) if text]
+
+
+def _told(item: Item, source: Literal["world", "judge", "none"]) -> str:
+    if source == "none":
+        return NO_FEEDBACK
+    if source == "judge":
+        return item.judged.verdict.feedback
+    later = item.trajectory.steps[item.step + 1 :]
+    return later[0].observation.text if later else item.trajectory.final.text
+
+
+def _asked(item: Item, context: Context) -> Prompt:
+    return _continued(item, QUESTION, context)
+
+
+def _continued(item: Item, text: str, context: Context) -> Prompt:
+    before = item.trajectory.steps[: item.step + 1]
+    return context.agent.prompt(item.trajectory.task, before, Observation(text))
+
+
+def refining(item: Item, layout: Literal["conversation", "blocks"], context: Context) -> Prompt:
+    """The prompt that asks for something better than ``item.said``, given the feedback.
+
+    ``conversation``: the feedback stands where the world's next words would. ``blocks``: the
+    prompt as it was, then labelled blocks of the old answer and of the feedback.
+    """
+    if layout == "conversation":
+        return _continued(item, item.feedback, context)
+    blocks = f"OLD ANSWER:\n{item.said.action.text}\n\nFEEDBACK:\n{item.feedback}\n\nNEW ANSWER:"
+    return asking_more(asked(item.trajectory, item.step), blocks)
+
+
+def asking_more(prompt: Prompt, text: str) -> Prompt:
+    """``prompt``, whose last message goes on with a paragraph of ``text``."""
+    *before, last = prompt.messages
+    *parts, end = last.parts if isinstance(last.parts[-1], str) else (*last.parts, "")
+    more = replace(last, parts=(*parts, f"{end}\n\n{text}"))
+    return replace(prompt, messages=(*before, more))
+
+
+def shuffled(items: Sequence[Item], seed: int) -> list[Item]:
+    """Every item with the feedback of another one, if there is another."""
+    order = list(range(len(items)))
+    random.Random(seed).shuffle(order)
+    donors = dict(zip(order, [*order[1:], *order[:1]], strict=True))
+    return [replace(item, feedback=items[donors[k]].feedback) for k, item in enumerate(items)]

@@ -1,0 +1,93 @@
+"""What recursive introspection learns from one state, and what it leaves alone."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from ...core.types import Example, Judged, Step
+from ..learning.examples import example
+from .credit import by_task, score
+
+Filter: TypeAlias = Literal["all", "better", "best", "success"]
+Baseline: TypeAlias = Literal["none", "constant", "state_mean", "state_max"]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one state teaches: one of its candidates."""
+
+    judged: Judged
+    baseline: float
+    turn: int
+    """Of the conversation."""
+    conversation: list[Judged]
+    """Its turns so far, and later ones as it goes on: what was carried on from each."""
+
+    @property
+    def later(self) -> list[float]:
+        """Scores of the turns that followed; none if the conversation went on from another."""
+        if self.turn < len(self.conversation) and self.conversation[self.turn] is self.judged:
+            return [score(one) for one in self.conversation[self.turn + 1 :]]
+        return []
+
+    def examples(self, tau: float, gamma: float) -> list[Example]:
+        """Its turns, weighed by exp((return - baseline) / tau)."""
+        trajectory = self.judged.trajectory
+        reward = sum(gamma**k * r for k, r in enumerate([score(self.judged), *self.later]))
+        last = len(trajectory.steps) - 1
+        return [
+            example(
+                trajectory,
+                turn,
+                # Held below what overflows; the learner says so if it is more than it can bear.
+                math.exp(min((reward * gamma ** (last - turn) - self.baseline) / tau, 700)),
+            )
+            for turn in range(trajectory.replayed, len(trajectory.steps))
+        ]
+
+
+def state_baseline(scores: Sequence[float], how: Baseline, constant: float) -> float:
+    """What the candidates of one state are measured by."""
+    match how:
+        case "none":
+            return 0.0
+        case "constant":
+            return constant
+        case "state_mean":
+            return sum(scores) / len(scores)
+        case "state_max":
+            return max(scores)
+
+
+def sound(judged: Sequence[Judged]) -> list[list[Judged]]:
+    """Groups of attempts at one task, without the undecided and the degenerate."""
+    return by_task(
+        one
+        for one in judged
+        if not any(map(degenerate, texts(one.trajectory.steps[one.trajectory.replayed :])))
+    )
+
+
+def kept(rule: Filter, reward: float, earlier: Sequence[float]) -> bool:
+    """Whether a turn with this reward is learned, after turns with those."""
+    match rule:
+        case "all":
+            return True
+        case "better":
+            return not earlier or reward > earlier[-1]
+        case "best":
+            return not earlier or reward >= max(earlier)
+        case "success":
+            return reward >= 1
+
+
+def degenerate(text: str) -> bool:
+    """A word repeated more than 150 times, or one longer than 300 characters."""
+    counts = Counter(text.split())
+    return any(count > 150 or len(word) > 300 for word, count in counts.items())
+
+
+def texts(steps: Iterable[Step]) -> list[str]:
+    return [step.action.text for step in steps]
