@@ -37,8 +37,8 @@ from rich.table import Table
 
 from selfwright.agents.chat import Chat, ChatConfig
 from selfwright.core.files import read_json, write_json
-from selfwright.core.hosting.worlds import open_worlds
-from selfwright.core.play.draw import draw
+from selfwright.core.hosting.pool import open_worlds
+from selfwright.core.play.draw import Given, draw
 from selfwright.core.recipe import read
 from selfwright.core.seeds import derive
 from selfwright.core.types import Observation
@@ -246,7 +246,9 @@ def with_trl(asked: dict[str, Any]) -> dict[str, Any]:
     tasks = [
         task
         for k in range(asked["steps"])
-        for task in draw(world.tasks("train"), GROUPS, derive(derive(0, "iteration", k), "tasks"))
+        for task in asyncio.run(
+            draw(Given(world.tasks("train")), GROUPS, derive(derive(0, "iteration", k), "tasks"))
+        )
     ]
     by_id = {task.id: task for task in tasks}
 

@@ -40,7 +40,7 @@ from selfwright.agents.chat import Chat, ChatConfig
 from selfwright.agents.engines.transformers import Request, TransformersConfig, TransformersPolicy
 from selfwright.core.config import Fleet
 from selfwright.core.files import write_json
-from selfwright.core.hosting.worlds import Worlds, open_worlds
+from selfwright.core.hosting.pool import Worlds, open_worlds
 from selfwright.core.models.tokens import PAD
 from selfwright.core.play.draw import draw, starts
 from selfwright.core.play.rollout import PolicyPlayer, rollouts
@@ -168,7 +168,7 @@ async def pair(
     policy: Recorder, worlds: Worlds, case: Case, episodes: int, seed: int
 ) -> tuple[Measured, Measured]:
     """Ours, then theirs on what ours was asked."""
-    tasks = draw(worlds.tasks("train"), episodes // case.attempts, seed)
+    tasks = await draw(worlds.tasks("train"), episodes // case.attempts, seed)
     begin = starts(tasks, case.attempts, seed, case.turns)
     # As trainers sample; the end token, and nothing else, ends a completion.
     player = PolicyPlayer(

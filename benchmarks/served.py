@@ -41,7 +41,7 @@ from selfwright.agents.engines.vllm import VLLMConfig, VLLMPolicy
 from selfwright.agents.engines.vllm_server import metric
 from selfwright.core.config import Config, Fleet
 from selfwright.core.files import write_json
-from selfwright.core.hosting.worlds import Worlds, open_worlds
+from selfwright.core.hosting.pool import Worlds, open_worlds
 from selfwright.core.play.draw import draw, starts
 from selfwright.core.play.rollout import PolicyPlayer, rollouts
 from selfwright.core.types import (
@@ -204,7 +204,9 @@ async def replay(
     settings = {"name": f"ours {turns} {seed}", "turns": turns, "step_s": step_s}
     fleet = Fleet(parallel=AT_ONCE, isolation="inline")
     async with await open_worlds("served:Corridor", settings, fleet) as worlds:
-        begin = starts(draw(worlds.tasks("train"), episodes // attempts, seed), attempts, seed)
+        begin = starts(
+            await draw(worlds.tasks("train"), episodes // attempts, seed), attempts, seed
+        )
         player = PolicyPlayer(Chat(ChatConfig()), policy, Sampling(max_tokens=MAX_TOKENS))
         async with watched(replica.url, closely=turns > 1) as seen:
             began = time.perf_counter()
@@ -312,7 +314,7 @@ async def verified(arguments: argparse.Namespace, url: str, room: str, seed: int
     async with await open_worlds(
         "served:Corridor", settings, Fleet(parallel=1, isolation="inline")
     ) as worlds:
-        told = tasks_for(worlds, groups, seed)
+        told = await tasks_for(worlds, groups, seed)
     wanted = {
         "url": url,
         "tasks": told,
@@ -328,14 +330,14 @@ async def verified(arguments: argparse.Namespace, url: str, room: str, seed: int
     return json.loads(said.splitlines()[-1])
 
 
-def tasks_for(worlds: Worlds, groups: int, seed: int) -> list[dict[str, Any]]:
+async def tasks_for(worlds: Worlds, groups: int, seed: int) -> list[dict[str, Any]]:
     """Each task's words, from the first to the last turn."""
     return [
         {
             "opening": task.instruction,
             "replies": [spoken(f"{task.id} {turn}", REPLY) for turn in range(1, TURNS)],
         }
-        for task in draw(worlds.tasks("train"), groups, seed)
+        for task in await draw(worlds.tasks("train"), groups, seed)
     ]
 
 

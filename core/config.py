@@ -1,8 +1,8 @@
 """The base of every configuration, and the recipe's own."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .checked import all_unicode
 
@@ -35,10 +35,40 @@ class Fleet(Config):
     on: Literal["local", "ray"] = "local"
     """``ray``: in processes of their own on the machines of a Ray cluster, the one at RAY_ADDRESS
     or a small one started here."""
+    python: str = ""
+    """The interpreter that has the world, 3.8 or newer; nothing of ours is needed there. ``use`` is
+    then ``module:Class``. Empty: this one."""
+    command: tuple[str, ...] = ()
+    """A program that is the world: it speaks the wire of docs/wire.md on its standard streams.
+    ``use`` is then only its name."""
+    start_timeout_s: float | None = Field(default=None, gt=0)
+    """How long a process may take to start and make an instance; None: as the world says."""
     reset_timeout_s: float = Field(default=60.0, gt=0)
     step_timeout_s: float = Field(default=30.0, gt=0)
     max_failures: float = Field(default=0.5, ge=0, le=1)
     """The share of failed episodes, in one round of rollouts, above which the run stops."""
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the world lives where its class cannot be looked at."""
+        return bool(self.python or self.command)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if self.python and self.command:
+            raise ValueError("python and command both say where the world is; give one of them")
+        if self.elsewhere and self.isolation == "inline":
+            raise ValueError("isolation: inline: a world elsewhere has a process of its own")
+        if self.elsewhere and self.on == "ray":
+            raise ValueError("on: ray: a world elsewhere is hosted on this machine only")
+        return self
+
+
+class Elsewhere:
+    """Stands for a world whose class is not here: its settings are checked where it lives."""
+
+    class Config(Config):
+        model_config = ConfigDict(extra="allow")
 
 
 class JudgeConfig(Config):

@@ -41,11 +41,22 @@ from .types import (
 )
 
 
+class Tasks(Protocol):
+    """A split of a world, wherever that lives; counted from 0."""
+
+    async def size(self) -> int: ...
+    async def take(self, indices: Sequence[int]) -> list[Task]:
+        """Raises: IndexError: there is no such place. WorldError: there is no task."""
+        ...
+
+
 class Environment(Protocol):
     """A world. One instance plays one episode at a time; ``reset`` may be called again.
 
     What its class says of itself stands in one record, ``spec`` (``core.types.WorldSpec``), which
-    may be left out.
+    may be left out. What it can do beyond this is what it has methods for: ``HasExpert``,
+    ``HasRandom``, ``HasAttempts``, ``HasNamedTasks``, ``HasSnapshots``. Methods may be plain or
+    async. A world that knows nothing of our types may give what ``core.hosting.far_end`` lists.
     """
 
     def tasks(self, split: str) -> Sequence[Task]:
@@ -64,7 +75,6 @@ class Environment(Protocol):
     async def close(self) -> None: ...
 
 
-@runtime_checkable
 class HasExpert(Protocol):
     """A world that can show how it is done."""
 
@@ -73,14 +83,12 @@ class HasExpert(Protocol):
         ...
 
 
-@runtime_checkable
 class HasRandom(Protocol):
     """A world without listed actions that can still draw one uniformly."""
 
     async def random(self, seed: int) -> str: ...
 
 
-@runtime_checkable
 class HasAttempts(Protocol):
     """A world where every action is a whole attempt at the task; a right one is paid 1."""
 
@@ -100,12 +108,30 @@ class HasAttempts(Protocol):
         ...
 
 
-@runtime_checkable
 class HasNamedTasks(Protocol):
     """A world that knows its training tasks by their ids, however many there are."""
 
     def named(self, id: str) -> Task:
         """Raises: ValueError: there is no such task, or it is not for training."""
+        ...
+
+
+class HasSnapshots(Protocol):
+    """A world that can go on from a state that it was in, in another instance, too.
+
+    So that an episode which begins in the midst of another one need not be replayed.
+    """
+
+    async def snapshot(self) -> str:
+        """The present state, as a text that ``restore`` understands in any instance of the world
+        with the same settings, whatever process it is in."""
+        ...
+
+    async def restore(self, task: Task, snapshot: str) -> Observation:
+        """In place of ``reset``: the state, of an episode of ``task``, and what is seen in it.
+
+        All that comes after is as it would have been there.
+        """
         ...
 
 
@@ -272,7 +298,7 @@ class Context:
     """The folder or hub id of the model that such a name stands for."""
     sampling_of: Callable[[str], Sampling]
     """How the policy of such a name is sampled in training."""
-    named: Callable[[str], Task]
+    named: Callable[[str], Awaitable[Task]]
     """The training task of an id. Raises ValueError: there is none."""
     base: str
     """The model the phase began with: a folder or hub id, for trainers that copy it."""
@@ -281,11 +307,45 @@ class Context:
 
 
 class Trainer(Protocol):
-    """Where the advantages come from: judged trajectories in, batches to learn out, in order."""
+    """Where the advantages come from: judged trajectories in, batches to learn out, in order.
+
+    Optional class attribute: ``replays`` is True for one whose starts have a prefix. Worlds that
+    cannot be replayed are refused with it, and of those that can, states are kept to go on from.
+    """
 
     @property
     def plan(self) -> Plan: ...
     async def batches(self, judged: Sequence[Judged]) -> list[Batch]: ...
+
+
+def replays(plugin: type[Any]) -> bool:
+    """Whether a trainer's starts have a prefix."""
+    return bool(getattr(plugin, "replays", False))
+
+
+@runtime_checkable
+class LooksFirst(Protocol):
+    """A trainer that was given something to look at before anything is played."""
+
+    async def begin(self) -> None:
+        """Raises: RecipeError: it is not fit."""
+        ...
+
+
+@runtime_checkable
+class HasStarts(Protocol):
+    """A trainer that says itself which episodes an iteration begins with, in place of ``plan``'s
+    tasks, each so many times: curricula, search, self-play."""
+
+    async def starts(self, tasks: Tasks, index: int, seed: int) -> Sequence[Start]:
+        """The starts of iteration ``index``, from 0.
+
+        Args:
+            tasks: the training split. Tasks of its own making will do as well, if they are of the
+                world's class.
+            seed: the iteration's: the same when a killed run goes on.
+        """
+        ...
 
 
 @runtime_checkable

@@ -201,6 +201,16 @@ class WorldSpec:
     """The class of its tasks, so that stored ones can come back."""
     reward_range: tuple[float, float] = (0.0, 1.0)
     """The least and the most that an episode may pay."""
+    tools: tuple[Tool, ...] = ()
+    """The kinds of its actions, if they are calls: agents make words of them. ``step`` still gets
+    one text, such as ``click(ref="e7")``."""
+    repeatable: Literal["exact", "text", "no"] = "exact"
+    """What comes again of an episode when its task, seed and actions do: all of it, its texts and
+    rewards, or nothing one could rely on. Trainers that replay refuse ``no``."""
+    start_timeout_s: float = 60.0
+    """How long it may take to start a process and make an instance."""
+    recycle_after: int | None = None
+    """Episodes after which a process is replaced, for worlds that grow; None: never."""
 
 
 class Stop(StrEnum):
@@ -245,7 +255,7 @@ class Trajectory:
     """The world's seed."""
     attempt: int = 0
     replayed: int = 0
-    """How many leading steps were replayed from ``Start.prefix``."""
+    """How many leading steps are those of ``Start.prefix``."""
     success: bool = False
     error: str = ""
     """Set if and only if ``stop`` is FAILED: the error's name, then what it said."""
@@ -253,6 +263,13 @@ class Trajectory:
     """Names this episode and no other one, for ever."""
     parent: str = ""
     """The id of the episode that the replayed steps come from; empty if there is none."""
+    restored: int = 0
+    """How many of those were not executed again, as the world went on from a snapshot."""
+
+    @property
+    def executed(self) -> int:
+        """How many steps the world has made for it."""
+        return len(self.steps) - self.restored
 
     @property
     def reward(self) -> float:

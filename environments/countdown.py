@@ -271,6 +271,7 @@ class Countdown:
         self._oracle = oracle
         self._task: CountdownTask | None = None
         self._left = 0
+        self._seen = ""
 
     def tasks(self, split: str) -> Sequence[CountdownTask]:
         return Puzzles(split, self._config)
@@ -278,7 +279,7 @@ class Countdown:
     async def reset(self, task: Task, seed: int) -> Observation:
         if not isinstance(task, CountdownTask):
             raise TypeError(f"countdown plays CountdownTask, got {type(task).__name__}")
-        self._task, self._left = task, task.max_steps
+        self._task, self._left, self._seen = task, task.max_steps, ""
         return Observation("")
 
     async def step(self, action: str) -> TimeStep:
@@ -291,8 +292,9 @@ class Countdown:
         except Illegal as fault:
             solved, said = False, f"Not legal: {fault}. Try again."
         over = solved and self._oracle
+        self._seen = "Solved." if over else said
         return TimeStep(
-            Observation("Solved." if over else said),
+            Observation(self._seen),
             reward=float(solved),
             terminated=over,
             truncated=not over and self._left == 0,
@@ -310,6 +312,15 @@ class Countdown:
 
     async def random(self, seed: int) -> str:
         return guess(self._playing().numbers, self._config.operators, random.Random(seed)).text
+
+    async def snapshot(self) -> str:
+        return f"{self._left} {self._seen}"
+
+    async def restore(self, task: Task, snapshot: str) -> Observation:
+        await self.reset(task, 0)
+        left, _, self._seen = snapshot.partition(" ")
+        self._left = int(left)
+        return Observation(self._seen)
 
     def answer(self, task: Task, action: str) -> str | None:
         """The value reached, which is what the task asks about."""

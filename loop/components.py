@@ -1,11 +1,11 @@
 """Everything a run works with: who plays, who judges, who learns, and what a trainer may use."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from ..core.checked import checked_task, same
+from ..core.checked import same
 from ..core.config import JudgeConfig, PolicyConfig
-from ..core.hosting.worlds import Worlds, open_worlds
+from ..core.hosting.pool import Worlds, open_worlds
 from ..core.play.asking import patient
 from ..core.play.judging import judged
 from ..core.play.rollout import ExpertPlayer, Player, rollouts
@@ -14,7 +14,6 @@ from ..core.protocols import (
     AsksPolicies,
     Attempt,
     Context,
-    HasNamedTasks,
     Hire,
     Judge,
     Learner,
@@ -197,6 +196,8 @@ class Cast:
                 self.blind = await open_worlds(
                     world.use, settings, self.recipe.fleet, without_oracle=True
                 )
+                if self.worlds.snapshots is not None:
+                    self.blind.keep_snapshots()
             return await self.attempt(self.player(), begin, "playing on", self.blind)
 
         def count(said: Completion) -> None:
@@ -235,23 +236,26 @@ class Cast:
 
 SCANNED = 100_000
 """Training tasks that are looked through for a name, in worlds that cannot look it up."""
+BATCH = 4096
+"""Tasks asked for at once."""
 
 
-def namer(worlds: Worlds) -> Callable[[str], Task]:
+def namer(worlds: Worlds) -> Callable[[str], Awaitable[Task]]:
     """Finds training tasks by their ids; raises ValueError where there is none.
 
     And WorldError where it is no task, or two share an id.
     """
     found: dict[str, Task] = {}
 
-    def named(id: str) -> Task:
-        if isinstance(worlds.sample, HasNamedTasks):
-            return checked_task(worlds.sample.named(id), f"named({id!r})")
+    async def named(id: str) -> Task:
+        if "named" in worlds.abilities:
+            return await worlds.named(id)
         if not found:
             tasks = worlds.tasks("train")
-            for index in range(min(len(tasks), SCANNED)):
-                task = tasks[index]
-                same(found.setdefault(task.id, task), task)
+            size = min(await tasks.size(), SCANNED)
+            for k in range(0, size, BATCH):
+                for task in await tasks.take(range(k, min(k + BATCH, size))):
+                    same(found.setdefault(task.id, task), task)
         if id not in found:
             raise ValueError(f"there is no training task {id!r}")
         return found[id]

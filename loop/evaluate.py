@@ -16,7 +16,8 @@ from ..core.config import Config, Evaluation, Fleet, JudgeConfig, PolicyConfig
 from ..core.errors import JudgeError, RecipeError, StoreError
 from ..core.evaluation import EvaluationResult, TaskResult, summarise
 from ..core.files import check_writable, read_json
-from ..core.hosting.worlds import Worlds, open_worlds
+from ..core.hosting.pool import Worlds, open_worlds
+from ..core.hosting.spec import has_attempts
 from ..core.images import FOLDER as IMAGES
 from ..core.images import STORE
 from ..core.models.origin import ADAPTER, found_base, parts_of
@@ -30,7 +31,7 @@ from ..core.play.rollout import (
     RandomPlayer,
     rollouts,
 )
-from ..core.protocols import AsksPolicies, HasAttempts, HasExpert, Judge, Policy
+from ..core.protocols import AsksPolicies, Judge, Policy
 from ..core.recipe import Section, section
 from ..core.seeds import derive, identify
 from ..core.statistics import Agreement, Introspection, agreement, introspection_table
@@ -58,16 +59,20 @@ class Exam:
     judge: Section
 
 
-def drawn(worlds: Worlds, split: str, count: int, seed: int, progress: Progress) -> list[Task]:
+async def drawn(
+    worlds: Worlds, split: str, count: int, seed: int, progress: Progress
+) -> list[Task]:
     """``draw``; where there are fewer tasks than were asked for, it is said."""
-    tasks = draw(worlds.tasks(split), count, seed)
+    tasks = await draw(worlds.tasks(split), count, seed)
     if len(tasks) < count:
         progress.note(f"{count} {split} tasks were asked for, and the world has {len(tasks)}")
     return tasks
 
 
-def exam_tasks(worlds: Worlds, split: str, count: int, seed: int, progress: Progress) -> list[Task]:
-    return drawn(worlds, split, count, derive(seed, "evaluation", split), progress)
+async def exam_tasks(
+    worlds: Worlds, split: str, count: int, seed: int, progress: Progress
+) -> list[Task]:
+    return await drawn(worlds, split, count, derive(seed, "evaluation", split), progress)
 
 
 async def examine(
@@ -84,7 +89,7 @@ async def examine(
     ``name`` is for people; ``origin`` as in ``rollouts``.
     """
     began = time.monotonic()
-    tasks = exam_tasks(worlds, exam.split, exam.tasks, exam.seed, progress)
+    tasks = await exam_tasks(worlds, exam.split, exam.tasks, exam.seed, progress)
     seed = derive(exam.seed, "evaluation")
     with progress.stage(f"evaluating {name}", len(tasks)) as tell:
         begin = starts(tasks, 1, exam.seed)
@@ -93,7 +98,7 @@ async def examine(
     assert isinstance(config, JudgeConfig)
     episodes = await judged(judge, played, config)
     table, more = None, list[Trajectory]()
-    if exam.turns and isinstance(worlds.sample, HasAttempts):
+    if exam.turns and has_attempts(worlds.abilities):
         with progress.stage(f"introspection of {name}"):
             table, more = await introspect(exam, player, worlds, tasks)
     results = tuple(task_result(episode) for episode in episodes)
@@ -105,7 +110,7 @@ async def examine(
         seed=exam.seed,
         temperature=exam.temperature,
         undecided=sum(r.score is None and not r.failed for r in results),
-        environment_steps=sum(len(t.steps) for t in (*played, *more)),
+        environment_steps=sum(t.executed for t in (*played, *more)),
         tokens_sampled=tokens_sampled((*played, *more)),
         wall_s=time.monotonic() - began,
         introspection=table,
@@ -362,7 +367,7 @@ async def seated(
         limit = exam.fleet.step_timeout_s
         if checkpoint == "random":
             return RandomPlayer(exam.agent.make(), limit)
-        if not isinstance(worlds.sample, HasExpert):
+        if "expert" not in worlds.abilities:
             raise RecipeError(f"{exam.environment.use} has no expert to be evaluated")
         return ExpertPlayer(exam.agent.make(), timeout_s=limit)
     assert isinstance(policy.config, PolicyConfig)

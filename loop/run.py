@@ -13,7 +13,7 @@ from ..core import evaluation as files
 from ..core.config import PolicyConfig
 from ..core.errors import LearnerError
 from ..core.files import read_json, write_json
-from ..core.hosting.worlds import Worlds, open_worlds
+from ..core.hosting.pool import Worlds, open_worlds
 from ..core.images import FOLDER as IMAGES
 from ..core.images import STORE
 from ..core.models.open import save_merged
@@ -21,7 +21,18 @@ from ..core.models.origin import layers_of, note_base
 from ..core.play.draw import draw, starts
 from ..core.play.judging import BROKEN
 from ..core.play.rollout import failures_by_name, rollouts
-from ..core.protocols import HasFindings, HasGuards, HasMemory, Hire, Judge, Plan, Trainer, alone
+from ..core.protocols import (
+    HasFindings,
+    HasGuards,
+    HasMemory,
+    HasStarts,
+    Hire,
+    Judge,
+    LooksFirst,
+    Trainer,
+    alone,
+    replays,
+)
 from ..core.recipe import Recipe, differences
 from ..core.seeds import derive
 from ..core.store import write_trajectories
@@ -73,7 +84,7 @@ async def run(recipe: Recipe, output: Path, console: Console, hire: Hire = alone
             return read_json(kept.path("result.json"))
         check(recipe, str(kept.path(BASE)) if kept.has(BASE) else policy_of(recipe).model)
         async with await open_worlds(recipe.environment.use, settings, recipe.fleet) as worlds:
-            look_at_tasks(recipe, worlds, progress)
+            await look_at_tasks(recipe, worlds, progress)
             judge: Judge = recipe.judge.make()
             base = await begun(recipe, worlds, kept, progress, hire)
             cast = Cast(recipe, worlds, recipe.agent.make(), judge, progress, hire)
@@ -86,23 +97,24 @@ async def run(recipe: Recipe, output: Path, console: Console, hire: Hire = alone
         return result
 
 
-def look_at_tasks(recipe: Recipe, worlds: Worlds, progress: Progress) -> None:
+async def look_at_tasks(recipe: Recipe, worlds: Worlds, progress: Progress) -> None:
     """Before anything is played: all that is evaluated on, and some of what is trained on.
 
     Raises:
         WorldError: some are no tasks, or two share an id.
     """
     settings = recipe.evaluation
-    exam_tasks(worlds, settings.split, settings.tasks, recipe.seed, progress)
+    await exam_tasks(worlds, settings.split, settings.tasks, recipe.seed, progress)
     if settings.every:
-        validation_tasks(recipe, worlds, progress)
-    if len(tasks := worlds.tasks("train")):
-        draw(tasks, LOOKED_AT, derive(recipe.seed, "look"))
+        await validation_tasks(recipe, worlds, progress)
+    tasks = worlds.tasks("train")
+    if await tasks.size():
+        await draw(tasks, LOOKED_AT, derive(recipe.seed, "look"))
 
 
-def validation_tasks(recipe: Recipe, worlds: Worlds, progress: Progress) -> list[Task]:
+async def validation_tasks(recipe: Recipe, worlds: Worlds, progress: Progress) -> list[Task]:
     count, seed = recipe.evaluation.validation_tasks, derive(recipe.seed, "validation")
-    return drawn(worlds, "validation", count, seed, progress)
+    return await drawn(worlds, "validation", count, seed, progress)
 
 
 async def begun(recipe: Recipe, worlds: Worlds, kept: Run, progress: Progress, hire: Hire) -> str:
@@ -158,10 +170,13 @@ async def improve(cast: Cast, kept: Run, base: str) -> int:
             break  # The budget was spent before this phase.
         await cast.start(phase, str(kept.path(phase_base(number)).resolve()) if number else base)
         trainer: Trainer = phase.trainer.make(cast.means)
+        await looked(trainer)
+        if replays(phase.trainer.plugin):
+            cast.worlds.keep_snapshots()
         if not number:
             # Before anything is played: what cannot be opened or is unfit is better known now.
             for other in recipe.phases[1:]:
-                other.trainer.make(cast.means)
+                await looked(other.trainer.make(cast.means))
             await evaluated(cast, kept, "base")
         if kept.finished > begin:
             done = kept.path(iteration_name(kept.finished - 1))
@@ -192,6 +207,12 @@ async def improve(cast: Cast, kept: Run, base: str) -> int:
                 save_merged(str(ended), folder, trusting(recipe))
     await evaluated(cast, kept, "final")
     return learned or kept.finished
+
+
+async def looked(trainer: object) -> None:
+    """Raises: RecipeError: what the trainer was given is not fit."""
+    if isinstance(trainer, LooksFirst):
+        await trainer.begin()
 
 
 async def rounds(cast: Cast, trainer: Trainer, kept: Run, begin: int) -> None:
@@ -240,7 +261,7 @@ class Ahead:
             number = index + more
             # None that the budget, as far as can be told, will not come to.
             if number < self._end and number not in self.rounds and spent + more * each < 1:
-                played = play(self._cast, self._trainer.plan, number)
+                played = play(self._cast, self._trainer, number)
                 self.rounds[number] = asyncio.create_task(played)
 
     async def end(self) -> None:
@@ -290,13 +311,17 @@ def spent_share(kept: Run, recipe: Recipe) -> float:
     return recipe.budget.share(*costs)
 
 
-async def play(cast: Cast, plan: Plan, index: int) -> list[Judged]:
+async def play(cast: Cast, trainer: Trainer, index: int) -> list[Judged]:
     """The episodes that iteration ``index`` begins with, judged."""
-    if not plan.tasks:
+    plan, seed = trainer.plan, derive(cast.recipe.seed, "iteration", index)
+    if isinstance(trainer, HasStarts):
+        begin = await trainer.starts(cast.worlds.tasks("train"), index, seed)
+    elif plan.tasks:
+        drawing = derive(seed, "tasks")
+        tasks = await drawn(cast.worlds, "train", plan.tasks, drawing, cast.progress)
+        begin = starts(tasks, plan.attempts, seed, plan.turns)
+    else:
         return []
-    seed = derive(cast.recipe.seed, "iteration", index)
-    tasks = drawn(cast.worlds, "train", plan.tasks, derive(seed, "tasks"), cast.progress)
-    begin = starts(tasks, plan.attempts, seed, plan.turns)
     what = f"iteration {index + 1}: playing"
     return await cast.round(cast.called(plan.player), begin, seed, what)
 
@@ -366,7 +391,8 @@ def summary(played: Sequence[Judged], asked: int = 0) -> Metrics:
     own = [step for t in trajectories for step in t.steps[t.replayed :]]
     metrics: Metrics = {
         "rollout/episodes": float(len(played)),
-        "rollout/environment_steps": float(sum(len(t.steps) for t in trajectories)),
+        "rollout/environment_steps": float(sum(t.executed for t in trajectories)),
+        "rollout/invalid": float(sum(bool(s.action.invalid) for s in own)),
         "rollout/tokens": float(tokens_sampled(trajectories) + asked),
         "rollout/failed": float(sum(t.stop == Stop.FAILED for t in trajectories)),
         "judge/undecided": float(len(played) - len(scores)),
@@ -391,14 +417,14 @@ async def validated(cast: Cast, index: int) -> Metrics:
         return {}
     clock = Clock()
     seed = derive(cast.recipe.seed, "validation")
-    tasks = validation_tasks(cast.recipe, cast.worlds, cast.progress)
+    tasks = await validation_tasks(cast.recipe, cast.worlds, cast.progress)
     player = cast.player(settings.temperature)
     played = await rollouts(player, cast.worlds, starts(tasks, 1, seed), seed)
     return {
         "validation/success": sum(t.success for t in played) / len(played),
         "validation/tasks": float(len(played)),
         "validation/failed": float(sum(t.stop == Stop.FAILED for t in played)),
-        "validation/environment_steps": float(sum(len(t.steps) for t in played)),
+        "validation/environment_steps": float(sum(t.executed for t in played)),
         "validation/tokens": float(tokens_sampled(played)),
         "time/validation_s": clock.lap(),
     }

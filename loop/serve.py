@@ -18,7 +18,7 @@ from ..core import strict_yaml
 from ..core.config import Fleet
 from ..core.errors import ModelError, RecipeError
 from ..core.faults import validate
-from ..core.hosting.worlds import Worlds, open_worlds
+from ..core.hosting.pool import Worlds, open_worlds
 from ..core.models.open import open_tokens
 from ..core.models.origin import ADAPTER
 from ..core.models.tokens import ChatTokens

@@ -19,10 +19,10 @@ from ..agents import scratch
 from ..core.config import Config, PolicyConfig, WarmStart
 from ..core.errors import LearnerError, RecipeError, StoreError, WorldError
 from ..core.files import DRAFT, check_writable, read_json, write_json
-from ..core.hosting.worlds import Worlds
+from ..core.hosting.pool import Worlds
 from ..core.play.draw import draw, starts
 from ..core.play.rollout import ExpertPlayer, PolicyPlayer, rollouts, turn_seed
-from ..core.protocols import Agent, HasExpert, Hire, Learner, Policy, alone
+from ..core.protocols import Agent, Hire, Learner, Policy, alone
 from ..core.recipe import Recipe
 from ..core.seeds import derive
 from ..core.sources import code_of
@@ -73,7 +73,7 @@ async def prepare(recipe: Recipe, worlds: Worlds, progress: Progress, hire: Hire
         progress.say(f"base model made earlier: {story_of(folder)}, {folder}")
         _warn(folder, progress)
         return str(folder)
-    if not isinstance(worlds.sample, HasExpert):
+    if "expert" not in worlds.abilities:
         raise RecipeError(
             f"policy.model: {config.model} is to be made or warmed up here, but "
             f"{recipe.environment.use} has no expert to learn from; give a trained model, and no "
@@ -195,7 +195,7 @@ async def _make(
     noise = 0.0 if warm is None else warm.noise
     count = WORDS if warm is None else warm.demonstrations
     expert = ExpertPlayer(agent, noise, recipe.fleet.step_timeout_s)
-    tasks = draw(worlds.tasks("train"), count, derive(recipe.seed, "demonstrations"))
+    tasks = await draw(worlds.tasks("train"), count, derive(recipe.seed, "demonstrations"))
     begin = starts(tasks, 1, recipe.seed)
     seed = derive(recipe.seed, "demonstrations")
     with progress.stage("expert demonstrations", len(begin)) as tell:
@@ -284,7 +284,7 @@ async def _clone(
 
     policy = looked_at_by(config, model, recipe.seed)
     agent: Agent = recipe.agent.make()
-    tasks = draw(worlds.tasks("validation"), VALIDATION, derive(recipe.seed, "skill"))
+    tasks = await draw(worlds.tasks("validation"), VALIDATION, derive(recipe.seed, "skill"))
     player = PolicyPlayer(
         agent,
         policy,

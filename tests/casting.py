@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from selfwright.agents.chat import Chat, ChatConfig
-from selfwright.core.hosting.worlds import open_worlds
+from selfwright.core.hosting.pool import open_worlds
 from selfwright.core.play.rollout import sharing
 from selfwright.core.protocols import Context
 from selfwright.core.recipe import read

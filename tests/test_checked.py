@@ -27,7 +27,7 @@ from selfwright.core.checked import (
 )
 from selfwright.core.config import Fleet, JudgeConfig
 from selfwright.core.errors import TooManyFailures, WorldError
-from selfwright.core.hosting.worlds import open_worlds
+from selfwright.core.hosting.pool import open_worlds
 from selfwright.core.play.asking import ask, patient
 from selfwright.core.play.judging import BROKEN, judged
 from selfwright.core.play.rollout import ExpertPlayer, Player, PolicyPlayer, RandomPlayer, rollouts
@@ -115,7 +115,7 @@ def played(kind: str, fault: str, player: Player) -> list[Trajectory]:
     async def run() -> list[Trajectory]:
         fleet = Fleet.model_validate({"parallel": 2, "max_failures": 1.0})
         async with await open_worlds(f"faulty_worlds:{kind}", {"fault": fault}, fleet) as worlds:
-            begin = [Start(task, 2**62) for task in worlds.tasks("train")[:2]]
+            begin = [Start(task, 2**62) for task in await worlds.tasks("train").take(range(2))]
             return await rollouts(player, worlds, begin, 0)
 
     return asyncio.run(run())
@@ -167,7 +167,9 @@ def test_a_table_does_without_answers_that_are_no_text() -> None:
         exam = Exam(environment, agent, fleet, "test", 20, 5, 0.0, 2, judge)
         settings = environment.config.model_dump(mode="json")
         async with await open_worlds(environment.use, settings, fleet) as worlds:
-            table, _ = await introspect(exam, RandomPlayer(), worlds, worlds.tasks("test")[:20])
+            table, _ = await introspect(
+                exam, RandomPlayer(), worlds, await worlds.tasks("test").take(range(20))
+            )
         return table.m1_t1.rate
 
     assert asyncio.run(run(1.0)) == 0.0

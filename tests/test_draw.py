@@ -1,5 +1,7 @@
 """Seeds and draws: the same from the same, unrelated from different, without repetition."""
 
+import asyncio
+from collections.abc import Sequence
 from itertools import combinations
 
 import pytest
@@ -7,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfwright.core.errors import WorldError
-from selfwright.core.play.draw import draw, starts
+from selfwright.core.play import draw as drawing
+from selfwright.core.play.draw import starts
 from selfwright.core.seeds import derive, identify
 from selfwright.core.types import Task
 
@@ -35,6 +38,10 @@ def test_seeds_are_pinned() -> None:
     assert derive(0, "world", "train/1") == 4386762615967029904
     assert derive("1") != derive(1)
     assert derive("\ud800") >= 0
+
+
+def draw(tasks: Sequence[Task], count: int, seed: int) -> list[Task]:
+    return asyncio.run(drawing.draw(drawing.Given(tasks), count, seed))
 
 
 def tasks(count: int, distinct: int = 10**9) -> list[Task]:

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from selfwright.commands.words import evaluation_words, table_words
-from selfwright.core.hosting.worlds import open_worlds
+from selfwright.core.hosting.pool import open_worlds
 from selfwright.core.play.rollout import ExpertPlayer, Player, RandomPlayer
 from selfwright.core.recipe import section
 from selfwright.core.statistics import Introspection
@@ -35,7 +35,7 @@ def table_of(exam: Exam, player: Player) -> tuple[Introspection, list[Trajectory
         settings = exam.environment.config.model_dump(mode="json")
         async with await open_worlds(exam.environment.use, settings, exam.fleet) as worlds:
             progress = Progress(Console(file=io.StringIO()))
-            tasks = exam_tasks(worlds, exam.split, exam.tasks, exam.seed, progress)
+            tasks = await exam_tasks(worlds, exam.split, exam.tasks, exam.seed, progress)
             return await introspect(exam, player, worlds, tasks)
 
     return asyncio.run(run())

@@ -15,7 +15,7 @@ from casting import SINGLE, played
 from selfwright.agents.chat import Chat, ChatConfig
 from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
 from selfwright.core.config import Fleet, Rollout
-from selfwright.core.hosting.worlds import World, Worlds, open_worlds
+from selfwright.core.hosting.pool import World, Worlds, open_worlds
 from selfwright.core.play.draw import draw, starts
 from selfwright.core.play.rollout import PolicyPlayer, rollouts, turn_seed
 from selfwright.core.store import read_trajectories
@@ -79,7 +79,7 @@ def sleepily(asleep: dict[int, int], parallel: int = 64, **patience: Any) -> lis
 
     async def run() -> list[Trajectory]:
         async with asyncio.timeout(PATIENCE_S), await opened(parallel) as worlds:
-            begin = starts(draw(worlds.tasks("train"), 3, 0), 4, 0)
+            begin = starts(await draw(worlds.tasks("train"), 3, 0), 4, 0)
             player = Sleepy(begin, asleep)
             told: list[int] = []
             how = Rollout.model_validate(patience)
@@ -137,7 +137,7 @@ def test_rounds_share_their_slots_and_no_batch_waits_for_who_has_none(
     async def run() -> None:
         async with asyncio.timeout(PATIENCE_S), await opened(parallel=3) as worlds:
             mind = PolicyPlayer(Chat(ChatConfig()), policy, Sampling(max_tokens=8))
-            begin = starts(draw(worlds.tasks("train"), 4, 0), 2, 0)
+            begin = starts(await draw(worlds.tasks("train"), 4, 0), 2, 0)
             several = (rollouts(mind, worlds, begin, seed) for seed in (0, 1))
             for made in await asyncio.gather(*several):
                 assert len(made) == len(begin)
@@ -151,7 +151,7 @@ def test_rounds_share_their_slots_and_no_batch_waits_for_who_has_none(
 def test_a_round_that_is_given_up_leaves_its_slots() -> None:
     async def run() -> None:
         async with asyncio.timeout(PATIENCE_S), await opened(parallel=2) as worlds:
-            begin = starts(draw(worlds.tasks("train"), 2, 0), 2, 0)
+            begin = starts(await draw(worlds.tasks("train"), 2, 0), 2, 0)
             hung = Sleepy(begin, {k: 0 for k in range(2)})
             waiting = [asyncio.create_task(rollouts(hung, worlds, begin, 0)) for _ in range(2)]
             await hung.slept.wait()

@@ -22,8 +22,10 @@ from selfwright.core import recipe as recipes
 from selfwright.core.config import Fleet
 from selfwright.core.errors import RecipeError, WorldError
 from selfwright.core.files import read_json
+from selfwright.core.hosting.pool import open_worlds
+from selfwright.core.hosting.process import LOSSES, RemoteWorld
 from selfwright.core.hosting.ray import Cluster, RayWorker
-from selfwright.core.hosting.worlds import LOSSES, RemoteWorld, World, open_worlds
+from selfwright.core.hosting.world import World
 from selfwright.core.play.rollout import ExpertPlayer, rollouts
 from selfwright.core.tasks import StoredTask
 from selfwright.core.types import (
@@ -111,7 +113,7 @@ def episodes(
     async def run() -> list[Trajectory]:
         fleet = Fleet.model_validate({"parallel": 4, "on": on, **settings})
         async with await open_worlds(name, config or {}, fleet) as worlds:
-            tasks = worlds.tasks("train")
+            tasks = await worlds.tasks("train").take(range(3))
             starts = [Start(tasks[k % 3], 100 + k % 3, k // 3) for k in range(12)]
             return await rollouts(player, worlds, starts, 7)
 
@@ -180,7 +182,7 @@ def test_an_episode_that_loses_every_worker_has_failed() -> None:
     async def run() -> Trajectory:
         fleet = Fleet.model_validate({"parallel": 1, "on": "ray", "max_failures": 1.0})
         async with await open_worlds("faulty_worlds:Apart", {}, fleet) as worlds:
-            task = worlds.tasks("train")[0]
+            task = await worlds.tasks("train").at(0)
             assert isinstance(task, StoredTask)
             return (await rollouts(Player(kill), worlds, [Start(task, 1)], 7))[0]
 
@@ -212,7 +214,7 @@ def test_a_process_that_dies_at_a_living_outpost_is_replaced() -> None:
         fleet = Fleet.model_validate({"parallel": parallel, "on": "ray"})
         name = "faulty_worlds:Together"
         async with await open_worlds(name, {"fault": "exit"}, fleet) as worlds:
-            task = worlds.tasks("train")[0]
+            task = await worlds.tasks("train").at(0)
             for split in ("validation", "test"):
                 async with worlds.lease() as world, worlds.lease() as sibling:
                     assert isinstance(world, RemoteWorld) and isinstance(sibling, RemoteWorld)
@@ -226,7 +228,7 @@ def test_a_process_that_dies_at_a_living_outpost_is_replaced() -> None:
                     assert world.gone and sibling.gone
                     assert psutil.pid_exists(host)
                 if split == "test":
-                    assert worlds.tasks(split)[1].id == "test 1"
+                    assert (await worlds.tasks(split).at(1)).id == "test 1"
                 async with worlds.lease() as other:
                     assert await use(other, task, "right") == 1
 
@@ -285,7 +287,7 @@ ALONE = """
 import asyncio, sys
 from selfwright.core.config import Fleet
 from selfwright.core.hosting.ray import Cluster
-from selfwright.core.hosting.worlds import open_worlds
+from selfwright.core.hosting.pool import open_worlds
 
 FLEET = Fleet(parallel=1, on="ray")
 
@@ -298,7 +300,7 @@ def starting():
 
 async def play():
     async with await open_worlds("countdown", {}, FLEET) as worlds, worlds.lease() as world:
-        await world.reset(worlds.tasks("train")[0], 0)
+        await world.reset(await worlds.tasks("train").at(0), 0)
 
 async def played_meanwhile():
     playing, turns = asyncio.create_task(play()), 0

@@ -16,7 +16,7 @@ from prompts import grey, png
 from selfwright.agents.chat import Chat, ChatConfig
 from selfwright.core.config import Fleet
 from selfwright.core.errors import TooManyFailures
-from selfwright.core.hosting.worlds import open_worlds
+from selfwright.core.hosting.pool import open_worlds
 from selfwright.core.images import STORE
 from selfwright.core.play.draw import draw, starts
 from selfwright.core.play.rollout import (
@@ -56,7 +56,7 @@ def played(kind: str, fault: str, player: Player, count: int = 4, **fleet: Any) 
         opened = await open_worlds(f"faulty_worlds:{kind}", {"fault": fault}, settings)
         async with opened as worlds:
             return await rollouts(
-                player, worlds, starts(draw(worlds.tasks("train"), count, 0), 1, 0), 0
+                player, worlds, starts(await draw(worlds.tasks("train"), count, 0), 1, 0), 0
             )
 
     return asyncio.run(run())
@@ -134,7 +134,7 @@ def gone_on(
 
     async def run() -> list[Trajectory]:
         async with await open_worlds(f"faulty_worlds:{name}", {}, settings) as worlds:
-            first = begin or (Start(worlds.tasks("train")[0], 5),)
+            first = begin or (Start(await worlds.tasks("train").at(0), 5),)
             return await rollouts(player, worlds, first, seed, origin=origin)
 
     return asyncio.run(run())

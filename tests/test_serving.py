@@ -26,7 +26,7 @@ from selfwright.agents.serving.images import checked_images
 from selfwright.agents.serving.limits import Limits, Refusal
 from selfwright.core.config import Config, Fleet
 from selfwright.core.errors import PolicyError
-from selfwright.core.hosting.worlds import open_worlds
+from selfwright.core.hosting.pool import open_worlds
 from selfwright.core.images import picture
 from selfwright.core.models.open import open_tokens
 from selfwright.core.play.draw import draw, starts
@@ -776,7 +776,7 @@ def test_a_served_agent_plays_as_it_does_here(player: Path) -> None:
         policy = transformers_policy(player)
         what = served(policy, policy.tokens)
         async with await open_worlds("countdown", WORLD, fleet) as worlds:
-            begin = starts(draw(worlds.tasks("train"), 24, 1), 1, 1)
+            begin = starts(await draw(worlds.tasks("train"), 24, 1), 1, 1)
             direct = await rollouts(what.player, worlds, begin, 5)
             async with running(what) as http, Client(str(http.base_url)) as client:
                 there = ServedPlayer(client)
@@ -805,7 +805,7 @@ def test_what_is_no_action_is_told_to_whoever_has_the_world() -> None:
     async def main() -> None:
         what = Served("tiny", said("not so", "left", "or so", "right"))
         async with await open_worlds("faulty_worlds:Faulty", {}, Fleet(parallel=1)) as worlds:
-            begin = starts(worlds.tasks("train")[:1], 1, 1)
+            begin = starts(await worlds.tasks("train").take(range(1)), 1, 1)
             (direct,) = await rollouts(what.player, worlds, begin, 5)
             async with running(what) as http:
                 async with Client(str(http.base_url)) as client:
@@ -941,7 +941,9 @@ def test_sessions_of_worlds_that_broke_end() -> None:
             Client(str(http.base_url)) as client,
         ):
             player = ServedPlayer(client)
-            played = await rollouts(player, worlds, starts(worlds.tasks("train"), 1, 1), 5)
+            played = await rollouts(
+                player, worlds, starts(await worlds.tasks("train").take(range(6)), 1, 1), 5
+            )
             assert [one.error for one in played] == ["ZeroDivisionError: "] * 6
             assert "selfwright_sessions 1.0" in (await http.get("/metrics")).text
             await player.close()

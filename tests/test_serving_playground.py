@@ -18,7 +18,7 @@ from test_serving import refusal
 from selfwright.agents.serving.app import Served, playground
 from selfwright.core.chromium import chromium as found
 from selfwright.core.config import Config, Fleet
-from selfwright.core.hosting.worlds import Worlds, open_worlds
+from selfwright.core.hosting.pool import Worlds, open_worlds
 from selfwright.core.images import picture
 from selfwright.core.types import (
     Completion,

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from selfwright.core.config import Fleet
 from selfwright.core.errors import WorldError
-from selfwright.core.hosting.worlds import open_worlds
+from selfwright.core.hosting.pool import open_worlds
 from selfwright.core.types import Observation, TimeStep
 from selfwright.environments.textworld_express import (
     Game,
@@ -237,7 +237,7 @@ def test_sixty_four_episodes_share_one_machine() -> None:
         fleet = Fleet.model_validate({"parallel": 64})
         config = {"parameters": {"numLocations": 3, "includeDoors": False}, "brief": True}
         async with await open_worlds("textworld_express", config, fleet) as worlds:
-            tasks = worlds.tasks("train")
+            tasks = await worlds.tasks("train").take(range(8))
             assert tasks[2].id == "coin includeDoors=0,numLocations=3 train 2"
 
             async def play(index: int) -> tuple[bool, float]:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from ...core.checked import checked_completion, no_text
 from ...core.errors import PolicyError
-from ...core.hosting.worlds import World
+from ...core.hosting.world import World
 from ...core.images import STORE
 from ...core.types import Action, Completion, Observation, Step, Task
 from . import bodies

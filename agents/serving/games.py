@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from ...core.errors import WorldError
-from ...core.hosting.worlds import World, Worlds
+from ...core.hosting.pool import Worlds
+from ...core.hosting.world import World
 from ...core.play.rollout import PolicyPlayer, deadline, executed
 from ...core.seeds import derive
 from ...core.types import Action, Observation, Step, Task, TimeStep
@@ -81,14 +82,9 @@ class Arena:
         self, name: str, split: Split, begin: int, count: int
     ) -> tuple[int, list[Task]]:
         """How many there are, and some of them."""
-        worlds = await self.worlds(name)
-
-        def look() -> tuple[int, list[Task]]:
-            every = worlds.tasks(split)
-            return len(every), [every[k] for k in range(begin, min(begin + count, len(every)))]
-
-        # A world in another process is asked, and waited for, there.
-        return await asyncio.to_thread(look)
+        every = (await self.worlds(name)).tasks(split)
+        size = await every.size()
+        return size, await every.take(range(begin, min(begin + count, size)))
 
     async def begin(self, name: str, split: Split, index: int, seed: int) -> Game:
         worlds = await self.worlds(name)

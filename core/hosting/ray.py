@@ -1,8 +1,8 @@
 """Worlds on the machines of a Ray cluster: ``environment: {..., on: ray}``.
 
-An actor per CPU, an outpost, starts the very processes that ``core.worlds`` starts here and passes
+An actor per CPU, an outpost, starts the very processes that ``core.hosting`` starts here and passes
 on what is said, so that leases, deadlines and discards are the same. Only the loss of an outpost is
-news: what was played in it is played again elsewhere (see ``core.rollout``).
+news: what was played in it is played again elsewhere (see ``core.play.rollout``).
 
 Ray is an optional part: ``pip install 'selfwright[ray]'``. A cluster's machines need selfwright and
 the world's package, in the same versions.
@@ -16,14 +16,15 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar
 
 from ..errors import WorkerLost, WorldError
-from .local import GRACE_S, LocalWorker, raised, told
+from .wire import Reply, answered, error_from, error_to
+from .worker import GRACE_S, Launch, LocalWorker
 
 INSTALL = "pip install 'selfwright[ray]'"
 OBJECT_STORE_BYTES = 80 * 2**20
@@ -40,12 +41,12 @@ class Outpost:
     async def pid(self) -> int:
         return os.getpid()
 
-    async def begin(self, number: int, name: str, opening: dict[str, Any]) -> dict[str, Any]:
+    async def begin(self, number: int, launch: Launch) -> dict[str, Any]:
         try:
-            worker = self._workers[number] = LocalWorker(name, opening)
-        except OSError as error:
-            return {"error": told(error), "dead": f"{name} could not be started: {error}"}
-        answer = await answered(asyncio.wrap_future(worker.opened))
+            worker = self._workers[number] = LocalWorker(launch)
+        except WorldError as error:
+            return {"error": error_to(error), "dead": str(error)}
+        answer = await answered(worker.opened)
         return answer | {"dead": worker.dead}
 
     async def ask(self, number: int, what: str, details: dict[str, Any]) -> dict[str, Any]:
@@ -60,15 +61,7 @@ class Outpost:
     async def stop(self, number: int) -> dict[str, Any]:
         if worker := self._workers.pop(number, None):
             await worker.stop()
-        return {"value": None}
-
-
-async def answered(value: Awaitable[Any]) -> dict[str, Any]:
-    """As a world's process answers: errors are told, for their classes may be known here only."""
-    try:
-        return {"value": await value}
-    except Exception as error:
-        return {"error": told(error)}
+        return {"value": None, "blobs": []}
 
 
 class Post:
@@ -102,29 +95,31 @@ class Post:
 class RayWorker:
     """A world process at an outpost."""
 
-    def __init__(self, post: Post, number: int, name: str, opening: dict[str, Any]) -> None:
+    def __init__(self, post: Post, number: int, launch: Launch) -> None:
         self.instances = 0
+        self.episodes = 0
         self.pid: int | None = None
         self._post = post
         self._number = number
-        self._name = name
+        self._name = launch.opening.world
         self._dead: str | None = None
         post.workers.add(number)
-        self.opened: Future[list[str]] = self._send("begin", name, opening)
+        self.opened = asyncio.wrap_future(self._send("begin", launch))
 
     @property
     def dead(self) -> str | None:
         return self._dead or self._post.lost or None
 
-    def call(self, what: str, **details: Any) -> Future[Any]:
+    async def ask(self, what: str, **details: Any) -> Reply:
         if self._dead is not None:
             raise WorldError(self._dead)
         if self._post.lost:
             raise WorkerLost(self._post.lost)
-        return self._send("ask", what, details)
+        return await asyncio.wrap_future(self._send("ask", what, details))
 
-    async def ask(self, what: str, **details: Any) -> Any:
-        return await asyncio.wrap_future(self.call(what, **details))
+    def tell(self, what: str, **details: Any) -> None:
+        if self.dead is None:
+            self._send("ask", what, details)
 
     def kill(self, reason: str) -> None:
         # Also called by the thread that hears Ray's answers; said twice does no harm.
@@ -143,18 +138,18 @@ class RayWorker:
     def last_words(self) -> str:
         return ""
 
-    def _send(self, method: str, *details: Any) -> Future[Any]:
-        future: Future[Any] = Future()
+    def _send(self, method: str, *details: Any) -> Future[Reply]:
+        future: Future[Reply] = Future()
         asked: Any = getattr(self._post.actor, method).remote(self._number, *details)
         asked.future().add_done_callback(partial(self._settle, future))
         return future
 
-    def _settle(self, future: Future[Any], done: Future[dict[str, Any]]) -> None:
+    def _settle(self, future: Future[Reply], done: Future[dict[str, Any]]) -> None:
         from ray.exceptions import RayActorError
 
         try:
             answer = done.result()
-            error = raised(**answer["error"]) if "error" in answer else None
+            error = error_from(**answer["error"]) if "error" in answer else None
         except RayActorError as cause:
             self._post.lose(cause)
             answer, error = {}, WorkerLost(self._post.lost)
@@ -170,7 +165,7 @@ class RayWorker:
         if error is not None:
             future.set_exception(error)
         else:
-            future.set_result(answer["value"])
+            future.set_result((answer["value"], answer["blobs"]))
 
 
 class Cluster:
@@ -201,13 +196,13 @@ class Cluster:
                 self.posts = min(parallel, _cpus())
                 Cluster._users += 1
 
-    def start(self, name: str, opening: dict[str, Any]) -> RayWorker:
+    def start(self, launch: Launch) -> RayWorker:
         self._posts = [post for post in self._posts if not post.lost]
         if len(self._posts) < self.posts:
             self._posts.append(Post(self._name))
         self._made += 1
         fewest = min(self._posts, key=lambda post: len(post.workers))
-        return RayWorker(fewest, self._made, name, opening)
+        return RayWorker(fewest, self._made, launch)
 
     async def close(self) -> None:
         if self._open:

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ..checked import checked_completion, mended, no_text
-from ..config import Fleet, Rollout
+from ..config import Rollout
 from ..errors import Late, PolicyError, TooManyFailures, WorkerLost, WorldError
-from ..hosting.worlds import LOSSES, World, Worlds
+from ..hosting.pool import Worlds
+from ..hosting.process import LOSSES
+from ..hosting.world import World
 from ..protocols import Agent, Policy
 from ..seeds import derive, identify
 from ..types import (
@@ -253,68 +255,117 @@ def turn_seed(seed: int, start: Start, turn: int) -> int:
     return derive(seed, start.task.id, start.attempt, turn)
 
 
-async def play(
-    player: Player,
-    world: World,
-    start: Start,
-    fleet: Fleet,
-    seed: int,
-    id: str,
-    steps: list[Step],
-    chosen: list[tuple[Observation, Action]],
-) -> Trajectory:
-    """One episode from ``start``; ``steps`` grows as it goes, and so does ``chosen``.
+@dataclass
+class Episode:
+    """One in play. ``steps`` and ``chosen`` grow as it goes.
 
     ``chosen``: what the player has done so far, and what it saw then. An episode whose worker was
     lost is played again with it: nobody is asked twice, so nothing comes out otherwise.
+    """
+
+    world: World
+    worlds: Worlds
+    start: Start
+    id: str
+    steps: list[Step]
+    chosen: list[tuple[Observation, Action]]
+    restored: int = 0
+    """How many leading steps were not executed again, as the world went on from a snapshot."""
+    last: TimeStep | None = None
+    _seen: Observation | None = None
+
+    @property
+    def observation(self) -> Observation:
+        assert self._seen is not None, "it has begun"
+        return self._seen
+
+    @property
+    def over(self) -> bool:
+        return over(self.last)
+
+    async def begin(self) -> None:
+        """Bring the world to where the start says.
+
+        Raises:
+            WorldError: it did not repeat itself.
+        """
+        prefix, kept = self.start.prefix, self.worlds.snapshots
+        self.world.snapshots = kept is not None
+        actions = [_played(step.action) for step in prefix]
+        state = ""
+        if kept is not None:
+            self.restored, state = kept.find(self.start.parent, actions)
+            kept.begin(self.id, self.start.parent, actions[: self.restored])
+        async with deadline(self.worlds.fleet.reset_timeout_s, "the world's reset"):
+            if state:
+                self._seen = await self.world.restore(self.start.task, state)
+            else:
+                self._seen = await self.world.reset(self.start.task, self.start.seed)
+        self.steps += prefix[: self.restored]
+        for step in prefix[self.restored :]:
+            await self.again(step.observation, step.action)
+        for before, action in [*self.chosen]:
+            await self.again(before, action)
+
+    async def again(self, before: Observation, action: Action) -> None:
+        """Raises: WorldError: the world does not show what it showed then."""
+        rule = self.worlds.spec.repeatable
+        fault = unlike(self.observation, before, rule)
+        if fault or self.over:
+            raise WorldError(
+                f"{self.start.task.id!r} did not repeat itself: replaying action "
+                f"{len(self.steps) + 1} met {fault or 'its end, where it went on before'}; "
+                "a world must depend on nothing but its task, its seed and its actions, or its "
+                "spec must say how far it is repeatable"
+            )
+        await self.execute(action)
+
+    async def execute(self, action: Action) -> None:
+        before = self.observation
+        async with deadline(self.worlds.fleet.step_timeout_s, "the world's step"):
+            self.last = await executed(self.world, before, action)
+        self.steps.append(Step(before, action, self.last.reward, self.last.answer))
+        self._seen = self.last.observation
+        if (kept := self.worlds.snapshots) is not None:
+            kept.put(self.id, _played(action), "" if self.over else self.world.snapshot)
+
+
+def _played(action: Action) -> str:
+    """What tells an action from another one: its text, or why it held none."""
+    return f"!{action.invalid}" if action.invalid else f">{action.text}"
+
+
+async def play(player: Player, episode: Episode, seed: int) -> Trajectory:
+    """An episode from its start to its end.
 
     Raises whatever the world, or the policy, raised; ``TimeoutError`` past a deadline.
     """
-    task = start.task
-    async with deadline(fleet.reset_timeout_s, "the world's reset"):
-        observation = await world.reset(task, start.seed)
-    last: TimeStep | None = None
-
-    async def execute(action: Action) -> None:
-        nonlocal observation, last
-        async with deadline(fleet.step_timeout_s, "the world's step"):
-            last = await executed(world, observation, action)
-        steps.append(Step(observation, action, last.reward, last.answer))
-        observation = last.observation
-
-    async def again(before: Observation, action: Action) -> None:
-        if observation != before or over(last):
-            raise WorldError(
-                f"{task.id!r} did not repeat itself: replaying action {len(steps) + 1} met "
-                f"{unlike(observation, before)}; "
-                "a world must depend on nothing but its task, its seed and its actions"
-            )
-        await execute(action)
-
-    for step in start.prefix:
-        await again(step.observation, step.action)
-    for before, action in chosen:
-        await again(before, action)
-    limit = task.max_steps if start.turns is None else len(start.prefix) + start.turns
-    while not over(last) and len(steps) < min(limit, task.max_steps):
+    start, steps = episode.start, episode.steps
+    task, prefix = start.task, len(start.prefix)
+    await episode.begin()
+    limit = task.max_steps if start.turns is None else prefix + start.turns
+    while not episode.over and len(steps) < min(limit, task.max_steps):
         turn = turn_seed(seed, start, len(steps))
-        action = await player.act(world, task, steps, observation, turn)
+        seen = episode.observation
+        action = await player.act(episode.world, task, steps, seen, turn)
         if action is None:
             break
-        chosen.append((observation, action))
-        await execute(action)
+        episode.chosen.append((seen, action))
+        await episode.execute(action)
+    last = episode.last
     return Trajectory(
         task,
         tuple(steps),
-        observation,
+        episode.observation,
         Stop.TERMINATED if last is not None and last.terminated else Stop.TRUNCATED,
         player.name,
         start.seed,
         start.attempt,
-        len(start.prefix),
+        prefix,
         last is not None and last.success,
-        id=id,
+        id=episode.id,
         parent=start.parent,
+        restored=episode.restored,
     )
 
 
@@ -326,13 +377,17 @@ async def executed(world: World, observation: Observation, action: Action) -> Ti
     return await world.step(action.text)
 
 
-def unlike(met: Observation, before: Observation) -> str:
-    """Where two observations differ, in words."""
-    for name in ("text", "actions", "images", "actor"):
+def unlike(met: Observation, before: Observation, rule: str = "exact") -> str:
+    """Where two observations differ in what a world that is so repeatable repeats; empty: nowhere.
+
+    ``rule``: as ``WorldSpec.repeatable``.
+    """
+    names = {"exact": ("text", "actions", "images", "actor"), "text": ("text", "actor"), "no": ()}
+    for name in names[rule]:
         a, b = getattr(met, name), getattr(before, name)
         if a != b:
             return f"the {name} {str(a)[:80]!r} where {str(b)[:80]!r} was before"
-    return "its end, where it went on before"
+    return ""
 
 
 def over(last: TimeStep | None) -> bool:
@@ -479,12 +534,14 @@ async def rollouts(
             try:
                 async with worlds.lease() as world:
                     try:
-                        return await play(player, world, start, fleet, seed, id, steps, chosen)
+                        episode = Episode(world, worlds, start, id, steps, chosen)
+                        return await play(player, episode, seed)
                     except Exception:
                         worlds.discard(world)
                         raise
             except Exception as cause:
-                if isinstance(cause, WorkerLost) and losses < LOSSES:
+                again = worlds.spec.repeatable != "no"
+                if again and isinstance(cause, WorkerLost) and losses < LOSSES:
                     losses += 1
                     steps.clear()
                     continue

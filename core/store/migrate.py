@@ -143,6 +143,7 @@ def _add_2(rows: Rows, row: dict[str, Any], album: _Album) -> None:
             attempt=row["attempt"],
             policy=row["policy"],
             replayed=row["replayed"],
+            restored=0,
             stop=row["stop"],
             success=row["success"],
             reward=None if math.isnan(reward) else reward,

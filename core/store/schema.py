@@ -31,6 +31,7 @@ class EpisodeRow(NamedTuple):
     attempt: int
     policy: str
     replayed: int
+    restored: int
     stop: str
     success: bool
     reward: float | None
@@ -133,6 +134,7 @@ EPISODE = Record(
     attempt=INT32,
     policy=TEXT,
     replayed=INT32,
+    restored=INT32,
     stop=TEXT,
     success=BOOL,
     reward=Maybe(DOUBLE),

@@ -205,6 +205,7 @@ def _trajectory(row: EpisodeRow, left: Iterator[StepRow]) -> Trajectory:
         seed=row.seed,
         attempt=row.attempt,
         replayed=row.replayed,
+        restored=row.restored,
         success=row.success,
         error=row.error,
         id=row.id,

@@ -119,6 +119,7 @@ def _episode_rows(trajectories: Sequence[Trajectory]) -> list[EpisodeRow]:
                 attempt=t.attempt,
                 policy=t.policy,
                 replayed=t.replayed,
+                restored=t.restored,
                 stop=t.stop.value,
                 success=t.success,
                 reward=None if math.isnan(reward) else reward,

@@ -61,19 +61,24 @@ class ILF:
     """
 
     Config = ILFConfig
+    replays = True
 
     def __init__(self, config: ILFConfig, context: Context) -> None:
         self._config = config
         self._context = context
-        self._given = known(config.items(), context) if config.file else []
+        self._given: list[Item] = []
         self._round = 0
         self._kept: list[Judged] = []
         """The refined action of each is the last one that was replayed."""
 
+    async def begin(self) -> None:
+        if self._config.file:
+            self._given = await known(self._config.items(), self._context)
+
     @property
     def plan(self) -> Plan:
         config = self._config
-        if self._given:
+        if config.file:
             return Plan(0, 0)
         turns = 1 if config.unit == "turn" else None
         return Plan(config.tasks_per_iteration, config.attempts_per_task, turns)

@@ -66,6 +66,7 @@ class RISE:
     """
 
     Config = RISEConfig
+    replays = True
 
     def __init__(self, config: RISEConfig, context: Context) -> None:
         self._config = config

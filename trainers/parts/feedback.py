@@ -128,7 +128,7 @@ class FeedbackConfig(TrainerConfig):
         return read_feedback(Path(self.file), given, self.threshold)
 
 
-def known(items: Sequence[Item], context: Context) -> list[Item]:
+async def known(items: Sequence[Item], context: Context) -> list[Item]:
     """The items, whose stored tasks are again the world's own.
 
     Raises:
@@ -138,7 +138,7 @@ def known(items: Sequence[Item], context: Context) -> list[Item]:
     faults: dict[str, None] = {}
     for item in items:
         try:
-            task = context.named(item.trajectory.task.id)
+            task = await context.named(item.trajectory.task.id)
         except ValueError as error:
             faults[str(error)] = None
         else:

@@ -41,7 +41,7 @@ async def practised(
     valid: list[Task] = []
     for one in said:
         try:
-            task = context.named("" if one is None else one.text.strip())
+            task = await context.named("" if one is None else one.text.strip())
         except ValueError:
             continue
         if task.id not in taken:

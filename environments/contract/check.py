@@ -1,27 +1,38 @@
 """Tests a world against its contract, on tasks of its own."""
 
 import asyncio
-import random
-import time
+import os
+import signal
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
-from math import inf
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import psutil
 from pydantic import ValidationError
 
-from ..core.checked import alike, answer_of, readable, same
-from ..core.config import Fleet
-from ..core.errors import PluginError, WorldError
-from ..core.hosting.worlds import World, Worlds, open_worlds, spec_of
-from ..core.plugins import load
-from ..core.protocols import HasAttempts, HasExpert, HasRandom
-from ..core.seeds import derive
-from ..core.types import Observation, Task, TimeStep
-
-T = TypeVar("T")
+from ...core.checked import alike, readable, same
+from ...core.config import Fleet
+from ...core.errors import PluginError, WorldError
+from ...core.hosting.pool import Worlds, launch_of, open_worlds
+from ...core.hosting.spec import has_attempts
+from ...core.hosting.worker import LocalWorker
+from ...core.play.rollout import unlike
+from ...core.types import Observation, Task, TimeStep
+from .episodes import (
+    ODD_ACTIONS,
+    Broken,
+    Chooser,
+    Episode,
+    Stopwatch,
+    TooSlow,
+    expert,
+    replay,
+    seeded,
+    some,
+    spread,
+    stranger,
+)
 
 SPLITS = ("train", "validation", "test")
 SAMPLE = 32
@@ -30,20 +41,13 @@ LONGEST = 60
 """Steps of a random episode."""
 GROWTH_MB = 32.0
 """What a hosting process, with all that it started, may grow by over the counted resets."""
+GONE_S = 10.0
+"""How long a far end may take to go, once nobody speaks to it any more."""
 UNANSWERED = "the episodes to look at could not be played"
-ODD_ACTIONS = ("", " ", "no such action", "do\n\nthis", "\u2603 {}[]()\"'\\", "x" * 5000)
 
 
 class Skipped(Exception):
     """A check has nothing to look at; the message says why."""
-
-
-class Broken(Exception):
-    """The world does not keep the contract; the message says how."""
-
-
-class Late(Broken):
-    """A call took longer than its deadline."""
 
 
 @dataclass(frozen=True)
@@ -66,65 +70,6 @@ class CheckReport:
     def to_json(self) -> dict[str, Any]:
         checks = [asdict(check) for check in self.checks]
         return {"environment": self.environment, "ok": self.ok, "checks": checks}
-
-
-@dataclass(frozen=True)
-class Episode:
-    task: Task
-    seed: int
-    actions: tuple[str, ...]
-    first: Observation
-    steps: tuple[TimeStep, ...]
-    gave_up: bool
-    """Whoever chose the actions knew no further one."""
-
-    @property
-    def seen(self) -> tuple[object, ...]:
-        return (self.first, *self.steps)
-
-    @property
-    def success(self) -> bool:
-        return bool(self.steps) and self.steps[-1].success
-
-
-Chooser = Callable[[World, Observation, int], Awaitable[str | None]]
-"""``chooser(world, observation, turn)``: the next action, or None."""
-
-
-class Stopwatch:
-    """Plays episodes under deadlines, and remembers the slowest calls."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        self._limits = {"reset": fleet.reset_timeout_s, "step": fleet.step_timeout_s}
-        self.slowest = {"reset": 0.0, "step": 0.0}
-
-    async def timed(self, what: str, call: Awaitable[T]) -> T:
-        begin, limit = time.perf_counter(), self._limits[what]
-        try:
-            async with asyncio.timeout(limit):
-                result = await call
-        except TimeoutError:
-            raise Late(f"a {what} took longer than {limit:g} s") from None
-        self.slowest[what] = max(self.slowest[what], time.perf_counter() - begin)
-        return result
-
-    async def play(
-        self, world: World, task: Task, seed: int, choose: Chooser, longest: float = inf
-    ) -> Episode:
-        first = await self.timed("reset", world.reset(task, seed))
-        actions, steps, observation, gave_up = list[str](), list[TimeStep](), first, False
-        while len(steps) < min(task.max_steps, longest):
-            action = await self.timed("step", choose(world, observation, len(steps)))
-            if action is None:
-                gave_up = True
-                break
-            step = await self.timed("step", world.step(action))
-            actions.append(action)
-            steps.append(step)
-            observation = step.observation
-            if step.terminated or step.truncated:
-                break
-        return Episode(task, seed, tuple(actions), first, tuple(steps), gave_up)
 
 
 @dataclass
@@ -211,16 +156,16 @@ async def _tasks(exam: Examination) -> str:
     sizes: list[str] = []
     for split in SPLITS:
         tasks = exam.here.tasks(split)
-        if not len(tasks):
+        if not (size := await tasks.size()):
             raise Broken(f"{split} has no tasks; wanted at least one")
-        again, there = exam.here.tasks(split), exam.there.tasks(split)
-        for index in _spread(len(tasks), SAMPLE):
-            one = tasks[index]
+        places = spread(size, SAMPLE)
+        looks = [await one.take(places) for one in (tasks, tasks, exam.there.tasks(split))]
+        for index, one, *others in zip(places, *looks, strict=True):
             readable(one)
-            for other in (again[index], there[index]):
+            for other in others:
                 if one.id != other.id or not alike(one, other):
                     raise Broken(f"{split}[{index}] is {one!r}, asked again {other!r}")
-        sizes.append(f"{len(tasks)} {split}")
+        sizes.append(f"{size} {split}")
     return ", ".join(sizes)
 
 
@@ -229,9 +174,7 @@ async def _splits(exam: Examination) -> str:
     met: dict[str, tuple[str, Task]] = {}
     looked = 0
     for split in SPLITS:
-        tasks = exam.here.tasks(split)
-        for index in _spread(len(tasks), 4 * SAMPLE):
-            task = tasks[index]
+        for task in await some(exam.here.tasks(split), 4 * SAMPLE):
             looked += 1
             home, first = met.setdefault(task.id, (split, task))
             if home != split:
@@ -244,7 +187,7 @@ async def _answers(exam: Examination) -> str:
     """Resets and steps answer with what they should, whatever the action says."""
     try:
         turns = await _play_some(exam)
-    except Late as late:
+    except TooSlow as late:
         exam.late = str(late)
         raise
     exam.answered = True
@@ -254,14 +197,15 @@ async def _answers(exam: Examination) -> str:
 async def _play_some(exam: Examination) -> int:
     turns = 0
     async with exam.here.lease() as world:
-        for number, task in enumerate(_some(exam, "train")):
-            choose = _expert if number % 2 and _has(exam, HasExpert) else _stranger(exam, number)
-            episode = await exam.watch.play(world, task, _seed(number), choose, LONGEST)
+        for number, task in enumerate(await _some(exam, "train")):
+            shown = number % 2 and _has(exam, "expert")
+            choose = expert if shown else _stranger(exam, number)
+            episode = await exam.watch.play(world, task, seeded(number), choose, LONGEST)
             exam.played.append(episode)
             turns += len(episode.steps)
-        task = exam.here.tasks("train")[0]
+        task = await exam.here.tasks("train").at(0)
         for action in ODD_ACTIONS:
-            await exam.watch.timed("reset", world.reset(task, _seed(0)))
+            await exam.watch.timed("reset", world.reset(task, seeded(0)))
             await exam.watch.timed("step", world.step(action))
     return turns
 
@@ -277,32 +221,109 @@ async def _deadlines(exam: Examination) -> str:
 
 async def _same_process(exam: Examination) -> str:
     """The same seed and actions give the same episode, even while another like it is played."""
+    rule = _rule(exam)
     async with exam.here.lease() as one, exam.here.lease() as other:
         for episode in exam.played:
-            _alike(
-                episode, await exam.watch.play(one, episode.task, episode.seed, _replay(episode))
-            )
-            both = await asyncio.gather(
-                exam.watch.play(one, episode.task, episode.seed, _replay(episode)),
-                exam.watch.play(other, episode.task, episode.seed, _replay(episode)),
-            )
-            for again in both:
-                _alike(episode, again)
+            told = episode.task, episode.seed, replay(episode)
+            _alike(episode, await exam.watch.play(one, *told), rule)
+            for again in await asyncio.gather(
+                exam.watch.play(one, *told), exam.watch.play(other, *told)
+            ):
+                _alike(episode, again, rule)
     return f"{len(exam.played)} episodes, each played three times more, two of them side by side"
 
 
 async def _two_processes(exam: Examination) -> str:
-    tasks = exam.there.tasks("train")
-    indices = _spread(len(tasks), exam.episodes)
+    rule = _rule(exam)
+    tasks = await some(exam.there.tasks("train"), exam.episodes)
     async with exam.there.lease() as world:
-        for index, episode in zip(indices, exam.played, strict=True):
-            replay = _replay(episode)
-            _alike(episode, await exam.watch.play(world, tasks[index], episode.seed, replay))
+        for task, episode in zip(tasks, exam.played, strict=True):
+            again = await exam.watch.play(world, task, episode.seed, replay(episode))
+            _alike(episode, again, rule)
     return f"{len(exam.played)} episodes, played again in another process"
 
 
+async def _snapshots(exam: Examination) -> str:
+    """From a state that was taken another instance, in another process, goes on as it did."""
+    if not (_has(exam, "snapshot") and _has(exam, "restore")):
+        raise Skipped("the world takes no snapshots")
+    compared = 0
+    async with exam.here.lease() as one, exam.there.lease() as other:
+        for episode in exam.played:
+            for half in sorted({1, len(episode.steps) // 2} - {0, len(episode.steps)}):
+                one.snapshots = True
+                told = episode.task, episode.seed, replay(episode)
+                await exam.watch.play(one, *told, longest=half)
+                restored = other.restore(episode.task, one.snapshot)
+                first = await exam.watch.timed("reset", restored)
+                rest = Episode(
+                    episode.task,
+                    episode.seed,
+                    episode.actions[half:],
+                    episode.steps[half - 1].observation,
+                    episode.steps[half:],
+                    episode.gave_up,
+                )
+                on = exam.watch.play_on(
+                    other, episode.task, episode.seed, first, replay(episode, half)
+                )
+                _alike(rest, await on, exam.here.spec.repeatable)
+                compared += 1
+        one.snapshots = False
+    if not compared:
+        raise Skipped("no episode went on after its first step")
+    return f"{compared} states, gone on from in another process"
+
+
+async def _killed(exam: Examination) -> str:
+    """A process that dies is noticed at once, and the next one plays."""
+    task = await exam.there.tasks("train").at(0)
+    async with exam.there.lease() as world:
+        await exam.watch.timed("reset", world.reset(task, seeded(0)))
+        (process,) = exam.there.processes
+        os.kill(process, signal.SIGKILL)
+        try:
+            await exam.watch.timed("step", world.step("anything"))
+        except WorldError:
+            pass
+        else:
+            raise Broken("a step was answered after the process was killed")
+    async with exam.there.lease() as world:
+        await exam.watch.timed("reset", world.reset(task, seeded(0)))
+    return "kill -9 is noticed, and another process plays on"
+
+
+async def _wire(exam: Examination) -> str:
+    """A far end says what it cannot do, goes on after it, and goes when nobody speaks to it."""
+    if not exam.fleet.elsewhere:
+        raise Skipped("the far end is our own")
+    limit = exam.fleet.start_timeout_s or exam.here.spec.start_timeout_s
+    worker = LocalWorker(launch_of(exam.name, exam.config, exam.fleet))
+    try:
+        async with asyncio.timeout(limit):
+            await asyncio.shield(worker.opened)
+            refused: list[tuple[str, dict[str, Any], str]] = [
+                ("hello", {"protocol": 0, "frame_mb": 1, "speaks": "check"}, "protocol 0"),
+                ("no such call", {}, "a call that there is not"),
+                ("step", {"instance": 99, "action": ""}, "a step of an instance that there is not"),
+                ("task", {"split": "train", "indices": [2**40]}, "a task that there is not"),
+            ]
+            for call, details, what in refused:
+                try:
+                    await worker.ask(call, **details)
+                except WorldError:
+                    continue
+                raise Broken(f"the far end did not refuse {what}")
+            await worker.ask("tasks", split="train")
+        if not await worker.hung_up(GONE_S):
+            raise Broken(f"the far end lived on for {GONE_S:g} s when nobody spoke to it any more")
+    finally:
+        await worker.stop()
+    return f"{len(refused)} wrong calls refused; it goes when it is left"
+
+
 async def _rewards(exam: Examination) -> str:
-    least, most = spec_of(load("environments", exam.name)).reward_range
+    least, most = exam.here.spec.reward_range
     sums = [sum(step.reward for step in episode.steps) for episode in exam.played]
     for episode, total in zip(exam.played, sums, strict=True):
         if not least - 1e-6 <= total <= most + 1e-6:
@@ -315,13 +336,13 @@ async def _rewards(exam: Examination) -> str:
 
 async def _experts(exam: Examination) -> str:
     """An expert that never gives up succeeds."""
-    if not _has(exam, HasExpert):
+    if not _has(exam, "expert"):
         raise Skipped("the world has no expert")
     shown: list[Episode] = []
     async with exam.here.lease() as world:
         for split in ("train", "validation"):
-            for task in _some(exam, split):
-                shown.append(await exam.watch.play(world, task, _seed(len(shown)), _expert))
+            for task in await _some(exam, split):
+                shown.append(await exam.watch.play(world, task, seeded(len(shown)), expert))
     for episode in shown:
         if not episode.success and not episode.gave_up:
             raise Broken(
@@ -336,19 +357,17 @@ async def _experts(exam: Examination) -> str:
 
 async def _no_oracle(exam: Examination) -> str:
     """Without its oracle a world pays the same, and says nothing of it."""
-    sample = exam.here.sample
-    if not isinstance(sample, HasAttempts):
+    if not has_attempts(exam.here.abilities):
         raise Skipped("its actions are not whole attempts")
-    if not _has(exam, HasExpert):
+    if not _has(exam, "expert"):
         raise Skipped("without an expert there is no right attempt to try")
     fleet = exam.fleet
     mute = await open_worlds(exam.name, exam.config, fleet, without_oracle=True)
     compared = 0
     async with mute, mute.lease() as world:
-        for number, task in enumerate(_mapped(mute, "train", exam.episodes)):
-            stranger = _stranger(exam, number)
-            wrong = await exam.watch.play(world, task, _seed(number), stranger)
-            right = await exam.watch.play(world, task, _seed(number), _expert)
+        for number, task in enumerate(await some(mute.tasks("train"), exam.episodes)):
+            wrong = await exam.watch.play(world, task, seeded(number), _stranger(exam, number))
+            right = await exam.watch.play(world, task, seeded(number), expert)
             for episode in (wrong, right):
                 _never_told(episode)
             if right.steps and max(step.reward for step in right.steps) < 1:
@@ -356,7 +375,7 @@ async def _no_oracle(exam: Examination) -> str:
                     f"without its oracle {task.id!r} pays the expert's attempts "
                     f"{max(step.reward for step in right.steps):g}; wanted 1 for a right one"
                 )
-            compared += _same_words(sample, wrong, right)
+            compared += await _same_words(exam.here, wrong, right)
     return f"{exam.episodes} tasks, {compared} right attempts answered like wrong ones"
 
 
@@ -364,13 +383,14 @@ async def _memory(exam: Examination) -> str:
     """The hosting process does not grow from reset to reset."""
     if not exam.resets:
         raise Skipped("no resets were asked for")
-    tasks = exam.there.tasks("train")
+    split = exam.there.tasks("train")
+    tasks = await split.take(range(min(await split.size(), SAMPLE)))
     async with exam.there.lease() as world:
 
         async def resets(count: int) -> float:
             for number in range(count):
-                task = tasks[number % min(len(tasks), SAMPLE)]
-                first = await exam.watch.timed("reset", world.reset(task, _seed(number)))
+                task = tasks[number % len(tasks)]
+                first = await exam.watch.timed("reset", world.reset(task, seeded(number)))
                 action = await _stranger(exam, number)(world, first, 0)
                 await exam.watch.timed("step", world.step(action or ""))
             return sum(map(_resident_mb, exam.there.processes))
@@ -401,6 +421,9 @@ EXAMINATIONS: dict[str, Callable[[Examination], Awaitable[str]]] = {
     "deadlines": _deadlines,
     "same process": _after_answers(_same_process),
     "two processes": _after_answers(_two_processes),
+    "snapshots": _after_answers(_snapshots),
+    "killed": _after_answers(_killed),
+    "wire": _wire,
     "rewards": _after_answers(_rewards),
     "expert": _after_answers(_experts),
     "no oracle": _after_answers(_no_oracle),
@@ -408,64 +431,38 @@ EXAMINATIONS: dict[str, Callable[[Examination], Awaitable[str]]] = {
 }
 
 
-async def _expert(world: World, observation: Observation, turn: int) -> str | None:
-    return await world.expert()
-
-
-def _stranger(exam: Examination, seed: int) -> Chooser:
-    """Acts at random, by whatever means the world offers."""
-
-    async def choose(world: World, observation: Observation, turn: int) -> str | None:
-        if observation.actions:
-            return random.Random(f"{seed} {turn}").choice(observation.actions)
-        if _has(exam, HasRandom):
-            return await world.random(_seed(seed, turn))
-        return ODD_ACTIONS[turn % len(ODD_ACTIONS)]
-
-    return choose
-
-
-def _seed(*parts: int) -> int:
-    """One as wide as those of runs."""
-    return derive("check", *parts)
-
-
-def _replay(episode: Episode) -> Chooser:
-    async def choose(world: World, observation: Observation, turn: int) -> str | None:
-        return episode.actions[turn] if turn < len(episode.actions) else None
-
-    return choose
-
-
-def _has(exam: Examination, ability: type) -> bool:
-    return isinstance(exam.here.sample, ability)
+def _has(exam: Examination, ability: str) -> bool:
+    return ability in exam.here.abilities
 
 
 def _abilities(worlds: Worlds) -> str:
-    kinds = {"an expert": HasExpert, "random actions": HasRandom, "attempts": HasAttempts}
-    found = [name for name, kind in kinds.items() if isinstance(worlds.sample, kind)]
+    known = {"expert": "an expert", "random": "random actions", "snapshot": "snapshots"}
+    found = [name for ability, name in known.items() if ability in worlds.abilities]
+    if has_attempts(worlds.abilities):
+        found.append("attempts")
     return f"with {', '.join(found) or 'nothing optional'}"
 
 
-def _some(exam: Examination, split: str) -> list[Task]:
-    return _mapped(exam.here, split, exam.episodes)
+async def _some(exam: Examination, split: str) -> list[Task]:
+    return await some(exam.here.tasks(split), exam.episodes)
 
 
-def _mapped(worlds: Worlds, split: str, count: int) -> list[Task]:
-    tasks = worlds.tasks(split)
-    return [tasks[index] for index in _spread(len(tasks), count)]
+def _stranger(exam: Examination, seed: int) -> Chooser:
+    return stranger(_has(exam, "random"), seed)
 
 
-def _spread(length: int, count: int) -> list[int]:
-    """Up to ``count`` indices, from the first to the last."""
-    if length <= count:
-        return list(range(length))
-    return [place * (length - 1) // max(1, count - 1) for place in range(count)]
+def _rule(exam: Examination) -> str:
+    """How far the world says that it repeats itself. Raises: Skipped: not at all."""
+    rule = exam.here.spec.repeatable
+    if rule == "no":
+        raise Skipped("the world says that nothing of it repeats itself")
+    return rule
 
 
-def _alike(episode: Episode, again: Episode) -> None:
+def _alike(episode: Episode, again: Episode, rule: str) -> None:
+    """Raises: Broken: they differ in what a world that is so repeatable repeats."""
     for turn, (one, other) in enumerate(zip(episode.seen, again.seen, strict=False)):
-        if one != other:
+        if _differ(one, other, rule):
             when = f"after action {turn}, {episode.actions[turn - 1]!r}," if turn else "after reset"
             raise Broken(
                 f"{episode.task.id!r} with seed {episode.seed} does not repeat itself: {when} "
@@ -473,6 +470,15 @@ def _alike(episode: Episode, again: Episode) -> None:
             )
     if len(episode.seen) != len(again.seen):
         raise Broken(f"{episode.task.id!r} once ended later than with the same seed before")
+
+
+def _differ(one: object, other: object, rule: str) -> bool:
+    if isinstance(one, Observation) and isinstance(other, Observation):
+        return bool(unlike(one, other, rule))
+    assert isinstance(one, TimeStep) and isinstance(other, TimeStep)
+    names = ("reward", "terminated", "truncated", "success", "answer")
+    same_rest = all(getattr(one, name) == getattr(other, name) for name in names)
+    return not same_rest or bool(unlike(one.observation, other.observation, rule))
 
 
 def _never_told(episode: Episode) -> None:
@@ -484,11 +490,11 @@ def _never_told(episode: Episode) -> None:
             )
 
 
-def _same_words(sample: HasAttempts, wrong: Episode, right: Episode) -> int:
+async def _same_words(worlds: Worlds, wrong: Episode, right: Episode) -> int:
     """How many right attempts were compared to a wrong one of the same turn."""
     compared = 0
     for turn, (one, other) in enumerate(zip(wrong.steps, right.steps, strict=False)):
-        answers = [answer_of(sample, wrong.task, e.actions[turn]) for e in (wrong, right)]
+        answers = [await worlds.answer(wrong.task, e.actions[turn]) for e in (wrong, right)]
         if None in answers or one.reward >= other.reward:
             continue
         # Either answer may stand in either text: the right one is often part of the task.
