@@ -43,7 +43,7 @@ from selfwright.core.recipe import read
 from selfwright.core.seeds import derive
 from selfwright.core.types import Observation
 from selfwright.environments.countdown import Countdown, CountdownConfig
-from selfwright.loop.evaluate import evaluate
+from selfwright.loop.evaluate import evaluate_checkpoint
 from selfwright.loop.progress import Progress
 from selfwright.loop.run import run
 from selfwright.loop.warm_start import prepare
@@ -169,7 +169,7 @@ def success(base: str, adapter: str | None, tasks: int, output: Path) -> float:
     options += [f"policy.max_tokens={MAX_TOKENS}", "environment.parallel=1024"]
     console = Console(stderr=True, quiet=True)
     asked = (adapter or base, "countdown", options, "test", tasks, 0, 0.0, output, console)
-    return asyncio.run(evaluate(*asked))["success_rate"]
+    return asyncio.run(evaluate_checkpoint(*asked))["success_rate"]
 
 
 def child(asked: dict[str, Any]) -> dict[str, Any]:

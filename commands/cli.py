@@ -188,11 +188,11 @@ def evaluate(
     import asyncio
 
     with _stdout_for_results() as stdout:
-        from ..loop.evaluate import evaluate
+        from ..loop.evaluate import evaluate_checkpoint
         from .words import evaluation_words
 
         asked = (checkpoint, environment, override or (), split, tasks, seed, temperature)
-        result = asyncio.run(evaluate(*asked, output, _console(), judge))
+        result = asyncio.run(evaluate_checkpoint(*asked, output, _console(), judge))
         _emit(result, stdout, None if as_json else evaluation_words(result))
 
 

@@ -42,7 +42,7 @@ class Broken(Exception):
     """The world does not keep the contract; the message says how."""
 
 
-class Late(Broken):
+class TooSlow(Broken):
     """A call took longer than its deadline."""
 
 
@@ -104,7 +104,7 @@ class Stopwatch:
             async with asyncio.timeout(limit):
                 result = await call
         except TimeoutError:
-            raise Late(f"a {what} took longer than {limit:g} s") from None
+            raise TooSlow(f"a {what} took longer than {limit:g} s") from None
         self.slowest[what] = max(self.slowest[what], time.perf_counter() - begin)
         return result
 
@@ -244,7 +244,7 @@ async def _answers(exam: Examination) -> str:
     """Resets and steps answer with what they should, whatever the action says."""
     try:
         turns = await _play_some(exam)
-    except Late as late:
+    except TooSlow as late:
         exam.late = str(late)
         raise
     exam.answered = True

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from casting import SINGLE, played
+from components import SINGLE, played
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console

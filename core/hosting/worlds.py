@@ -224,7 +224,7 @@ async def _on_ray(
         await cluster.close()
         raise
     # Those that may share a process do so, but are still spread over all of the cluster.
-    share = math.ceil(fleet.parallel / cluster.posts)
+    share = math.ceil(fleet.parallel / cluster.hosts)
     per_process = min(_per_process(spec, fleet), share)
     return ProcessHost(name, opening, per_process, fleet, cluster)
 

@@ -36,7 +36,7 @@ class Player(Protocol):
 
     @property
     def name(self) -> str: ...
-    def seat(self) -> AbstractContextManager[None]: ...
+    def batch_slot(self) -> AbstractContextManager[None]: ...
     async def act(
         self,
         world: World,
@@ -66,8 +66,8 @@ class PolicyPlayer:
     def name(self) -> str:
         return self.policy.checkpoint
 
-    def seat(self) -> AbstractContextManager[None]:
-        return self.policy.seat()
+    def batch_slot(self) -> AbstractContextManager[None]:
+        return self.policy.batch_slot()
 
     async def act(
         self,
@@ -136,7 +136,7 @@ class ExpertPlayer:
     """Deadline of one action."""
     name: str = "expert"
 
-    def seat(self) -> AbstractContextManager[None]:
+    def batch_slot(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def errs(self, seed: int) -> bool:
@@ -172,7 +172,7 @@ class RandomPlayer:
     """Deadline of one action."""
     name: str = "random"
 
-    def seat(self) -> AbstractContextManager[None]:
+    def batch_slot(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     async def act(
@@ -457,7 +457,7 @@ async def rollouts(
         """In a slot that was got; both are given back when it closes."""
         seat = ExitStack()
         seat.callback(worlds.slots.release)
-        seat.enter_context(player.seat())
+        seat.enter_context(player.batch_slot())
         return seat
 
     async def member(index: int, start: Start) -> Trajectory:
