@@ -159,10 +159,13 @@ class Components:
         self, player: Player, begin: Sequence[Start], seed: int, what: str
     ) -> list[Judged]:
         """Play what an iteration begins with, and judge it."""
-        with self.progress.stage(what, len(begin)) as tell:
+        with self.progress.stage(what, len(begin)) as stage:
             patience = self.recipe.rollout
             origin = self.recipe.identity
-            played = await rollouts(player, self.worlds, begin, seed, tell, patience, origin)
+            done, stepped = stage.advance, stage.stepped
+            played = await rollouts(
+                player, self.worlds, begin, seed, done, patience, origin, stepped
+            )
         return await self.judged(played)
 
     async def attempt(
@@ -171,9 +174,11 @@ class Components:
         """Play more, and judge it; the episodes join the iteration's."""
         self.rounds += 1
         origin = f"{self.recipe.identity} {self.rounds}"
-        with self.progress.stage(what, len(begin)) as tell:
+        where = worlds or self.worlds
+        with self.progress.stage(what, len(begin)) as stage:
+            done, stepped = stage.advance, stage.stepped
             played = await rollouts(
-                player, worlds or self.worlds, begin, self.seed, tell, origin=origin
+                player, where, begin, self.seed, done, origin=origin, stepped=stepped
             )
         given = await self.judged(played)
         self.played += given

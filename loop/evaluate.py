@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from ..core import evaluation as files
 from ..core.config import Config, Evaluation, Fleet, JudgeConfig, PolicyConfig
 from ..core.errors import JudgeError, RecipeError, StoreError
@@ -35,7 +33,8 @@ from ..core.recipe import Section, section
 from ..core.seeds import derive, identify
 from ..core.statistics import Agreement, Introspection, agreement, introspection_table
 from ..core.store import JudgeIdentity, judge_identity, write_trajectories
-from ..core.types import Judged, Sampling, Stop, Task, Trajectory
+from ..core.types import Judged, Sampling, Step, Stop, Task, Trajectory
+from .events import Listener, ignore
 from .progress import Progress
 
 CARD = "selfwright.json"
@@ -86,16 +85,18 @@ async def evaluate(
     began = time.monotonic()
     tasks = exam_tasks(worlds, spec.split, spec.tasks, spec.seed, progress)
     seed = derive(spec.seed, "evaluation")
-    with progress.stage(f"evaluating {name}", len(tasks)) as tell:
-        begin = starts(tasks, 1, spec.seed)
-        played = await rollouts(player, worlds, begin, seed, tell, origin=origin)
+    with progress.stage(f"evaluating {name}", len(tasks)) as stage:
+        begin, done = starts(tasks, 1, spec.seed), stage.advance
+        played = await rollouts(
+            player, worlds, begin, seed, done, origin=origin, stepped=stage.stepped
+        )
     config = spec.judge.config
     assert isinstance(config, JudgeConfig)
     episodes = await judged(judge, played, config)
     table, more = None, list[Trajectory]()
     if spec.turns and isinstance(worlds.sample, HasAttempts):
-        with progress.stage(f"introspection of {name}"):
-            table, more = await introspect(spec, player, worlds, tasks)
+        with progress.stage(f"introspection of {name}") as stage:
+            table, more = await introspect(spec, player, worlds, tasks, stage.stepped)
     results = tuple(task_result(episode) for episode in episodes)
     result = EvaluationResult(
         checkpoint=player.name,
@@ -138,7 +139,11 @@ def tokens_sampled(trajectories: Sequence[Trajectory]) -> int:
 
 
 async def introspect(
-    spec: EvalSpec, player: Player, worlds: Worlds, tasks: Sequence[Task]
+    spec: EvalSpec,
+    player: Player,
+    worlds: Worlds,
+    tasks: Sequence[Task],
+    stepped: Callable[[Step], None] = lambda _: None,
 ) -> tuple[Introspection, list[Trajectory]]:
     """RISE's table, sampled at temperature 1: votes among greedy samples would all agree.
 
@@ -152,14 +157,15 @@ async def introspect(
         player = replace(player, sampling=replace(player.sampling, temperature=1.0))
     longer = [replace(task, max_steps=turns) for task in tasks]
     seed = derive(spec.seed, "introspection")
-    parallel = await rollouts(player, worlds, starts(longer, turns, spec.seed, 1), seed)
-    oracle = await rollouts(player, worlds, starts(longer, 1, spec.seed), derive(seed, "oracle"))
+    single, several = starts(longer, 1, spec.seed), starts(longer, turns, spec.seed, 1)
+    parallel = await rollouts(player, worlds, several, seed, stepped=stepped)
+    oracle = await rollouts(player, worlds, single, derive(seed, "oracle"), stepped=stepped)
     settings = spec.environment.config.model_dump(mode="json")
     async with await open_worlds(
         spec.environment.use, settings, spec.fleet, without_oracle=True
     ) as silent:
         sequential = await rollouts(
-            player, silent, starts(longer, 1, spec.seed), derive(seed, "sequential")
+            player, silent, single, derive(seed, "sequential"), stepped=stepped
         )
 
     def samples(trajectory: Trajectory) -> list[tuple[str | None, bool]]:
@@ -196,7 +202,7 @@ async def evaluate_checkpoint(
     seed: int,
     temperature: float | None,
     output: Path | None,
-    console: Console,
+    listener: Listener = ignore,
     judged_by: str | None = None,
 ) -> dict[str, Any]:
     """``selfwright evaluate``: the numbers of one checkpoint, as written to its folder.
@@ -205,7 +211,7 @@ async def evaluate_checkpoint(
         RecipeError: the world is not named, or an option is wrong.
         StoreError: there is no such checkpoint, or the output cannot be written.
     """
-    progress = Progress(console)
+    progress = Progress(listener)
     card = read_card(checkpoint)
     spec, policy = settle(
         card, checkpoint, environment, overrides, split, tasks, seed, temperature, judged_by

@@ -7,8 +7,6 @@ from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from ..core import evaluation as files
 from ..core.config import PolicyConfig
 from ..core.errors import LearnerError
@@ -22,6 +20,7 @@ from ..core.play.draw import draw, starts
 from ..core.play.judging import BROKEN
 from ..core.play.rollout import failures_by_name, rollouts
 from ..core.protocols import (
+    Agent,
     HasFindings,
     HasGuards,
     HasMemory,
@@ -39,10 +38,11 @@ from ..core.types import Judged, Metrics, Stop, Task
 from ..evidence.report import report
 from .components import Components
 from .evaluate import drawn, evaluate, exam_tasks, judge_of, tokens_sampled
+from .events import AlarmRaised, Evaluated, IterationEnded, Listener, RunBegan, RunEnded, ignore
 from .prefetch import Prefetcher
 from .progress import Progress
 from .ready import check
-from .result import BASE, conclude, phase_base, phase_name, points, seconds
+from .result import BASE, conclude, phase_base, phase_name
 from .warm_start import key_of, made_as, made_here, prepare
 
 PATIENCE = 3
@@ -65,18 +65,20 @@ class Alarm(Exception):
 
 
 async def run(
-    recipe: Recipe, output: Path, console: Console, learner_factory: LearnerFactory = make_learner
+    recipe: Recipe,
+    output: Path,
+    listener: Listener = ignore,
+    learner_factory: LearnerFactory = make_learner,
 ) -> dict[str, Any]:
     """Run ``recipe``, or go on with it, in the folder ``output``; what ``result.json`` holds.
 
-    ``learner_factory`` makes its learners.
+    ``listener`` hears how it goes; ``learner_factory`` makes its learners.
 
     Raises:
         SelfwrightError: it says what went wrong; what was committed stays, and the same command
             goes on from there.
     """
-    progress = Progress(console)
-    settings = recipe.environment.config.model_dump(mode="json")
+    progress = Progress(listener)
     with (
         RunFolder.open(output, recipe.dump(), differences) as kept,
         STORE.kept_in(kept.path(IMAGES)),
@@ -87,20 +89,33 @@ async def run(
                 progress.say(f"report: {report(output)}")
             return read_json(kept.path("result.json"))
         check(recipe, str(kept.path(BASE)) if kept.has(BASE) else policy_of(recipe).model)
-        async with await open_worlds(recipe.environment.use, settings, recipe.fleet) as worlds:
-            look_at_tasks(recipe, worlds, progress)
-            judge: Judge = recipe.judge.make()
-            base = await begun(recipe, worlds, kept, progress, learner_factory)
-            components = Components(
-                recipe, worlds, recipe.agent.make(), judge, progress, learner_factory
-            )
-            try:
-                learned = await improve(components, kept, base)
-            finally:
-                await components.close()
-        result = conclude(recipe, base, components.stopped, learned, kept)
-        progress.say(f"report: {report(output)}")
-        return result
+        told = (recipe.dump(), recipe.iterations, kept.finished)
+        listener(RunBegan(recipe.name, output, *told))
+        result: dict[str, Any] | None = None
+        try:
+            result = await whole(recipe, kept, progress, learner_factory)
+            progress.say(f"report: {report(output)}")
+            return result
+        finally:
+            listener(RunEnded(result))
+
+
+async def whole(
+    recipe: Recipe, kept: RunFolder, progress: Progress, learner_factory: LearnerFactory
+) -> dict[str, Any]:
+    """A run from its worlds to its result."""
+    settings = recipe.environment.config.model_dump(mode="json")
+    async with await open_worlds(recipe.environment.use, settings, recipe.fleet) as worlds:
+        look_at_tasks(recipe, worlds, progress)
+        judge: Judge = recipe.judge.make()
+        base = await begun(recipe, worlds, kept, progress, learner_factory)
+        agent: Agent = recipe.agent.make()
+        components = Components(recipe, worlds, agent, judge, progress, learner_factory)
+        try:
+            learned = await improve(components, kept, base)
+        finally:
+            await components.close()
+    return conclude(recipe, base, components.stopped, learned, kept)
 
 
 def look_at_tasks(recipe: Recipe, worlds: Worlds, progress: Progress) -> None:
@@ -206,7 +221,7 @@ async def improve(components: Components, kept: RunFolder, base: str) -> int:
                 f"after iteration {kept.finished} of {recipe.iterations}: {alarm}; back to what "
                 f"it had learned after iteration {learned}"
             )
-            components.progress.say(f"stopped {components.stopped}")
+            components.progress.tell(AlarmRaised(components.stopped))
             break
         begin += phase.iterations
         if spent_share(kept, recipe) >= 1:
@@ -279,7 +294,7 @@ async def iteration(
         write_json(folder / "metrics.json", metrics)
     # The draft has its final name now; the weights are to be known by that.
     await policy.load(kept.path(iteration_name(index)) / "checkpoint")
-    components.progress.say(line(index, recipe.iterations, metrics))
+    components.progress.tell(IterationEnded(index, recipe.iterations, metrics))
 
 
 def spent_share(kept: RunFolder, recipe: Recipe) -> float:
@@ -400,7 +415,11 @@ async def validated(components: Components, index: int) -> Metrics:
     seed = derive(components.recipe.seed, "validation")
     tasks = validation_tasks(components.recipe, components.worlds, components.progress)
     player = components.player(settings.temperature)
-    played = await rollouts(player, components.worlds, starts(tasks, 1, seed), seed)
+    begin, what = starts(tasks, 1, seed), f"iteration {index + 1}: validating"
+    with components.progress.stage(what, len(begin)) as stage:
+        played = await rollouts(
+            player, components.worlds, begin, seed, stage.advance, stepped=stage.stepped
+        )
     return {
         "validation/success": sum(t.success for t in played) / len(played),
         "validation/tasks": float(len(played)),
@@ -424,11 +443,7 @@ async def evaluated(components: Components, kept: RunFolder, name: str) -> None:
     with kept.draft(f"evaluations/{name}") as folder:
         files.write(folder, result)
         write_trajectories(folder, episodes, kept.path(IMAGES), judge_of(eval_spec.judge))
-    low, high = result.interval
-    components.progress.say(
-        f"{name}: {result.successes} of {result.tasks} {result.split} tasks solved, "
-        f"{result.success_rate:.1%} [{low:.1%}, {high:.1%}]"
-    )
+    components.progress.tell(Evaluated(name, kept.finished, result))
 
 
 def watch(kept: RunFolder, begin: int, index: int) -> None:
@@ -445,21 +460,6 @@ def watch(kept: RunFolder, begin: int, index: int) -> None:
             f"{recent[-1]['rollout/failed']:.0f} failed); warm the policy up, make the tasks "
             "easier, or loosen the trainer's filter"
         )
-
-
-def line(index: int, iterations: int, metrics: Metrics) -> str:
-    """One iteration for people."""
-    parts = [f"iteration {index + 1}/{iterations}"]
-    if points(metrics):
-        parts.append(f"validation {metrics['validation/success']:.1%}")
-    if "judge/score" in metrics:
-        parts.append(f"score {metrics['judge/score']:.3f}")
-    if "train/loss" in metrics:
-        parts.append(f"loss {metrics['train/loss']:.3f}")
-    parts.append(f"{metrics.get('train/examples', 0):.0f} examples")
-    if metrics["rollout/failed"]:
-        parts.append(f"{metrics['rollout/failed']:.0f} failed")
-    return ", ".join([*parts, f"{sum(seconds(metrics).values()):.1f} s"])
 
 
 class Clock:

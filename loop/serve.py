@@ -12,8 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from ..core import strict_yaml
 from ..core.config import Fleet
 from ..core.errors import ModelError, RecipeError
@@ -36,6 +34,7 @@ from .evaluate import (
     settle,
     weights_of,
 )
+from .events import Listener, ignore
 from .progress import Progress
 
 try:
@@ -85,14 +84,14 @@ class Asked:
     overrides: tuple[str, ...] = ()
 
 
-async def serve(asked: Asked, console: Console) -> dict[str, Any]:
+async def serve(asked: Asked, listener: Listener = ignore) -> dict[str, Any]:
     """Serve until SIGTERM or SIGINT; then finish what is in flight.
 
     Raises:
         RecipeError: an option is wrong, or the address needs a token and there is none.
         StoreError, ModelError: there is no such checkpoint, or it cannot be opened.
     """
-    progress = Progress(console)
+    progress = Progress(listener)
     mine = by_section(asked.checkpoint, asked.overrides, KEYS, "serve")
     limits = limits_of(mine.pop("limits"))
     # What is read from a file ends with a newline, which no header can hold.
@@ -335,7 +334,7 @@ def tokens_of(policy: Policy, base: str, progress: Progress) -> ChatTokens | Non
             return open_tokens(base)
         except ModelError:
             pass
-    progress.say("note: no tokenizer is here, so prompts are not checked for control tokens")
+    progress.note("no tokenizer is here, so prompts are not checked for control tokens")
     return None
 
 

@@ -203,8 +203,8 @@ async def _make(
     tasks = draw(worlds.tasks("train"), count, derive(recipe.seed, "demonstrations"))
     begin = starts(tasks, 1, recipe.seed)
     seed = derive(recipe.seed, "demonstrations")
-    with progress.stage("expert demonstrations", len(begin)) as tell:
-        shown = await rollouts(expert, worlds, begin, seed, tell)
+    with progress.stage("expert demonstrations", len(begin)) as stage:
+        shown = await rollouts(expert, worlds, begin, seed, stage.advance, stepped=stage.stepped)
     examples = [
         example
         for start, trajectory in zip(begin, shown, strict=True)
@@ -301,14 +301,14 @@ async def _clone(
     loop = asyncio.get_running_loop()
     scratchpad = Path(tempfile.mkdtemp(prefix=DRAFT, dir=folder))  # Known to be writable.
     try:
-        with progress.stage("warm start", warm.updates) as tell:
+        with progress.stage("warm start", warm.updates, "updates") as stage:
             while done < warm.updates:
                 count = min(warm.check_every, warm.updates - done)
                 batch = _cycle(examples, done * warm.batch_size, count * warm.batch_size)
                 told = await loop.run_in_executor(None, learner.update, Batch(NLL(), batch), 0.0)
                 tokens += told["train/tokens"]
                 done += count
-                tell(done)
+                stage.advance(done)
                 if warm.skill is None:
                     continue
                 learner.export(scratchpad)

@@ -1,13 +1,11 @@
 """The introspection table: played without looking at the label, the same wherever a world lives."""
 
 import asyncio
-import io
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from selfwright.commands.words import evaluation_words, table_words
 from selfwright.core.hosting.worlds import open_worlds
@@ -34,7 +32,7 @@ def table_of(spec: EvalSpec, player: Player) -> tuple[Introspection, list[Trajec
     async def run() -> tuple[Introspection, list[Trajectory]]:
         settings = spec.environment.config.model_dump(mode="json")
         async with await open_worlds(spec.environment.use, settings, spec.fleet) as worlds:
-            progress = Progress(Console(file=io.StringIO()))
+            progress = Progress()
             tasks = exam_tasks(worlds, spec.split, spec.tasks, spec.seed, progress)
             return await introspect(spec, player, worlds, tasks)
 
@@ -78,7 +76,7 @@ def test_an_evaluation_in_words() -> None:
     spec = eval_spec_of("countdown", "numbers=2")
 
     async def run() -> dict[str, Any]:
-        progress = Progress(Console(file=io.StringIO()))
+        progress = Progress()
         settings = spec.environment.config.model_dump(mode="json")
         async with await open_worlds(spec.environment.use, settings, spec.fleet) as worlds:
             judge = spec.judge.make()

@@ -4,7 +4,6 @@
 # pyright: reportUnknownMemberType=false, reportPrivateUsage=false
 
 import asyncio
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -19,7 +18,6 @@ import transformers
 from components import SINGLE, played
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from test_learner import learner_of, talks
 from test_transformers_policy import REFUSED, adapter, broken
@@ -69,10 +67,7 @@ def said(folder: Path) -> list[str]:
 
 def again(checkpoint: Path, output: Path) -> list[str]:
     """What ``checkpoint`` answers when it is evaluated as its run was."""
-    console = Console(file=io.StringIO())
-    asyncio.run(
-        evaluate_checkpoint(str(checkpoint), None, (), "test", 12, 3, None, output, console)
-    )
+    asyncio.run(evaluate_checkpoint(str(checkpoint), None, (), "test", 12, 3, None, output))
     return said(output)
 
 

@@ -1,7 +1,6 @@
 """New adapters: swapped in when they win, kept out when they do not, and nobody is cut off."""
 
 import asyncio
-import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import httpx2
 import pytest
 from prompts import prompt_of
-from rich.console import Console
 from serving import Echo, limits, running, served, transformers_policy, until
 from test_serving import TASK, opened, refusal, seen
 
@@ -338,7 +336,7 @@ def test_a_trial_plays_both_on_the_same_tasks(player: Path, tmp_path: Path) -> N
     spec = EvalSpec(world, agent, fleet, "train", 80, 0, 0.0, 0, judge)
 
     async def main() -> list[Comparison]:
-        trial = Trial(spec, engine, str(player), Progress(Console(file=io.StringIO())))
+        trial = Trial(spec, engine, str(player), Progress())
         return [await trial(bad, idle), await trial(idle, bad), await trial(None, idle)]
 
     up, down, same = asyncio.run(main())

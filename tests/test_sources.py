@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from selfwright.commands.console import Display
 from selfwright.core.hosting.worlds import open_worlds
 from selfwright.core.plugins import load
 from selfwright.core.protocols import make_learner
@@ -138,7 +139,8 @@ def test_a_run_that_committed_nothing_begins_with_a_base_of_the_world_as_it_is(
         settings = recipe.environment.config.model_dump(mode="json")
         with RunFolder.open(folder / "run", recipe.dump(), differences) as kept:
             async with await open_worlds("filed:Filed", settings, recipe.fleet) as worlds:
-                made = await begun(recipe, worlds, kept, Progress(Console(file=said)), make_learner)
+                progress = Progress(Display(Console(file=said)))
+                made = await begun(recipe, worlds, kept, progress, make_learner)
         assert made_as(Path(made)) == key_of(recipe)
         return said.getvalue().split(":")[0]
 

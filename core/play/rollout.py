@@ -262,6 +262,7 @@ async def play(
     id: str,
     steps: list[Step],
     chosen: list[tuple[Observation, Action]],
+    stepped: Callable[[Step], None] = lambda _: None,
 ) -> Trajectory:
     """One episode from ``start``; ``steps`` grows as it goes, and so does ``chosen``.
 
@@ -303,6 +304,7 @@ async def play(
             break
         chosen.append((observation, action))
         await execute(action)
+        stepped(steps[-1])
     return Trajectory(
         task,
         tuple(steps),
@@ -407,6 +409,7 @@ async def rollouts(
     done: Callable[[int], None] = lambda _: None,
     patience: Rollout = PATIENT,
     origin: str = "",
+    stepped: Callable[[Step], None] = lambda _: None,
 ) -> list[Trajectory]:
     """Play every start, at most ``fleet.parallel`` at once; results in the order of ``starts``.
 
@@ -419,9 +422,10 @@ async def rollouts(
     A world that breaks, hangs or returns rubbish gives a trajectory with ``Stop.FAILED`` and the
     error's name and words; that instance is thrown away. An episode whose worker on a cluster was
     lost is played again from its start elsewhere, with the same actions so far; lost once more
-    after ``LOSSES`` times, it has failed. ``done`` is told how many have ended. Where ``patience``
-    closes a group, those still in play come back with ``Stop.FAILED`` and ``Late``, which is not
-    counted as a failure, and those that had not begun do not come at all.
+    after ``LOSSES`` times, it has failed. ``done`` is told how many have ended, ``stepped``
+    of every step that was not replayed. Where ``patience`` closes a group, those still in play
+    come back with ``Stop.FAILED`` and ``Late``, which is not counted as a failure, and those that
+    had not begun do not come at all.
 
     Raises:
         TooManyFailures: more than ``fleet.max_failures`` of the starts failed; holds the first
@@ -479,7 +483,9 @@ async def rollouts(
             try:
                 async with worlds.lease() as world:
                     try:
-                        return await play(player, world, start, fleet, seed, id, steps, chosen)
+                        return await play(
+                            player, world, start, fleet, seed, id, steps, chosen, stepped
+                        )
                     except Exception:
                         worlds.discard(world)
                         raise
