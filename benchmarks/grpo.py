@@ -36,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from selfwright.agents.chat import Chat, ChatConfig
+from selfwright.commands.console import Display
 from selfwright.core.files import read_json, write_json
 from selfwright.core.hosting.pool import open_worlds
 from selfwright.core.play.draw import Given, draw
@@ -43,7 +44,7 @@ from selfwright.core.recipe import read
 from selfwright.core.seeds import derive
 from selfwright.core.types import Observation
 from selfwright.environments.countdown import Countdown, CountdownConfig
-from selfwright.loop.evaluate import evaluate
+from selfwright.loop.evaluate import evaluate_checkpoint
 from selfwright.loop.progress import Progress
 from selfwright.loop.run import run
 from selfwright.loop.warm_start import prepare
@@ -157,7 +158,7 @@ async def warmed(recipe: Path, console: Console) -> str:
     plan = read(recipe)
     settings = plan.environment.config.model_dump(mode="json")
     async with await open_worlds(plan.environment.use, settings, plan.fleet) as worlds:
-        return await prepare(plan, worlds, Progress(console))
+        return await prepare(plan, worlds, Progress(Display(console)))
 
 
 def success(base: str, adapter: str | None, tasks: int, output: Path) -> float:
@@ -167,9 +168,8 @@ def success(base: str, adapter: str | None, tasks: int, output: Path) -> float:
         write_json(card, read_json(card) | {"base_model_name_or_path": base})
     options = [f"environment.{key}={value}" for key, value in WORLD.items()]
     options += [f"policy.max_tokens={MAX_TOKENS}", "environment.parallel=1024"]
-    console = Console(stderr=True, quiet=True)
-    asked = (adapter or base, "countdown", options, "test", tasks, 0, 0.0, output, console)
-    return asyncio.run(evaluate(*asked))["success_rate"]
+    asked = (adapter or base, "countdown", options, "test", tasks, 0, 0.0, output)
+    return asyncio.run(evaluate_checkpoint(*asked))["success_rate"]
 
 
 def child(asked: dict[str, Any]) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def with_ours(asked: dict[str, Any]) -> dict[str, Any]:
         *(SPEAR if asked["side"] == "self_imitation" else ()),
     ]
     output = Path(asked["output"])
-    asyncio.run(run(read(asked["recipe"], overrides), output, Console(stderr=True, quiet=True)))
+    asyncio.run(run(read(asked["recipe"], overrides), output))
     several = [read_json(f) for f in sorted(output.glob("iterations/*/metrics.json"))]
     # Keeping everything on disk, which TRL does not do here, is part of a step of ours.
     seconds = [m["time/rollout_s"] + m["time/learn_s"] + m["time/store_s"] for m in several]

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from selfwright.agents.chat import Chat, ChatConfig
 from selfwright.agents.engines.transformers import Request, TransformersConfig, TransformersPolicy
+from selfwright.commands.console import Display
 from selfwright.core.config import Fleet
 from selfwright.core.files import write_json
 from selfwright.core.hosting.pool import Worlds, open_worlds
@@ -161,7 +162,7 @@ async def warm_model(worlds: Worlds, console: Console) -> str:
     with tempfile.TemporaryDirectory(prefix="selfwright-") as folder:
         file = Path(folder, "rollouts.yaml")
         file.write_text(MODEL)
-        return await prepare(read(file), worlds, Progress(console))
+        return await prepare(read(file), worlds, Progress(Display(console)))
 
 
 async def pair(

@@ -24,7 +24,7 @@ from ..core.errors import (
 )
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from .console import Display
 
 BAD_INPUT = (RecipeError, PluginError, ModelError, StoreError)
 """Faults of what was typed or of the files it names: exit code 2."""
@@ -139,12 +139,12 @@ def run(
             from ..loop.process_group import follow
 
             return follow(plan)
-        console = _console()
+        display = _display()
         for note in plan.notes:
-            console.print(f"note: {note}", markup=False)
+            display.say(f"note: {note}")
         from ..loop.run import run
 
-        whole = partial(run, plan, output or Path("runs") / plan.name, console)
+        whole = partial(run, plan, output or Path("runs") / plan.name, display)
         if size > 1:
             from ..loop.process_group import lead
 
@@ -188,11 +188,11 @@ def evaluate(
     import asyncio
 
     with _stdout_for_results() as stdout:
-        from ..loop.evaluate import evaluate
+        from ..loop.evaluate import evaluate_checkpoint
         from .words import evaluation_words
 
         asked = (checkpoint, environment, override or (), split, tasks, seed, temperature)
-        result = asyncio.run(evaluate(*asked, output, _console(), judge))
+        result = asyncio.run(evaluate_checkpoint(*asked, output, _display(), judge))
         _emit(result, stdout, None if as_json else evaluation_words(result))
 
 
@@ -250,7 +250,7 @@ def serve(
             temperature,
             tuple(override or ()),
         )
-        result = asyncio.run(serve(asked, _console()))
+        result = asyncio.run(serve(asked, _display()))
         _emit(result, stdout, None if as_json else f"served {result['model']}")
 
 
@@ -310,7 +310,7 @@ def bench_methods(
         from ..loop.bench import bench, planned, render
 
         plans = planned(recipes, seeds, override or (), against)
-        result = asyncio.run(bench(plans, output or Path("runs") / "bench-methods", _console()))
+        result = asyncio.run(bench(plans, output or Path("runs") / "bench-methods", _display()))
         _emit(result, stdout, None if as_json else render(result))
 
 
@@ -333,7 +333,7 @@ def doctor(
         from ..loop.doctor import doctor, show, to_json
         from ..loop.progress import Progress
 
-        with Progress(_console()).stage("looking at this machine"):
+        with Progress(_display()).stage("looking at this machine"):
             findings = asyncio.run(doctor(vllm_python))
         result = to_json(findings)
         if as_json:
@@ -401,11 +401,13 @@ def _stdout_for_results() -> Generator[TextIO]:
         os.close(kept)
 
 
-def _console() -> "Console":
+def _display() -> "Display":
     from rich.console import Console
 
+    from .console import Display
+
     # Where nobody watches, a line stays one line, whatever its length.
-    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+    return Display(Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty()))
 
 
 def _emit(result: Mapping[str, Any], stdout: TextIO, text: str | None) -> None:

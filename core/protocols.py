@@ -149,10 +149,10 @@ class Policy(Protocol):
 
     @property
     def checkpoint(self) -> str: ...
-    def seat(self) -> AbstractContextManager[None]:
+    def batch_slot(self) -> AbstractContextManager[None]:
         """Held by whoever will soon ask for a completion.
 
-        A policy that batches waits until every seat's holder has asked, so that the make-up of
+        A policy that batches waits until every slot's holder has asked, so that the make-up of
         its batches, and with it every sampled token, does not hang on timing.
         """
         ...
@@ -261,12 +261,12 @@ class Plan:
     """``policy``, or a name as ``Context.play_as`` has it."""
 
 
-Hire: TypeAlias = Callable[[type[Any], Config, str, int], Learner]
+LearnerFactory: TypeAlias = Callable[[type[Any], Config, str, int], Learner]
 """Makes a learner of this class with this config, for this model and seed."""
 
 
-def alone(plugin: type[Any], config: Config, model: str, seed: int) -> Learner:
-    """The ``Hire`` of a process by itself."""
+def make_learner(plugin: type[Any], config: Config, model: str, seed: int) -> Learner:
+    """The ``LearnerFactory`` of a process by itself."""
     return plugin(config, model, seed)
 
 

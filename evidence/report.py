@@ -122,7 +122,7 @@ class Example:
 
 
 @dataclass
-class Run:
+class RunRecord:
     """All that a run folder holds for its report."""
 
     folder: Path
@@ -173,7 +173,7 @@ def report(folder: Path) -> Path:
     return path
 
 
-def _load(folder: Path) -> Run:
+def _load(folder: Path) -> RunRecord:
     path = folder / "result.json"
     try:
         result = Result.model_validate(read_json(path))
@@ -181,7 +181,7 @@ def _load(folder: Path) -> Run:
         faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5]]
         raise StoreError(f"{path} is not a run's result: {'; '.join(faults)}") from None
     recipe = folder / "recipe.json"
-    run = Run(
+    run = RunRecord(
         folder,
         result,
         read_json(recipe) if recipe.exists() else None,
@@ -208,7 +208,7 @@ def _metrics(folder: Path) -> list[dict[str, float]]:
         raise StoreError(f"{folder}: a metrics.json is not numbers by name: {error}") from None
 
 
-def _load_episodes(run: Run) -> None:
+def _load_episodes(run: RunRecord) -> None:
     # pyarrow is slow to import, and a page without episodes is still a page.
     from ..core.store import read_trajectories
 
@@ -224,7 +224,7 @@ def _load_episodes(run: Run) -> None:
 # What the page says
 
 
-def headline(run: Run) -> tuple[str, str]:
+def headline(run: RunRecord) -> tuple[str, str]:
     """The verdict in one sentence, and what it rests on in another."""
     result = run.result
     base, final, compared = result.base, result.final, result.comparison
@@ -255,13 +255,13 @@ def headline(run: Run) -> tuple[str, str]:
     return claim, basis
 
 
-def _kind_of_tasks(run: Run) -> str:
+def _kind_of_tasks(run: RunRecord) -> str:
     split = run.final.split if run.final else ""
     known = {"test": "test tasks", "validation": "validation tasks"}
     return known.get(split, f"tasks of the {split} split" if split else "tasks")
 
 
-def examples(run: Run) -> list[Example]:
+def examples(run: RunRecord) -> list[Example]:
     """The first tasks, in the evaluation's order, of each kind; broken episodes are no examples."""
     before = _first_by_task(run.episodes.get("base", []))
     after = _first_by_task(run.episodes.get("final", []))
@@ -287,7 +287,7 @@ def _first_by_task(episodes: Iterable[Judged]) -> dict[str, Judged]:
     return first
 
 
-def phases(run: Run) -> list[tuple[str, float]]:
+def phases(run: RunRecord) -> list[tuple[str, float]]:
     """Seconds per phase of the whole run, longest first.
 
     Those of the iterations are metrics called ``time/NAME_s``.
@@ -305,7 +305,7 @@ def phases(run: Run) -> list[tuple[str, float]]:
     return sorted(totals.items(), key=lambda item: -item[1])
 
 
-def failures(run: Run) -> list[tuple[str, dict[str, int]]]:
+def failures(run: RunRecord) -> list[tuple[str, dict[str, int]]]:
     """(error's name, {where: count}), most frequent first."""
     counts = dict[str, dict[str, int]]()
 
@@ -408,7 +408,7 @@ def outcome(judged: Judged) -> str:
 # Charts
 
 
-def whisker_charts(run: Run) -> Markup:
+def whisker_charts(run: RunRecord) -> Markup:
     result = run.result
     if result.base is None or result.final is None:
         return Markup("")
@@ -423,7 +423,7 @@ def whisker_charts(run: Run) -> Markup:
     return charts.whiskers(label, rows, _round_percent, limits=(0.0, 1.0))
 
 
-def difference_chart(run: Run) -> Markup:
+def difference_chart(run: RunRecord) -> Markup:
     compared = run.result.comparison
     if compared is None:
         return Markup("")
@@ -444,7 +444,7 @@ def _round_percent(share: float) -> str:
     return percent(share).replace(".0%", "%")
 
 
-def curve_chart(run: Run) -> Markup:
+def curve_chart(run: RunRecord) -> Markup:
     curve = sorted(run.result.curve, key=lambda point: point.iteration)
     if not curve:
         return Markup("")
@@ -462,7 +462,7 @@ def curve_chart(run: Run) -> Markup:
     return charts.line_chart(label, [series], "iteration", _round_percent, (0.0, 1.0), 0.2)
 
 
-def turn_chart(run: Run) -> Markup:
+def turn_chart(run: RunRecord) -> Markup:
     series = [
         charts.Series(
             f"{name}, within", name, [(t + 1, rate) for t, rate in enumerate(side.success_by_turn)]
@@ -492,7 +492,7 @@ class Multiple:
     chart: Markup
 
 
-def multiples(run: Run) -> list[Multiple]:
+def multiples(run: RunRecord) -> list[Multiple]:
     """One per metric that is no time, the learner's first."""
     areas = {"train": 0, "rollout": 1}
     names = {name for metrics in run.metrics for name in metrics if not name.startswith("time/")}
@@ -510,7 +510,7 @@ def _multiple(name: str, values: Sequence[float | None]) -> Multiple:
     return Multiple(name, first, last, low, high, charts.sparkline(label, values))
 
 
-def cost_table(run: Run) -> tuple[list[str], list[list[str]]]:
+def cost_table(run: RunRecord) -> tuple[list[str], list[list[str]]]:
     """Column names and rows of the costs per iteration."""
     columns = dict.fromkeys(name for cost in run.result.costs for name in cost.numbers)
     rows = [
@@ -523,7 +523,7 @@ def cost_table(run: Run) -> tuple[list[str], list[list[str]]]:
     return ["iteration", *(name.replace("_", " ") for name in columns)], rows
 
 
-def _render(run: Run) -> str:
+def _render(run: RunRecord) -> str:
     # ``finalize`` meets every expression of the template, so no text can be forgotten.
     environment = Environment(
         autoescape=True,

@@ -113,7 +113,7 @@ class ModelJudge(Asks):
         scores: list[float] = []
         said = Completion("")
         for k in range(config.samples):
-            with policy.seat():
+            with policy.batch_slot():
                 said = await policy.complete(prompt, sampling, derive("judge", text, k))
             score = read_verdict(said.text) if config.answer == "verdict" else None
             if config.answer == "points":

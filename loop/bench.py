@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from rich.console import Console
 
 from ..core import evaluation as files
 from ..core.config import Budget
@@ -17,6 +16,7 @@ from ..core.files import atomic_write_bytes, write_json
 from ..core.plugins import nearest
 from ..core.recipe import Phase, Recipe, differences, read, section
 from ..core.statistics import compare_outcomes
+from .events import Listener, Message, ignore
 from .run import run
 
 SHARED = ("budget", "environment", "agent", "policy", "evaluation")
@@ -85,7 +85,7 @@ def is_baseline(recipe: Recipe) -> bool:
 
 
 async def bench(
-    plans: Mapping[str, Sequence[Recipe]], output: Path, console: Console
+    plans: Mapping[str, Sequence[Recipe]], output: Path, listener: Listener = ignore
 ) -> dict[str, Any]:
     """All runs, one after another; what is there already in ``output`` is not made again.
 
@@ -97,9 +97,9 @@ async def bench(
     # Seed by seed, so that whoever stops early has whole comparisons.
     for seed in seeds:
         for name, several in plans.items():
-            console.print(f"{name}, seed {seed}", style="bold")
+            listener(Message(f"{name}, seed {seed}", title=True))
             folder = output / f"{name}-{seed}"
-            results.setdefault(name, []).append(await run(several[seed], folder, console))
+            results.setdefault(name, []).append(await run(several[seed], folder, listener))
     baseline = next(iter(plans))
     found: dict[str, Any] = {"baseline": baseline, "seeds": len(seeds), "methods": {}}
     for name, several in results.items():
@@ -127,7 +127,7 @@ async def bench(
     )
     write_json(output / "bench.json", found)
     atomic_write_bytes(output / "bench.html", page(found).encode())
-    console.print(f"report: {output / 'bench.html'}", markup=False)
+    listener(Message(f"report: {output / 'bench.html'}"))
     return found
 
 

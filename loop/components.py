@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from ..core.checked import same
 from ..core.config import JudgeConfig, PolicyConfig
 from ..core.hosting.pool import Worlds, open_worlds
-from ..core.play.asking import patient
+from ..core.play.asking import with_deadline
 from ..core.play.judging import judged
 from ..core.play.rollout import ExpertPlayer, Player, rollouts
 from ..core.protocols import (
@@ -14,15 +14,15 @@ from ..core.protocols import (
     AsksPolicies,
     Attempt,
     Context,
-    Hire,
     Judge,
     Learner,
+    LearnerFactory,
     Policy,
-    alone,
+    make_learner,
 )
 from ..core.recipe import Phase, Recipe, Section
 from ..core.types import Completion, Judged, Sampling, Start, Task, Trajectory
-from .evaluate import Exam, player_of, sampling_of
+from .evaluate import EvalSpec, player_of, sampling_of
 from .progress import Progress
 
 BASE = "base"
@@ -34,16 +34,16 @@ EXPERT = "expert"
 
 
 @dataclass
-class Cast:
+class Components:
     """What a run works with: some of it throughout, some made anew by every phase (``start``)."""
 
     recipe: Recipe
     worlds: Worlds
     agent: Agent
-    examiner: Judge
+    evaluation_judge: Judge
     """Who scores evaluations."""
     progress: Progress
-    hire: Hire = alone
+    learner_factory: LearnerFactory = make_learner
     """Makes the learners."""
     phase: Phase = field(init=False)
     base: str = field(init=False)
@@ -52,7 +52,7 @@ class Cast:
     learner: Learner = field(init=False)
     judge: Judge = field(init=False)
     """Who scores what is learned from."""
-    means: Context = field(init=False)
+    context: Context = field(init=False)
     opened: dict[str, Policy] = field(default_factory=dict[str, Policy])
     """All policies of the phase, by name."""
     blind: Worlds | None = None
@@ -77,7 +77,7 @@ class Cast:
         heat = config.temperature if temperature is None else temperature
         return player_of(config, self.agent, self.policy, heat, lambda: self.version)
 
-    def called(self, name: str) -> Player:
+    def player_named(self, name: str) -> Player:
         """Who plays by that name, as ``Context.play_as`` has it, or ``policy``."""
         if name == POLICY:
             return self.player()
@@ -87,9 +87,9 @@ class Cast:
         return player_of(config, self.agent, self.find(name), config.temperature)
 
     @property
-    def exam(self) -> Exam:
+    def eval_spec(self) -> EvalSpec:
         recipe, settings = self.recipe, self.recipe.evaluation
-        return Exam(
+        return EvalSpec(
             recipe.environment,
             recipe.agent,
             recipe.fleet,
@@ -112,14 +112,14 @@ class Cast:
         self.phase, self.base = phase, base
         self.policy = self.opened[POLICY] = recipe.policy.make(base, recipe.seed)
         how = recipe.learner
-        self.learner = self.hire(how.plugin, how.config, base, recipe.seed)
-        self.judge = self.examiner
+        self.learner = self.learner_factory(how.plugin, how.config, base, recipe.seed)
+        self.judge = self.evaluation_judge
         if phase.judge is not recipe.judge:
             self.judge = phase.judge.make()
-        self.means = self._means()
-        for judge in (self.examiner, self.judge):
+        self.context = self._context()
+        for judge in (self.evaluation_judge, self.judge):
             if isinstance(judge, AsksPolicies):
-                judge.ask_through(self.means.open)
+                judge.ask_through(self.context.open)
                 # What cannot be opened is better known before anything is played.
                 await judge.judge([])
 
@@ -158,10 +158,13 @@ class Cast:
         self, player: Player, begin: Sequence[Start], seed: int, what: str
     ) -> list[Judged]:
         """Play what an iteration begins with, and judge it."""
-        with self.progress.stage(what, len(begin)) as tell:
+        with self.progress.stage(what, len(begin)) as stage:
             patience = self.recipe.rollout
             origin = self.recipe.identity
-            played = await rollouts(player, self.worlds, begin, seed, tell, patience, origin)
+            done, stepped = stage.advance, stage.stepped
+            played = await rollouts(
+                player, self.worlds, begin, seed, done, patience, origin, stepped
+            )
         return await self.judged(played)
 
     async def attempt(
@@ -170,9 +173,11 @@ class Cast:
         """Play more, and judge it; the episodes join the iteration's."""
         self.rounds += 1
         origin = f"{self.recipe.identity} {self.rounds}"
-        with self.progress.stage(what, len(begin)) as tell:
+        where = worlds or self.worlds
+        with self.progress.stage(what, len(begin)) as stage:
+            done, stepped = stage.advance, stage.stepped
             played = await rollouts(
-                player, worlds or self.worlds, begin, self.seed, tell, origin=origin
+                player, where, begin, self.seed, done, origin=origin, stepped=stepped
             )
         given = await self.judged(played)
         self.played += given
@@ -183,7 +188,7 @@ class Cast:
         assert isinstance(config, JudgeConfig)
         return await judged(self.judge, played, config)
 
-    def _means(self) -> Context:
+    def _context(self) -> Context:
         """What the phase's trainer may use."""
 
         async def play(begin: Sequence[Start]) -> list[Judged]:
@@ -204,10 +209,10 @@ class Cast:
             self.asked += len(said.token_ids)
 
         async def find(name: str) -> Policy:
-            return patient(self.find(name), self.config(name).timeout_s, count)
+            return with_deadline(self.find(name), self.config(name).timeout_s, count)
 
         async def play_as(name: str) -> Attempt:
-            player = self.called(name)
+            player = self.player_named(name)
 
             async def teach(begin: Sequence[Start]) -> list[Judged]:
                 return await self.attempt(player, begin, f"{name} playing on")
@@ -221,7 +226,7 @@ class Cast:
         return Context(
             agent=self.agent,
             judge=self.judge,
-            policy=patient(self.policy, self.config(POLICY).timeout_s, count),
+            policy=with_deadline(self.policy, self.config(POLICY).timeout_s, count),
             attempt=play,
             attempt_blind=play_blind,
             play_as=play_as,

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from ..core import evaluation as files
 from ..core.config import Config, Evaluation, Fleet, JudgeConfig, PolicyConfig
 from ..core.errors import JudgeError, RecipeError, StoreError
@@ -21,7 +19,7 @@ from ..core.hosting.spec import has_attempts
 from ..core.images import FOLDER as IMAGES
 from ..core.images import STORE
 from ..core.models.origin import ADAPTER, found_base, parts_of
-from ..core.play.asking import patient
+from ..core.play.asking import with_deadline
 from ..core.play.draw import draw, starts
 from ..core.play.judging import judged
 from ..core.play.rollout import (
@@ -36,7 +34,8 @@ from ..core.recipe import Section, section
 from ..core.seeds import derive, identify
 from ..core.statistics import Agreement, Introspection, agreement, introspection_table
 from ..core.store import JudgeIdentity, judge_identity, write_trajectories
-from ..core.types import Judged, Sampling, Stop, Task, Trajectory
+from ..core.types import Judged, Sampling, Step, Stop, Task, Trajectory
+from .events import Listener, ignore
 from .progress import Progress
 
 CARD = "selfwright.json"
@@ -44,7 +43,7 @@ CARD = "selfwright.json"
 
 
 @dataclass(frozen=True)
-class Exam:
+class EvalSpec:
     """What a checkpoint is put to."""
 
     environment: Section
@@ -75,8 +74,8 @@ async def exam_tasks(
     return await drawn(worlds, split, count, derive(seed, "evaluation", split), progress)
 
 
-async def examine(
-    exam: Exam,
+async def evaluate(
+    spec: EvalSpec,
     player: Player,
     judge: Judge,
     worlds: Worlds,
@@ -89,33 +88,35 @@ async def examine(
     ``name`` is for people; ``origin`` as in ``rollouts``.
     """
     began = time.monotonic()
-    tasks = await exam_tasks(worlds, exam.split, exam.tasks, exam.seed, progress)
-    seed = derive(exam.seed, "evaluation")
-    with progress.stage(f"evaluating {name}", len(tasks)) as tell:
-        begin = starts(tasks, 1, exam.seed)
-        played = await rollouts(player, worlds, begin, seed, tell, origin=origin)
-    config = exam.judge.config
+    tasks = await exam_tasks(worlds, spec.split, spec.tasks, spec.seed, progress)
+    seed = derive(spec.seed, "evaluation")
+    with progress.stage(f"evaluating {name}", len(tasks)) as stage:
+        begin, done = starts(tasks, 1, spec.seed), stage.advance
+        played = await rollouts(
+            player, worlds, begin, seed, done, origin=origin, stepped=stage.stepped
+        )
+    config = spec.judge.config
     assert isinstance(config, JudgeConfig)
     episodes = await judged(judge, played, config)
     table, more = None, list[Trajectory]()
-    if exam.turns and has_attempts(worlds.abilities):
-        with progress.stage(f"introspection of {name}"):
-            table, more = await introspect(exam, player, worlds, tasks)
+    if spec.turns and has_attempts(worlds.abilities):
+        with progress.stage(f"introspection of {name}") as stage:
+            table, more = await introspect(spec, player, worlds, tasks, stage.stepped)
     results = tuple(task_result(episode) for episode in episodes)
     result = EvaluationResult(
         checkpoint=player.name,
-        environment=exam.environment.dump(),
-        agent=exam.agent.dump(),
-        split=exam.split,
-        seed=exam.seed,
-        temperature=exam.temperature,
+        environment=spec.environment.dump(),
+        agent=spec.agent.dump(),
+        split=spec.split,
+        seed=spec.seed,
+        temperature=spec.temperature,
         undecided=sum(r.score is None and not r.failed for r in results),
         environment_steps=sum(t.executed for t in (*played, *more)),
         tokens_sampled=tokens_sampled((*played, *more)),
         wall_s=time.monotonic() - began,
         introspection=table,
-        judge=exam.judge.use,
-        agreement=None if exam.judge.use == "reward" else agreement_of(results),
+        judge=spec.judge.use,
+        agreement=None if spec.judge.use == "reward" else agreement_of(results),
         results=results,
         **summarise(results),
     )
@@ -143,7 +144,11 @@ def tokens_sampled(trajectories: Sequence[Trajectory]) -> int:
 
 
 async def introspect(
-    exam: Exam, player: Player, worlds: Worlds, tasks: Sequence[Task]
+    spec: EvalSpec,
+    player: Player,
+    worlds: Worlds,
+    tasks: Sequence[Task],
+    stepped: Callable[[Step], None] = lambda _: None,
 ) -> tuple[Introspection, list[Trajectory]]:
     """RISE's table, sampled at temperature 1: votes among greedy samples would all agree.
 
@@ -152,19 +157,20 @@ async def introspect(
     Raises:
         TooManyFailures: too many could not be played.
     """
-    turns = exam.turns
+    turns = spec.turns
     if isinstance(player, PolicyPlayer):
         player = replace(player, sampling=replace(player.sampling, temperature=1.0))
     longer = [replace(task, max_steps=turns) for task in tasks]
-    seed = derive(exam.seed, "introspection")
-    parallel = await rollouts(player, worlds, starts(longer, turns, exam.seed, 1), seed)
-    oracle = await rollouts(player, worlds, starts(longer, 1, exam.seed), derive(seed, "oracle"))
-    settings = exam.environment.config.model_dump(mode="json")
+    seed = derive(spec.seed, "introspection")
+    single, several = starts(longer, 1, spec.seed), starts(longer, turns, spec.seed, 1)
+    parallel = await rollouts(player, worlds, several, seed, stepped=stepped)
+    oracle = await rollouts(player, worlds, single, derive(seed, "oracle"), stepped=stepped)
+    settings = spec.environment.config.model_dump(mode="json")
     async with await open_worlds(
-        exam.environment.use, settings, exam.fleet, without_oracle=True
+        spec.environment.use, settings, spec.fleet, without_oracle=True
     ) as silent:
         sequential = await rollouts(
-            player, silent, starts(longer, 1, exam.seed), derive(seed, "sequential")
+            player, silent, single, derive(seed, "sequential"), stepped=stepped
         )
 
     def samples(trajectory: Trajectory) -> list[tuple[str | None, bool]]:
@@ -192,7 +198,7 @@ def write_card(folder: Path, card: dict[str, Any]) -> None:
     (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
 
-async def evaluate(
+async def evaluate_checkpoint(
     checkpoint: str,
     environment: str | None,
     overrides: Sequence[str],
@@ -201,7 +207,7 @@ async def evaluate(
     seed: int,
     temperature: float | None,
     output: Path | None,
-    console: Console,
+    listener: Listener = ignore,
     judged_by: str | None = None,
 ) -> dict[str, Any]:
     """``selfwright evaluate``: the numbers of one checkpoint, as written to its folder.
@@ -210,27 +216,27 @@ async def evaluate(
         RecipeError: the world is not named, or an option is wrong.
         StoreError: there is no such checkpoint, or the output cannot be written.
     """
-    progress = Progress(console)
+    progress = Progress(listener)
     card = read_card(checkpoint)
-    exam, policy = settle(
+    spec, policy = settle(
         card, checkpoint, environment, overrides, split, tasks, seed, temperature, judged_by
     )
-    folder = output or default_output(checkpoint, exam, overrides)
+    folder = output or default_output(checkpoint, spec, overrides)
     check_writable(folder, "use another --output")
-    settings = exam.environment.config.model_dump(mode="json")
-    async with await open_worlds(exam.environment.use, settings, exam.fleet) as worlds:
-        player = await seated(checkpoint, card, policy, exam, worlds)
-        judge: Judge = exam.judge.make()
+    settings = spec.environment.config.model_dump(mode="json")
+    async with await open_worlds(spec.environment.use, settings, spec.fleet) as worlds:
+        player = await player_from(checkpoint, card, policy, spec, worlds)
+        judge: Judge = spec.judge.make()
         opened: dict[str, Policy] = {}
         try:
             if isinstance(judge, AsksPolicies):
-                judge.ask_through(opener(player, policy, card, opened, exam.seed))
+                judge.ask_through(opener(player, policy, card, opened, spec.seed))
                 # What cannot be opened is better known before anything is played.
                 await judge.judge([])
-            origin = identify(asked(checkpoint, exam, overrides))
+            origin = identify(asked(checkpoint, spec, overrides))
             with STORE.kept_in(folder / IMAGES):
-                result, episodes = await examine(
-                    exam, player, judge, worlds, progress, checkpoint, origin
+                result, episodes = await evaluate(
+                    spec, player, judge, worlds, progress, checkpoint, origin
                 )
         finally:
             for other in opened.values():
@@ -238,13 +244,13 @@ async def evaluate(
             if isinstance(player, PolicyPlayer):
                 await player.policy.close()
     result = replace(result, checkpoint=checkpoint)
-    write_trajectories(folder, episodes, folder / IMAGES, judge_of(exam.judge))
+    write_trajectories(folder, episodes, folder / IMAGES, judge_of(spec.judge))
     path = files.write(folder, result)
     told: dict[str, Any] = read_json(path)
     told.pop("results")
     scores = [one.score for one in result.results if one.score is not None]
     mean = sum(scores) / len(scores) if scores else None
-    return told | {"folder": str(folder), "mean_score": mean, "tasks_asked": exam.tasks}
+    return told | {"folder": str(folder), "mean_score": mean, "tasks_asked": spec.tasks}
 
 
 def read_card(checkpoint: str) -> dict[str, Any] | None:
@@ -282,7 +288,7 @@ def settle(
     heat: float | None,
     judged_by: str | None = None,
     engine: str | None = None,
-) -> tuple[Exam, Section | None]:
+) -> tuple[EvalSpec, Section | None]:
     """What is played, from the checkpoint's card and the command line, and with which policy.
 
     ``engine``: the policy's plug-in, if it is to be another than in training.
@@ -303,10 +309,10 @@ def settle(
     judge, _ = section("judge", told["use"], mine["judge"], _rest(told))
     count = settings.tasks if tasks is None else tasks
     temperature = settings.temperature if heat is None else heat
-    exam = Exam(played, agent, fleet, split, count, seed, temperature, settings.turns, judge)
+    spec = EvalSpec(played, agent, fleet, split, count, seed, temperature, settings.turns, judge)
     if checkpoint in ("expert", "random"):
-        return exam, None
-    return exam, engine_of(card, checkpoint, mine["policy"], engine)
+        return spec, None
+    return spec, engine_of(card, checkpoint, mine["policy"], engine)
 
 
 def by_section(
@@ -355,26 +361,26 @@ def _rest(told: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in told.items() if key != "use"}
 
 
-async def seated(
+async def player_from(
     checkpoint: str,
     card: dict[str, Any] | None,
     policy: Section | None,
-    exam: Exam,
+    spec: EvalSpec,
     worlds: Worlds,
 ) -> Player:
     """Who plays: the expert, chance, or the checkpoint's policy with its weights loaded."""
     if policy is None:
-        limit = exam.fleet.step_timeout_s
+        limit = spec.fleet.step_timeout_s
         if checkpoint == "random":
-            return RandomPlayer(exam.agent.make(), limit)
+            return RandomPlayer(spec.agent.make(), limit)
         if "expert" not in worlds.abilities:
-            raise RecipeError(f"{exam.environment.use} has no expert to be evaluated")
-        return ExpertPlayer(exam.agent.make(), timeout_s=limit)
+            raise RecipeError(f"{spec.environment.use} has no expert to be evaluated")
+        return ExpertPlayer(spec.agent.make(), timeout_s=limit)
     assert isinstance(policy.config, PolicyConfig)
     base, adapter = weights_of(checkpoint, card)
-    model = policy.make(base, exam.seed)
+    model = policy.make(base, spec.seed)
     await model.load(adapter)
-    return player_of(policy.config, exam.agent.make(), model, exam.temperature)
+    return player_of(policy.config, spec.agent.make(), model, spec.temperature)
 
 
 def weights_of(checkpoint: str, card: Mapping[str, Any] | None) -> tuple[str, Path | None]:
@@ -413,13 +419,13 @@ def opener(
 
     async def open(name: str) -> Policy:
         if name == "policy" and isinstance(player, PolicyPlayer):
-            return patient(player.policy, timeout_s)
+            return with_deadline(player.policy, timeout_s)
         if name in others:
             named, _ = section("policy", others[name]["use"], (), _rest(others[name]))
             assert isinstance(named.config, PolicyConfig)
             if name not in opened:
                 opened[name] = named.make(named.config.model, seed)
-            return patient(opened[name], named.config.timeout_s)
+            return with_deadline(opened[name], named.config.timeout_s)
         if name in ("policy", "base") and card is None:
             raise JudgeError(
                 f"{player.name} has no {name} to ask; say which model judges: -o judge.model=..."
@@ -427,7 +433,7 @@ def opener(
         if name not in opened:
             model = base_of(card) if card and name == "base" else name
             opened[name] = engine.make(model, seed)
-        return patient(opened[name], timeout_s)
+        return with_deadline(opened[name], timeout_s)
 
     return open
 
@@ -456,14 +462,14 @@ def judge_of(section: Section) -> JudgeIdentity:
     return judge_identity(section.use, config, {rubric: Path(rubric)} if rubric else {})
 
 
-def asked(checkpoint: str, exam: Exam, overrides: Sequence[str]) -> str:
-    return json.dumps([checkpoint, sorted(overrides), exam.temperature, exam.judge.dump()])
+def asked(checkpoint: str, spec: EvalSpec, overrides: Sequence[str]) -> str:
+    return json.dumps([checkpoint, sorted(overrides), spec.temperature, spec.judge.dump()])
 
 
-def default_output(checkpoint: str, exam: Exam, overrides: Sequence[str]) -> Path:
+def default_output(checkpoint: str, spec: EvalSpec, overrides: Sequence[str]) -> Path:
     """Another folder for every way to ask."""
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", checkpoint.strip("/.")) or "model"
-    world = re.sub(r"[^A-Za-z0-9_.-]+", "-", exam.environment.use)
-    mark = hashlib.sha256(asked(checkpoint, exam, overrides).encode()).hexdigest()[:6]
-    told = (world, exam.split, str(exam.tasks), str(exam.seed), name, mark)
+    world = re.sub(r"[^A-Za-z0-9_.-]+", "-", spec.environment.use)
+    mark = hashlib.sha256(asked(checkpoint, spec, overrides).encode()).hexdigest()[:6]
+    told = (world, spec.split, str(spec.tasks), str(spec.seed), name, mark)
     return Path("runs") / "evaluations" / "-".join(told)

@@ -33,7 +33,7 @@ from torch.distributed.distributed_c10d import (
 
 from ..core.config import Config
 from ..core.errors import LearnerError, RecipeError, SelfwrightError
-from ..core.protocols import Hire, Learner
+from ..core.protocols import Learner, LearnerFactory
 from ..core.recipe import Recipe
 from ..core.types import Batch, Metrics
 from ..trainers.learning.learner import LearnerConfig, accelerator
@@ -61,7 +61,7 @@ machines share it."""
 T = TypeVar("T")
 
 
-class Crew:
+class ProcessGroup:
     """This process among the others."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -93,10 +93,10 @@ class Crew:
         self._watch.start()
         threading.Thread(target=self._mind_watch, daemon=True).start()
 
-    def hire(self, plugin: type[Any], config: Config, model: str, seed: int) -> Learner:
+    def make_learner(self, plugin: type[Any], config: Config, model: str, seed: int) -> Learner:
         """A learner that all processes share from now on, in place of the one before."""
         _refuse_lonely(plugin.__name__, plugin)
-        self.order("hire", plugin, config, model, seed)
+        self.order("make_learner", plugin, config, model, seed)
         return Shared(self, plugin(config, model, seed))
 
     def order(self, what: str, *details: Any) -> None:
@@ -256,42 +256,42 @@ class Crew:
 class Shared:
     """The learner of all processes, as the leader has it."""
 
-    def __init__(self, crew: Crew, mine: Learner) -> None:
-        self._crew = crew
+    def __init__(self, group: ProcessGroup, mine: Learner) -> None:
+        self._group = group
         self._mine = mine
 
     def update(self, batch: Batch, progress: float) -> Metrics:
         # A loss with networks of its own goes along as it is now: all of them take the same steps
         # from there, and the next batch brings the leader's again.
-        self._crew.order("update", batch, progress)
+        self._group.order("update", batch, progress)
         return self._mine.update(batch, progress)
 
     def export(self, folder: Path) -> None:
-        self._crew.order("export", folder.resolve())
+        self._group.order("export", folder.resolve())
         self._mine.export(folder)
 
     def save(self, folder: Path) -> None:
-        self._crew.order("save", folder.resolve())
+        self._group.order("save", folder.resolve())
         self._mine.save(folder)
 
     def restore(self, folder: Path) -> None:
-        self._crew.order("restore", folder.resolve())
+        self._group.order("restore", folder.resolve())
         self._mine.restore(folder)
 
 
-def lead(recipe: Recipe, main: Callable[[Hire], Coroutine[Any, Any, T]]) -> T:
+def lead(recipe: Recipe, main: Callable[[LearnerFactory], Coroutine[Any, Any, T]]) -> T:
     """Run ``main`` here, with learners that the other processes share.
 
     Raises:
         LearnerError: another process was lost.
     """
-    crew = Crew(recipe)
+    group = ProcessGroup(recipe)
     try:
-        result = asyncio.run(crew.guarded(main(crew.hire)))
+        result = asyncio.run(group.guarded(main(group.make_learner)))
     except BaseException as error:
-        crew.leave(error)
+        group.leave(error)
         raise
-    crew.leave()
+    group.leave()
     return result
 
 
@@ -303,11 +303,11 @@ def follow(recipe: Recipe) -> None:
         Exception: what the learner raised; the leader was told.
     """
     learner: Any = None
-    crew = Crew(recipe)
+    group = ProcessGroup(recipe)
     try:
-        while (order := crew.next_order())[0] != "end":
+        while (order := group.next_order())[0] != "end":
             what, details = order
-            if what == "hire":
+            if what == "make_learner":
                 plugin, *details = details
                 learner = None  # Before there is another: it may fill the device.
                 learner = plugin(*details)
@@ -315,12 +315,12 @@ def follow(recipe: Recipe) -> None:
                 getattr(learner, what)(*details)
     except BaseException as error:
         if isinstance(error, RuntimeError) and not isinstance(error, SelfwrightError):
-            crew.look_around()
-            if crew.trouble:
-                error = LearnerError(crew.trouble)
-        crew.leave(error)
+            group.look_around()
+            if group.trouble:
+                error = LearnerError(group.trouble)
+        group.leave(error)
         raise error from None
-    crew.leave()
+    group.leave()
 
 
 def _refuse_lonely(name: str, plugin: type[Any]) -> None:

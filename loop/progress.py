@@ -1,48 +1,58 @@
-"""Progress for people: a live line on a terminal, plain lines elsewhere."""
+"""Tells listeners how it goes."""
 
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.markup import escape
-
-HEARTBEAT_S = 30.0
-"""Where lines are plain, a stage that lasts says so this often."""
+from ..core.types import Step
+from .events import (
+    Listener,
+    Message,
+    Note,
+    StageAdvanced,
+    StageBegan,
+    StageEnded,
+    Stepped,
+    ignore,
+)
 
 
 class Progress:
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, listener: Listener = ignore) -> None:
+        self.tell = listener
         self._noted: set[str] = set()
 
-    def say(self, line: str) -> None:
-        """One line that stays. The text is shown as it is, never as markup."""
-        self._console.print(escape(line), highlight=False)
+    def say(self, text: str) -> None:
+        self.tell(Message(text))
 
     def note(self, text: str) -> None:
         """Say ``text``, once however often it is noted."""
         if text not in self._noted:
             self._noted.add(text)
-            self.say(f"note: {text}")
+            self.tell(Note(text))
 
     @contextmanager
-    def stage(self, name: str, total: int = 0) -> Generator[Callable[[int], None]]:
-        """While open, shows ``name``; call what it yields with the number done so far."""
-        if self._console.is_terminal:
-            with self._console.status(escape(name)) as status:
-                yield lambda done: status.update(escape(_line(name, done, total)))
-            return
-        said = time.monotonic()
-
-        def tell(done: int) -> None:
-            nonlocal said
-            if time.monotonic() - said >= HEARTBEAT_S:
-                said = time.monotonic()
-                self.say(_line(name, done, total))
-
-        yield tell
+    def stage(self, name: str, total: int = 0, unit: str = "episodes") -> "Generator[Stage]":
+        """``total``: how many units it has; 0: nobody counts."""
+        self.tell(StageBegan(name, total, unit))
+        try:
+            yield Stage(name, self.tell)
+        finally:
+            self.tell(StageEnded(name))
 
 
-def _line(name: str, done: int, total: int) -> str:
-    return f"{name}: {done}/{total}" if total else f"{name}: {done}"
+class Stage:
+    """What is told of while it lasts."""
+
+    def __init__(self, name: str, tell: Listener) -> None:
+        self._name = name
+        self._tell = tell
+        self._steps = self._tokens = 0
+
+    def advance(self, done: int) -> None:
+        """``done``: how many of its units have ended so far."""
+        self._tell(StageAdvanced(self._name, done))
+
+    def stepped(self, step: Step) -> None:
+        self._steps += 1
+        self._tokens += len(step.action.completion.token_ids)
+        self._tell(Stepped(self._name, self._steps, self._tokens))

@@ -10,7 +10,7 @@ from ..core.files import hard_link, read_json, write_json
 from ..core.models.origin import INSIDE, NOTE, note_base
 from ..core.recipe import Recipe
 from ..core.statistics import compare_outcomes, wilson
-from ..core.store.folder import Run, iteration_name
+from ..core.store.folder import RunFolder, iteration_name
 from ..core.types import Metrics
 from .evaluate import CARD, card_of, write_card
 from .warm_start import STORY
@@ -20,7 +20,7 @@ BASE = INSIDE
 
 
 def conclude(
-    recipe: Recipe, base_model: str, stopped: str, learned: int, kept: Run
+    recipe: Recipe, base_model: str, stopped: str, learned: int, kept: RunFolder
 ) -> dict[str, Any]:
     """The checkpoint, of what was learned after so many iterations, and ``result.json``."""
     number = phase_of(recipe, kept.finished - 1)
@@ -39,8 +39,8 @@ def conclude(
             note_base(folder, base_model)
             told = {"base": BASE if inside else base_model, "base_inside": inside}
             write_card(folder, card_of(recipe.dump()) | told)
-    exams = {path.name: files.read(path) for path in kept.path("evaluations").glob("[!.]*")}
-    base, final = exams["base"], exams["final"]
+    evaluations = {path.name: files.read(path) for path in kept.path("evaluations").glob("[!.]*")}
+    base, final = evaluations["base"], evaluations["final"]
     rounds = [
         read_json(kept.path(iteration_name(k)) / "metrics.json") for k in range(kept.finished)
     ]
@@ -53,7 +53,7 @@ def conclude(
         warm = {k: v for k, v in read_json(kept.path(BASE) / STORY).items() if k != "key"}
     training = sum(sum(seconds(metrics).values()) for metrics in rounds)
     validation = sum(seconds(metrics).get("validation", 0.0) for metrics in rounds)
-    examining = sum(exam.wall_s for exam in exams.values())
+    evaluating = sum(one.wall_s for one in evaluations.values())
     result: dict[str, Any] = {
         "recipe": recipe.name,
         "seed": recipe.seed,
@@ -65,17 +65,17 @@ def conclude(
         "phases": phases(recipe, kept),
         "introspection": None,
         "curve": [point(k, metrics) for k, metrics in enumerate(rounds) if points(metrics)],
-        "wall_s": (warm["wall_s"] if warm else 0.0) + training + examining,
+        "wall_s": (warm["wall_s"] if warm else 0.0) + training + evaluating,
         "environment_steps": total("rollout/environment_steps"),
         "tokens_sampled": total("rollout/tokens"),
         "tokens_trained": total("train/total_tokens"),
         "warm_start": warm,
         "evaluation": {
-            "wall_s": validation + examining,
+            "wall_s": validation + evaluating,
             "environment_steps": total("validation/environment_steps")
-            + sum(exam.environment_steps for exam in exams.values()),
+            + sum(one.environment_steps for one in evaluations.values()),
             "tokens_sampled": total("validation/tokens")
-            + sum(exam.tokens_sampled for exam in exams.values()),
+            + sum(one.tokens_sampled for one in evaluations.values()),
         },
         "costs": [costs(k, metrics) for k, metrics in enumerate(rounds)],
     }
@@ -156,7 +156,7 @@ def phase_of(recipe: Recipe, index: int) -> int:
     return next(number for number, end in enumerate(ends) if index < end)
 
 
-def phases(recipe: Recipe, kept: Run) -> list[dict[str, Any]]:
+def phases(recipe: Recipe, kept: RunFolder) -> list[dict[str, Any]]:
     """Each phase that was begun, compared to how the one before it ended; empty if there is one."""
     ends = [0, *accumulate(phase.iterations for phase in recipe.phases)]
     if len(ends) == 2:

@@ -7,8 +7,6 @@ from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from ..core import evaluation as files
 from ..core.config import PolicyConfig
 from ..core.errors import LearnerError
@@ -22,28 +20,31 @@ from ..core.play.draw import draw, starts
 from ..core.play.judging import BROKEN
 from ..core.play.rollout import failures_by_name, rollouts
 from ..core.protocols import (
+    Agent,
     HasFindings,
     HasGuards,
     HasMemory,
     HasStarts,
-    Hire,
     Judge,
+    LearnerFactory,
     LooksFirst,
     Trainer,
-    alone,
+    make_learner,
     replays,
 )
 from ..core.recipe import Recipe, differences
 from ..core.seeds import derive
 from ..core.store import write_trajectories
-from ..core.store.folder import Run, iteration_name
+from ..core.store.folder import RunFolder, iteration_name
 from ..core.types import Judged, Metrics, Stop, Task
 from ..evidence.report import report
-from .components import Cast
-from .evaluate import drawn, exam_tasks, examine, judge_of, tokens_sampled
+from .components import Components
+from .evaluate import drawn, evaluate, exam_tasks, judge_of, tokens_sampled
+from .events import AlarmRaised, Evaluated, IterationEnded, Listener, RunBegan, RunEnded, ignore
+from .prefetch import Prefetcher
 from .progress import Progress
 from .ready import check
-from .result import BASE, conclude, phase_base, phase_name, points, seconds
+from .result import BASE, conclude, phase_base, phase_name
 from .warm_start import key_of, made_as, made_here, prepare
 
 PATIENCE = 3
@@ -65,36 +66,58 @@ class Alarm(Exception):
         self.trusted = trusted
 
 
-async def run(recipe: Recipe, output: Path, console: Console, hire: Hire = alone) -> dict[str, Any]:
+async def run(
+    recipe: Recipe,
+    output: Path,
+    listener: Listener = ignore,
+    learner_factory: LearnerFactory = make_learner,
+) -> dict[str, Any]:
     """Run ``recipe``, or go on with it, in the folder ``output``; what ``result.json`` holds.
 
-    ``hire`` makes its learners.
+    ``listener`` hears how it goes; ``learner_factory`` makes its learners.
 
     Raises:
         SelfwrightError: it says what went wrong; what was committed stays, and the same command
             goes on from there.
     """
-    progress = Progress(console)
-    settings = recipe.environment.config.model_dump(mode="json")
-    with Run.open(output, recipe.dump(), differences) as kept, STORE.kept_in(kept.path(IMAGES)):
+    progress = Progress(listener)
+    with (
+        RunFolder.open(output, recipe.dump(), differences) as kept,
+        STORE.kept_in(kept.path(IMAGES)),
+    ):
         if kept.has("result.json"):
             progress.say(f"{output} holds a finished run; this is its result")
             if not kept.has("report.html"):
                 progress.say(f"report: {report(output)}")
             return read_json(kept.path("result.json"))
         check(recipe, str(kept.path(BASE)) if kept.has(BASE) else policy_of(recipe).model)
-        async with await open_worlds(recipe.environment.use, settings, recipe.fleet) as worlds:
-            await look_at_tasks(recipe, worlds, progress)
-            judge: Judge = recipe.judge.make()
-            base = await begun(recipe, worlds, kept, progress, hire)
-            cast = Cast(recipe, worlds, recipe.agent.make(), judge, progress, hire)
-            try:
-                learned = await improve(cast, kept, base)
-            finally:
-                await cast.close()
-        result = conclude(recipe, base, cast.stopped, learned, kept)
-        progress.say(f"report: {report(output)}")
-        return result
+        told = (recipe.dump(), recipe.iterations, kept.finished)
+        listener(RunBegan(recipe.name, output, *told))
+        result: dict[str, Any] | None = None
+        try:
+            result = await whole(recipe, kept, progress, learner_factory)
+            progress.say(f"report: {report(output)}")
+            return result
+        finally:
+            listener(RunEnded(result))
+
+
+async def whole(
+    recipe: Recipe, kept: RunFolder, progress: Progress, learner_factory: LearnerFactory
+) -> dict[str, Any]:
+    """A run from its worlds to its result."""
+    settings = recipe.environment.config.model_dump(mode="json")
+    async with await open_worlds(recipe.environment.use, settings, recipe.fleet) as worlds:
+        await look_at_tasks(recipe, worlds, progress)
+        judge: Judge = recipe.judge.make()
+        base = await begun(recipe, worlds, kept, progress, learner_factory)
+        agent: Agent = recipe.agent.make()
+        components = Components(recipe, worlds, agent, judge, progress, learner_factory)
+        try:
+            learned = await improve(components, kept, base)
+        finally:
+            await components.close()
+    return conclude(recipe, base, components.stopped, learned, kept)
 
 
 async def look_at_tasks(recipe: Recipe, worlds: Worlds, progress: Progress) -> None:
@@ -117,7 +140,13 @@ async def validation_tasks(recipe: Recipe, worlds: Worlds, progress: Progress) -
     return await drawn(worlds, "validation", count, seed, progress)
 
 
-async def begun(recipe: Recipe, worlds: Worlds, kept: Run, progress: Progress, hire: Hire) -> str:
+async def begun(
+    recipe: Recipe,
+    worlds: Worlds,
+    kept: RunFolder,
+    progress: Progress,
+    learner_factory: LearnerFactory,
+) -> str:
     """The base model: a plain one, that is no adapter, nor a run.
 
     One made here is kept with the run, which then needs no other place; and so is what an adapter
@@ -127,7 +156,7 @@ async def begun(recipe: Recipe, worlds: Worlds, kept: Run, progress: Progress, h
     if kept.has(BASE) and made_anew and made_as(kept.path(BASE)) != key_of(recipe):
         kept.discard(BASE)  # Of a world that was another one then.
     if not kept.has(BASE):
-        made = await prepare(recipe, worlds, progress, hire)
+        made = await prepare(recipe, worlds, progress, learner_factory)
         plain, adapters = layers_of(made)
         if not adapters and not made_here(policy_of(recipe)):
             return plain
@@ -151,7 +180,7 @@ def trusting(recipe: Recipe) -> bool:
     return bool(getattr(recipe.policy.config, "trust_remote_code", False))
 
 
-async def improve(cast: Cast, kept: Run, base: str) -> int:
+async def improve(components: Components, kept: RunFolder, base: str) -> int:
     """Every iteration that is not committed yet, between evaluations on the same tasks.
 
     A phase's base is what the phase before it has come to.
@@ -160,7 +189,7 @@ async def improve(cast: Cast, kept: Run, base: str) -> int:
         After how many iterations the run had learned what it has come to: all of them, or fewer if
         an alarm took it back.
     """
-    recipe, begin, learned = cast.recipe, 0, 0
+    recipe, begin, learned = components.recipe, 0, 0
     for number, phase in enumerate(recipe.phases):
         last = number + 1 == len(recipe.phases)
         if kept.has(phase_base(number + 1)):
@@ -168,44 +197,48 @@ async def improve(cast: Cast, kept: Run, base: str) -> int:
             continue
         if kept.finished < begin:
             break  # The budget was spent before this phase.
-        await cast.start(phase, str(kept.path(phase_base(number)).resolve()) if number else base)
-        trainer: Trainer = phase.trainer.make(cast.means)
+        await components.start(
+            phase, str(kept.path(phase_base(number)).resolve()) if number else base
+        )
+        trainer: Trainer = phase.trainer.make(components.context)
         await looked(trainer)
         if replays(phase.trainer.plugin):
-            cast.worlds.keep_snapshots()
+            components.worlds.keep_snapshots()
         if not number:
             # Before anything is played: what cannot be opened or is unfit is better known now.
             for other in recipe.phases[1:]:
-                await looked(other.trainer.make(cast.means))
-            await evaluated(cast, kept, "base")
+                await looked(other.trainer.make(components.context))
+            await evaluated(components, kept, "base")
         if kept.finished > begin:
             done = kept.path(iteration_name(kept.finished - 1))
             if isinstance(trainer, HasMemory):
                 trainer.restore(done / "trainer")
-            cast.learner.restore(done / "learner")
-            await cast.policy.load(done / "checkpoint")
-            cast.progress.say(f"resuming after iteration {kept.finished} of {recipe.iterations}")
+            components.learner.restore(done / "learner")
+            await components.policy.load(done / "checkpoint")
+            components.progress.say(
+                f"resuming after iteration {kept.finished} of {recipe.iterations}"
+            )
         try:
-            await rounds(cast, trainer, kept, begin)
+            await rounds(components, trainer, kept, begin)
         except Alarm as alarm:
             learned = begin + alarm.trusted
-            await cast.policy.load(kept.path(iteration_name(learned - 1)) / "checkpoint")
-            cast.stopped = (
+            await components.policy.load(kept.path(iteration_name(learned - 1)) / "checkpoint")
+            components.stopped = (
                 f"after iteration {kept.finished} of {recipe.iterations}: {alarm}; back to what "
                 f"it had learned after iteration {learned}"
             )
-            cast.progress.say(f"stopped {cast.stopped}")
+            components.progress.tell(AlarmRaised(components.stopped))
             break
         begin += phase.iterations
         if spent_share(kept, recipe) >= 1:
-            cast.progress.say(f"the budget is spent after iteration {kept.finished}")
+            components.progress.say(f"the budget is spent after iteration {kept.finished}")
             break
         if not last:
-            await evaluated(cast, kept, phase_name(number))
+            await evaluated(components, kept, phase_name(number))
             with kept.draft(phase_base(number + 1)) as folder:
                 ended = kept.path(iteration_name(begin - 1)) / "checkpoint"
                 save_merged(str(ended), folder, trusting(recipe))
-    await evaluated(cast, kept, "final")
+    await evaluated(components, kept, "final")
     return learned or kept.finished
 
 
@@ -215,94 +248,68 @@ async def looked(trainer: object) -> None:
         await trainer.begin()
 
 
-async def rounds(cast: Cast, trainer: Trainer, kept: Run, begin: int) -> None:
+async def rounds(components: Components, trainer: Trainer, kept: RunFolder, begin: int) -> None:
     """The iterations of a phase that are left, each committed by itself; ``begin`` is its first.
 
     Raises:
         Alarm: the trainer's. The iteration it was raised in is kept, but nothing was learned in it.
     """
-    recipe = cast.recipe
+    recipe = components.recipe
     if isinstance(trainer, HasGuards) and trainer.alarm:
         raise Alarm(trainer.alarm, trainer.trusted)  # Raised before the run was killed.
-    cast.version, cast.asked = kept.finished, 0
-    ahead = Ahead(cast, trainer, begin + cast.phase.iterations)
+    components.version, components.asked = kept.finished, 0
+    end = begin + components.phase.iterations
+    prefetcher = Prefetcher(
+        lambda index: play(components, trainer, index), recipe.rollout.max_staleness, end
+    )
     try:
-        for index in range(max(begin, kept.finished), begin + cast.phase.iterations):
+        for index in range(max(begin, kept.finished), end):
             spent = spent_share(kept, recipe)
             if spent >= 1:
                 break
-            done = max((index - begin) / cast.phase.iterations, spent)
-            ahead.begin(index, spent)
-            await iteration(cast, trainer, kept, index, done, ahead.rounds[index])
-            del ahead.rounds[index]
+            done = max((index - begin) / components.phase.iterations, spent)
+            prefetcher.begin(index, spent)
+            await iteration(components, trainer, kept, index, done, prefetcher.rounds[index])
+            del prefetcher.rounds[index]
             if isinstance(trainer, HasGuards) and trainer.alarm:
                 raise Alarm(trainer.alarm, trainer.trusted)
             watch(kept, begin, index)
     finally:
-        await ahead.end()
-
-
-class Ahead:
-    """The rounds of episodes in play, by the index of their iteration."""
-
-    def __init__(self, cast: Cast, trainer: Trainer, end: int) -> None:
-        self.rounds: dict[int, asyncio.Task[list[Judged]]] = {}
-        self._cast = cast
-        self._trainer = trainer
-        self._end = end
-
-    def begin(self, index: int, spent: float) -> None:
-        """Play what is not in play yet: this round, and as many after it as the recipe allows.
-
-        ``spent``: the budget's share that all before ``index`` have cost.
-        """
-        each = spent / index if index else 0.0
-        for more in range(self._cast.recipe.rollout.max_staleness + 1):
-            number = index + more
-            # None that the budget, as far as can be told, will not come to.
-            if number < self._end and number not in self.rounds and spent + more * each < 1:
-                played = play(self._cast, self._trainer, number)
-                self.rounds[number] = asyncio.create_task(played)
-
-    async def end(self) -> None:
-        """Whatever is still in play is given up."""
-        for one in self.rounds.values():
-            one.cancel()
-        await asyncio.gather(*self.rounds.values(), return_exceptions=True)
+        await prefetcher.end()
 
 
 async def iteration(
-    cast: Cast,
+    components: Components,
     trainer: Trainer,
-    kept: Run,
+    kept: RunFolder,
     index: int,
     done: float,
     played: Awaitable[list[Judged]],
 ) -> None:
     """Learn from what is being played, and commit it."""
-    recipe, policy = cast.recipe, cast.policy
+    recipe, policy = components.recipe, components.policy
     with kept.draft(iteration_name(index)) as folder:
-        metrics = await iterate(cast, trainer, index, done, played)
+        metrics = await iterate(components, trainer, index, done, played)
         clock = Clock()
-        cast.learner.export(folder / "checkpoint")
-        note_base(folder / "checkpoint", cast.base)
-        cast.learner.save(folder / "learner")
+        components.learner.export(folder / "checkpoint")
+        note_base(folder / "checkpoint", components.base)
+        components.learner.save(folder / "learner")
         images = kept.path(IMAGES)
-        write_trajectories(folder, cast.played, images, judge_of(cast.phase.judge))
+        write_trajectories(folder, components.played, images, judge_of(components.phase.judge))
         if isinstance(trainer, HasMemory):
             (folder / "trainer").mkdir()
             trainer.save(folder / "trainer", images)
         metrics["time/store_s"] = clock.lap()
         await policy.load(folder / "checkpoint")
-        cast.version = index + 1
-        metrics |= await validated(cast, index)
+        components.version = index + 1
+        metrics |= await validated(components, index)
         write_json(folder / "metrics.json", metrics)
     # The draft has its final name now; the weights are to be known by that.
     await policy.load(kept.path(iteration_name(index)) / "checkpoint")
-    cast.progress.say(line(index, recipe.iterations, metrics))
+    components.progress.tell(IterationEnded(index, recipe.iterations, metrics))
 
 
-def spent_share(kept: Run, recipe: Recipe) -> float:
+def spent_share(kept: RunFolder, recipe: Recipe) -> float:
     """How much of the budget the committed iterations have cost."""
     rounds = [
         read_json(kept.path(iteration_name(k)) / "metrics.json") for k in range(kept.finished)
@@ -311,44 +318,49 @@ def spent_share(kept: Run, recipe: Recipe) -> float:
     return recipe.budget.share(*costs)
 
 
-async def play(cast: Cast, trainer: Trainer, index: int) -> list[Judged]:
+async def play(components: Components, trainer: Trainer, index: int) -> list[Judged]:
     """The episodes that iteration ``index`` begins with, judged."""
-    plan, seed = trainer.plan, derive(cast.recipe.seed, "iteration", index)
+    plan, seed = trainer.plan, derive(components.recipe.seed, "iteration", index)
+    worlds = components.worlds
     if isinstance(trainer, HasStarts):
-        begin = await trainer.starts(cast.worlds.tasks("train"), index, seed)
+        begin = await trainer.starts(worlds.tasks("train"), index, seed)
     elif plan.tasks:
         drawing = derive(seed, "tasks")
-        tasks = await drawn(cast.worlds, "train", plan.tasks, drawing, cast.progress)
+        tasks = await drawn(worlds, "train", plan.tasks, drawing, components.progress)
         begin = starts(tasks, plan.attempts, seed, plan.turns)
     else:
         return []
     what = f"iteration {index + 1}: playing"
-    return await cast.round(cast.called(plan.player), begin, seed, what)
+    return await components.round(components.player_named(plan.player), begin, seed, what)
 
 
 async def iterate(
-    cast: Cast, trainer: Trainer, index: int, progress: float, played: Awaitable[list[Judged]]
+    components: Components,
+    trainer: Trainer,
+    index: int,
+    progress: float,
+    played: Awaitable[list[Judged]],
 ) -> Metrics:
-    """Have played, learn once. All of the iteration's episodes are left in ``cast.played``."""
+    """Have played, learn once. All of the iteration's episodes stay in ``components.played``."""
     clock = Clock()
     given = await played
-    cast.seed = derive(cast.recipe.seed, "iteration", index)
-    cast.played, cast.rounds = [*given], 0
+    components.seed = derive(components.recipe.seed, "iteration", index)
+    components.played, components.rounds = [*given], 0
     batches = await trainer.batches(given)
-    metrics = {"time/rollout_s": clock.lap()} | summary(cast.played, cast.asked)
-    metrics |= staleness(cast.played, cast.version)
-    cast.asked = 0
+    metrics = {"time/rollout_s": clock.lap()} | summary(components.played, components.asked)
+    metrics |= staleness(components.played, components.version)
+    components.asked = 0
     if isinstance(trainer, HasFindings):
         metrics |= trainer.findings
     if isinstance(trainer, HasGuards) and trainer.alarm:
         batches = []
     loop = asyncio.get_running_loop()
     learned: list[Metrics] = []
-    with cast.progress.stage(f"iteration {index + 1}: learning"):
+    with components.progress.stage(f"iteration {index + 1}: learning"):
         for batch in batches:
             if batch.examples:
                 # In a thread, so that deadlines and signals are served while it computes.
-                update = loop.run_in_executor(None, cast.learner.update, batch, progress)
+                update = loop.run_in_executor(None, components.learner.update, batch, progress)
                 learned.append(await update)
     return metrics | together(learned) | {"time/learn_s": clock.lap()}
 
@@ -410,16 +422,20 @@ def summary(played: Sequence[Judged], asked: int = 0) -> Metrics:
     return metrics
 
 
-async def validated(cast: Cast, index: int) -> Metrics:
+async def validated(components: Components, index: int) -> Metrics:
     """A point of the learning curve, on validation tasks that nothing is trained on."""
-    settings = cast.recipe.evaluation
+    settings = components.recipe.evaluation
     if not settings.every or (index + 1) % settings.every:
         return {}
     clock = Clock()
-    seed = derive(cast.recipe.seed, "validation")
-    tasks = await validation_tasks(cast.recipe, cast.worlds, cast.progress)
-    player = cast.player(settings.temperature)
-    played = await rollouts(player, cast.worlds, starts(tasks, 1, seed), seed)
+    seed = derive(components.recipe.seed, "validation")
+    tasks = await validation_tasks(components.recipe, components.worlds, components.progress)
+    player = components.player(settings.temperature)
+    begin, what = starts(tasks, 1, seed), f"iteration {index + 1}: validating"
+    with components.progress.stage(what, len(begin)) as stage:
+        played = await rollouts(
+            player, components.worlds, begin, seed, stage.advance, stepped=stage.stepped
+        )
     return {
         "validation/success": sum(t.success for t in played) / len(played),
         "validation/tasks": float(len(played)),
@@ -430,25 +446,23 @@ async def validated(cast: Cast, index: int) -> Metrics:
     }
 
 
-async def evaluated(cast: Cast, kept: Run, name: str) -> None:
+async def evaluated(components: Components, kept: RunFolder, name: str) -> None:
     """``evaluations/NAME``, unless it is there already."""
     if kept.has(f"evaluations/{name}"):
         return
-    player = cast.player(cast.exam.temperature)
-    exam, judge = cast.exam, cast.examiner
-    origin = f"{cast.recipe.identity} {name}"
-    result, episodes = await examine(exam, player, judge, cast.worlds, cast.progress, name, origin)
+    player = components.player(components.eval_spec.temperature)
+    eval_spec, judge = components.eval_spec, components.evaluation_judge
+    origin = f"{components.recipe.identity} {name}"
+    result, episodes = await evaluate(
+        eval_spec, player, judge, components.worlds, components.progress, name, origin
+    )
     with kept.draft(f"evaluations/{name}") as folder:
         files.write(folder, result)
-        write_trajectories(folder, episodes, kept.path(IMAGES), judge_of(exam.judge))
-    low, high = result.interval
-    cast.progress.say(
-        f"{name}: {result.successes} of {result.tasks} {result.split} tasks solved, "
-        f"{result.success_rate:.1%} [{low:.1%}, {high:.1%}]"
-    )
+        write_trajectories(folder, episodes, kept.path(IMAGES), judge_of(eval_spec.judge))
+    components.progress.tell(Evaluated(name, kept.finished, result))
 
 
-def watch(kept: Run, begin: int, index: int) -> None:
+def watch(kept: RunFolder, begin: int, index: int) -> None:
     """Raises: LearnerError: the phase's last iterations had nothing to learn from."""
     recent = [
         read_json(kept.path(iteration_name(k)) / "metrics.json")
@@ -462,21 +476,6 @@ def watch(kept: Run, begin: int, index: int) -> None:
             f"{recent[-1]['rollout/failed']:.0f} failed); warm the policy up, make the tasks "
             "easier, or loosen the trainer's filter"
         )
-
-
-def line(index: int, iterations: int, metrics: Metrics) -> str:
-    """One iteration for people."""
-    parts = [f"iteration {index + 1}/{iterations}"]
-    if points(metrics):
-        parts.append(f"validation {metrics['validation/success']:.1%}")
-    if "judge/score" in metrics:
-        parts.append(f"score {metrics['judge/score']:.3f}")
-    if "train/loss" in metrics:
-        parts.append(f"loss {metrics['train/loss']:.3f}")
-    parts.append(f"{metrics.get('train/examples', 0):.0f} examples")
-    if metrics["rollout/failed"]:
-        parts.append(f"{metrics['rollout/failed']:.0f} failed")
-    return ", ".join([*parts, f"{sum(seconds(metrics).values()):.1f} s"])
 
 
 class Clock:

@@ -12,8 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from ..core import strict_yaml
 from ..core.config import Fleet
 from ..core.errors import ModelError, RecipeError
@@ -26,25 +24,26 @@ from ..core.protocols import HasTokens, Judge, Policy
 from ..core.recipe import Section, section
 from ..core.statistics import Comparison, compare_outcomes
 from .evaluate import (
-    Exam,
+    EvalSpec,
     agent_of,
     by_section,
     engine_of,
-    examine,
+    evaluate,
     player_of,
     read_card,
     settle,
     weights_of,
 )
+from .events import Listener, ignore
 from .progress import Progress
 
 try:
     import uvicorn
 
+    from ..agents.serving.adapter_cache import AdapterCache
     from ..agents.serving.app import Served, make_app
     from ..agents.serving.connections import protocol
     from ..agents.serving.limits import Limits
-    from ..agents.serving.shelf import Shelf
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] not in ("fastapi", "prometheus_client", "uvicorn"):
         raise
@@ -85,14 +84,14 @@ class Asked:
     overrides: tuple[str, ...] = ()
 
 
-async def serve(asked: Asked, console: Console) -> dict[str, Any]:
+async def serve(asked: Asked, listener: Listener = ignore) -> dict[str, Any]:
     """Serve until SIGTERM or SIGINT; then finish what is in flight.
 
     Raises:
         RecipeError: an option is wrong, or the address needs a token and there is none.
         StoreError, ModelError: there is no such checkpoint, or it cannot be opened.
     """
-    progress = Progress(console)
+    progress = Progress(listener)
     mine = by_section(asked.checkpoint, asked.overrides, KEYS, "serve")
     limits = limits_of(mine.pop("limits"))
     # What is read from a file ends with a newline, which no header can hold.
@@ -103,16 +102,16 @@ async def serve(asked: Asked, console: Console) -> dict[str, Any]:
     card = read_card(asked.checkpoint)
     engine = engine_of(card or {}, asked.checkpoint, mine["policy"], asked.engine)
     base, weights = weights_of(asked.checkpoint, card)
-    exam = exam_of(asked, card, mine)
-    agent = exam.agent if exam else agent_of(card or {}, mine["agent"])
-    worlds = openers(asked, exam, limits)
+    spec = eval_spec_of(asked, card, mine)
+    agent = spec.agent if spec else agent_of(card or {}, mine["agent"])
+    worlds = openers(asked, spec, limits)
     heat = asked.temperature
     if heat is None:
-        heat = exam.temperature if exam else 0.0
-    with bound(asked.host, asked.port) as listening, closing(Shelf()) as shelf:
+        heat = spec.temperature if spec else 0.0
+    with bound(asked.host, asked.port) as listening, closing(AdapterCache()) as adapter_cache:
         if weights is not None and asked.adapters is not None and (weights / ADAPTER).is_file():
             # They are loaded again when others win, or fail: they had better be the same then.
-            weights = shelf.keep(weights)
+            weights = adapter_cache.keep(weights)
         with progress.stage(f"opening {asked.checkpoint}"):
             policy: Policy = engine.make(base, asked.seed)
         try:
@@ -126,7 +125,7 @@ async def serve(asked: Asked, console: Console) -> dict[str, Any]:
                 tokens_of(policy, base, progress),
                 worlds,
                 asked.adapters,
-                Trial(exam, engine, base, progress) if exam else None,
+                Trial(spec, engine, base, progress) if spec else None,
             )
             app = make_app(served, limits, token=token, hosts=hosts)
             address = f"http://{_shown(asked.host)}:{listening.getsockname()[1]}"
@@ -179,9 +178,9 @@ class Trial:
     With a policy of its own, opened for it and closed after it: the one that serves goes on.
     """
 
-    def __init__(self, exam: Exam, engine: Section, base: str, progress: Progress) -> None:
+    def __init__(self, spec: EvalSpec, engine: Section, base: str, progress: Progress) -> None:
         # The table of turns is not what is compared.
-        self._exam = replace(exam, turns=0)
+        self._spec = replace(spec, turns=0)
         self._engine = engine
         self._base = base
         self._progress = progress
@@ -189,13 +188,13 @@ class Trial:
         """What was found of the present weights, and of the last ones that were offered."""
 
     async def __call__(self, champion: Path | None, challenger: Path) -> Comparison:
-        exam = self._exam
+        spec = self._spec
         # Opening a model takes a while, in which requests are answered.
-        policy: Policy = await asyncio.to_thread(self._engine.make, self._base, exam.seed)
+        policy: Policy = await asyncio.to_thread(self._engine.make, self._base, spec.seed)
         try:
-            world = exam.environment
+            world = spec.environment
             settings = world.config.model_dump(mode="json")
-            async with await open_worlds(world.use, settings, exam.fleet) as worlds:
+            async with await open_worlds(world.use, settings, spec.fleet) as worlds:
                 before = self._known.get(champion)
                 if before is None:
                     before = await self._played(champion, policy, worlds)
@@ -210,18 +209,18 @@ class Trial:
     async def _played(
         self, weights: Path | None, policy: Policy, worlds: Worlds
     ) -> Mapping[str, bool]:
-        exam = self._exam
+        spec = self._spec
         await policy.load(weights)
-        player = player_of(self._engine.config, exam.agent.make(), policy, exam.temperature)
-        judge: Judge = exam.judge.make()
+        player = player_of(self._engine.config, spec.agent.make(), policy, spec.temperature)
+        judge: Judge = spec.judge.make()
         name = str(weights)
-        result, _ = await examine(exam, player, judge, worlds, self._progress, name, name)
+        result, _ = await evaluate(spec, player, judge, worlds, self._progress, name, name)
         return result.outcomes
 
 
-def exam_of(
+def eval_spec_of(
     asked: Asked, card: dict[str, Any] | None, mine: Mapping[str, Sequence[str]]
-) -> Exam | None:
+) -> EvalSpec | None:
     """How checkpoints are compared here; None where no world is known."""
     own = (card or {}).get("environment", {}).get("use")
     world = own or (asked.worlds[0] if asked.worlds else None)
@@ -229,7 +228,7 @@ def exam_of(
         if mine["environment"]:
             raise RecipeError(f"-o {mine['environment'][0]}: name the world: --world NAME")
         return None
-    exam, _ = settle(
+    spec, _ = settle(
         card,
         asked.checkpoint,
         world,
@@ -241,16 +240,16 @@ def exam_of(
         "reward",
         asked.engine,
     )
-    return exam
+    return spec
 
 
-def openers(asked: Asked, exam: Exam | None, limits: Limits) -> "dict[str, Opener]":
+def openers(asked: Asked, spec: EvalSpec | None, limits: Limits) -> "dict[str, Opener]":
     """The worlds of the playground: those that were named, else the checkpoint's own."""
-    names = asked.worlds or ((exam.environment.use,) if exam else ())
+    names = asked.worlds or ((spec.environment.use,) if spec else ())
     found: dict[str, Opener] = {}
     for name in names:
-        if exam and name == exam.environment.use:
-            world, fleet = exam.environment, exam.fleet
+        if spec and name == spec.environment.use:
+            world, fleet = spec.environment, spec.fleet
         else:
             world, fleet = section("environment", name)
         found[name] = opener(world, fleet.model_copy(update={"parallel": limits.games}))
@@ -335,7 +334,7 @@ def tokens_of(policy: Policy, base: str, progress: Progress) -> ChatTokens | Non
             return open_tokens(base)
         except ModelError:
             pass
-    progress.say("note: no tokenizer is here, so prompts are not checked for control tokens")
+    progress.note("no tokenizer is here, so prompts are not checked for control tokens")
     return None
 
 

@@ -22,7 +22,7 @@ from ..core.files import DRAFT, check_writable, read_json, write_json
 from ..core.hosting.pool import Worlds
 from ..core.play.draw import draw, starts
 from ..core.play.rollout import ExpertPlayer, PolicyPlayer, rollouts, turn_seed
-from ..core.protocols import Agent, Hire, Learner, Policy, alone
+from ..core.protocols import Agent, Learner, LearnerFactory, Policy, make_learner
 from ..core.recipe import Recipe
 from ..core.seeds import derive
 from ..core.sources import code_of
@@ -52,10 +52,15 @@ def cache() -> Path:
         raise StoreError("there is no home folder for models; set $SELFWRIGHT_CACHE") from None
 
 
-async def prepare(recipe: Recipe, worlds: Worlds, progress: Progress, hire: Hire = alone) -> str:
+async def prepare(
+    recipe: Recipe,
+    worlds: Worlds,
+    progress: Progress,
+    learner_factory: LearnerFactory = make_learner,
+) -> str:
     """The folder or hub id of the base model; made first if nobody has made it yet.
 
-    ``hire`` makes the learner that warms it up.
+    ``learner_factory`` makes the learner that warms it up.
 
     Raises:
         ModelError: the model cannot be opened or made.
@@ -84,7 +89,7 @@ async def prepare(recipe: Recipe, worlds: Worlds, progress: Progress, hire: Hire
     mine = f"{DRAFT}{os.getpid()}@{socket.gethostname()}-"
     draft = Path(tempfile.mkdtemp(prefix=mine, dir=folder.parent))
     try:
-        await _make(recipe, config, worlds, draft, progress, hire)
+        await _make(recipe, config, worlds, draft, progress, learner_factory)
         try:
             draft.rename(folder)
         except OSError:
@@ -187,7 +192,7 @@ async def _make(
     worlds: Worlds,
     folder: Path,
     progress: Progress,
-    hire: Hire,
+    learner_factory: LearnerFactory,
 ) -> None:
     began, key = time.monotonic(), key_of(recipe)
     agent: Agent = recipe.agent.make()
@@ -198,8 +203,8 @@ async def _make(
     tasks = await draw(worlds.tasks("train"), count, derive(recipe.seed, "demonstrations"))
     begin = starts(tasks, 1, recipe.seed)
     seed = derive(recipe.seed, "demonstrations")
-    with progress.stage("expert demonstrations", len(begin)) as tell:
-        shown = await rollouts(expert, worlds, begin, seed, tell)
+    with progress.stage("expert demonstrations", len(begin)) as stage:
+        shown = await rollouts(expert, worlds, begin, seed, stage.advance, stepped=stage.stepped)
     examples = [
         example
         for start, trajectory in zip(begin, shown, strict=True)
@@ -229,7 +234,7 @@ async def _make(
                 f"policy.warm_start.seconds={warm.seconds:g} ends nothing any more; "
                 f"policy.warm_start.updates={warm.updates} does"
             )
-        learner = hire(*_cloner(recipe, warm), model, recipe.seed)
+        learner = learner_factory(*_cloner(recipe, warm), model, recipe.seed)
         told = (config, warm, model, worlds, examples, folder, progress)
         story |= await _clone(recipe, learner, *told)
     write_json(folder / STORY, story | {"wall_s": round(time.monotonic() - began, 1)})
@@ -296,14 +301,14 @@ async def _clone(
     loop = asyncio.get_running_loop()
     scratchpad = Path(tempfile.mkdtemp(prefix=DRAFT, dir=folder))  # Known to be writable.
     try:
-        with progress.stage("warm start", warm.updates) as tell:
+        with progress.stage("warm start", warm.updates, "updates") as stage:
             while done < warm.updates:
                 count = min(warm.check_every, warm.updates - done)
                 batch = _cycle(examples, done * warm.batch_size, count * warm.batch_size)
                 told = await loop.run_in_executor(None, learner.update, Batch(NLL(), batch), 0.0)
                 tokens += told["train/tokens"]
                 done += count
-                tell(done)
+                stage.advance(done)
                 if warm.skill is None:
                     continue
                 learner.export(scratchpad)

@@ -62,8 +62,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
 @pytest.fixture(scope="session")
 def player(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that plays the world of ``casting.SINGLE`` a little."""
-    from casting import warmed
+    """A model that plays the world of ``components.SINGLE`` a little."""
+    from components import warmed
 
     room = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -33,7 +33,7 @@ class Echo:
         self.begun = asyncio.Event()
         self.closed = False
 
-    def seat(self) -> AbstractContextManager[None]:
+    def batch_slot(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from casting import context_of, episode
+from components import context_of, episode
 from prompts import prompt_of
 from pydantic import ValidationError
 

@@ -1,15 +1,13 @@
 """Methods compared: the same base and budget for all, or nothing is compared."""
 
 import asyncio
-import io
 import json
 from pathlib import Path
 
 import pytest
-from casting import SINGLE, played
+from components import SINGLE, played
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
 from selfwright.core.config import Budget
 from selfwright.core.errors import RecipeError
@@ -34,8 +32,7 @@ def test_every_method_meets_the_same_base_and_budget(recipes: list[str], tmp_pat
     plans = planned(recipes, 2, SPEND)
     assert list(plans) == ["imitation", "first", "second"]
     assert plans["imitation"][0].phases[0].trainer.dump()["source"] == "self"
-    console = Console(file=io.StringIO())
-    found = asyncio.run(bench(plans, tmp_path / "out", console))
+    found = asyncio.run(bench(plans, tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "bench.json").read_text()) == found
     for method in found["methods"].values():
         assert [run["seed"] for run in method["runs"]] == [0, 1]
@@ -57,7 +54,7 @@ def test_every_method_meets_the_same_base_and_budget(recipes: list[str], tmp_pat
             assert found["pairs"][other][name]["p_value"] == pytest.approx(one["p_value"])
     assert sorted(found["pairs"]["second"]) == ["first", "imitation"]
     # Asked again, nothing is run again.
-    assert asyncio.run(bench(plans, tmp_path / "out", console)) == found
+    assert asyncio.run(bench(plans, tmp_path / "out")) == found
 
 
 def test_the_baseline_is_the_same_whoever_comes_first(recipes: list[str], tmp_path: Path) -> None:
@@ -74,7 +71,7 @@ def test_the_baseline_is_the_same_whoever_comes_first(recipes: list[str], tmp_pa
 def test_any_method_may_be_the_one_to_beat(recipes: list[str], tmp_path: Path) -> None:
     plans = planned(recipes, 1, SPEND, "second")
     assert list(plans) == ["second", "first"]
-    found = asyncio.run(bench(plans, tmp_path / "out", Console(file=io.StringIO())))
+    found = asyncio.run(bench(plans, tmp_path / "out"))
     assert found["baseline"] == "second"
     mine, other = (found["methods"][name]["runs"][0] for name in ("first", "second"))
     assert other["baseline"]["difference"] == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from casting import context_of, episode
+from components import context_of, episode
 from faulty_worlds import HALF
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,7 +28,7 @@ from selfwright.core.checked import (
 from selfwright.core.config import Fleet, JudgeConfig
 from selfwright.core.errors import TooManyFailures, WorldError
 from selfwright.core.hosting.pool import open_worlds
-from selfwright.core.play.asking import ask, patient
+from selfwright.core.play.asking import ask, with_deadline
 from selfwright.core.play.judging import BROKEN, judged
 from selfwright.core.play.rollout import ExpertPlayer, Player, PolicyPlayer, RandomPlayer, rollouts
 from selfwright.core.recipe import section
@@ -48,7 +48,7 @@ from selfwright.core.types import (
     Verdict,
 )
 from selfwright.loop.components import namer
-from selfwright.loop.evaluate import Exam, introspect, task_result
+from selfwright.loop.evaluate import EvalSpec, introspect, task_result
 
 halves = st.integers(0xD800, 0xDFFF).map(chr)
 
@@ -164,12 +164,11 @@ def test_a_table_does_without_answers_that_are_no_text() -> None:
             ["environment.fault='half answer'", f"environment.max_failures={allowed}"],
         )
         agent, judge = section("agent", "chat")[0], section("judge", "reward")[0]
-        exam = Exam(environment, agent, fleet, "test", 20, 5, 0.0, 2, judge)
+        spec = EvalSpec(environment, agent, fleet, "test", 20, 5, 0.0, 2, judge)
         settings = environment.config.model_dump(mode="json")
         async with await open_worlds(environment.use, settings, fleet) as worlds:
-            table, _ = await introspect(
-                exam, RandomPlayer(), worlds, await worlds.tasks("test").take(range(20))
-            )
+            tasks = await worlds.tasks("test").take(range(20))
+            table, _ = await introspect(spec, RandomPlayer(), worlds, tasks)
         return table.m1_t1.rate
 
     assert asyncio.run(run(1.0)) == 0.0
@@ -185,7 +184,7 @@ class Says:
     def __init__(self, completion: Completion) -> None:
         self._completion = completion
 
-    def seat(self) -> Any:
+    def batch_slot(self) -> Any:
         return nullcontext()
 
     async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
@@ -208,7 +207,7 @@ def test_what_a_policy_says_that_is_no_text_fails_its_episode_or_question(
     errors = [trajectory.error for trajectory in played("Faulty", "", player)]
     assert all(error.startswith(f"PolicyError: {said}") for error in errors) and len(errors) == 2
     prompts = [Prompt((Message("user", ("?",)),))] * 2
-    answers = asyncio.run(ask(patient(policy, 9.0), prompts, Sampling(), 0, max_failures=1.0))
+    answers = asyncio.run(ask(with_deadline(policy, 9.0), prompts, Sampling(), 0, max_failures=1.0))
     assert answers == [None, None]
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from casting import AGENT, episode
+from components import AGENT, episode
 
 from selfwright.core.errors import LearnerError
 from selfwright.core.types import Prompt, Trajectory

@@ -16,7 +16,7 @@ import torch
 import transformers
 from scipy.stats import chisquare  # pyright: ignore[reportUnknownVariableType]
 
-from selfwright.agents.engines.cache import Memory
+from selfwright.agents.engines.cache import PrefixCache
 from selfwright.agents.engines.decode import Sampled, Want, sample
 
 NEVER = frozenset[int]()
@@ -278,7 +278,7 @@ def test_ends_at_the_end_token_at_a_stop_or_at_the_length(model: Callable[[str],
 def test_remembered_conversations_go_on_as_if_read_anew(
     model: Callable[[str], Any], kind: str
 ) -> None:
-    net, memory, rng = model(kind), Memory(1 << 30), random.Random(4)
+    net, memory, rng = model(kind), PrefixCache(1 << 30), random.Random(4)
     talks = prompts_of([rng.randrange(3, 25) for _ in range(30)])
     for turn in range(4):
         wants = [
@@ -300,7 +300,7 @@ def test_remembered_conversations_go_on_as_if_read_anew(
 
 
 def test_memory_forgets_the_oldest_and_may_be_cleared(model: Callable[[str], Any]) -> None:
-    net, memory = model("qwen3"), Memory(1 << 30)
+    net, memory = model("qwen3"), PrefixCache(1 << 30)
     first, second, third = prompts_of((8, 9, 10))
 
     def talk(prompt: tuple[int, ...]) -> tuple[int, ...]:
@@ -313,18 +313,18 @@ def test_memory_forgets_the_oldest_and_may_be_cleared(model: Callable[[str], Any
     assert known is not None and known.length == 8 + 2
     assert memory.find((first, ())) is None and memory.find(((5, 6), ())) is None
     # Room for two of a kind, not for three.
-    memory = Memory(2 * memory.nbytes + memory.nbytes // 2)
+    memory = PrefixCache(2 * memory.nbytes + memory.nbytes // 2)
     talks = [talk(prompt) for prompt in (first, second, third)]
     assert [memory.find((prompt, ())) is not None for prompt in talks] == [False, True, True]
     memory.clear()
     assert memory.find((talks[2], ())) is None and memory.nbytes == 0
     # No room at all: it is a limit, not a wish.
-    memory = Memory(1)
+    memory = PrefixCache(1)
     assert memory.find((talk(first), ())) is None and memory.nbytes == 0
 
 
 def test_known_and_new_conversations_may_be_asked_together(model: Callable[[str], Any]) -> None:
-    net, memory = model("qwen3"), Memory(1 << 30)
+    net, memory = model("qwen3"), PrefixCache(1 << 30)
     talks = prompts_of((8, 15))
     said = sample(net, [Want(talk, 0, max_tokens=3) for talk in talks], NEVER, memory)
     longer = [(*talk, *result.ids, 9, 8, 7) for talk, result in zip(talks, said, strict=True)]
@@ -333,7 +333,7 @@ def test_known_and_new_conversations_may_be_asked_together(model: Callable[[str]
 
 
 def test_a_model_that_keeps_states_reads_one_length_at_a_time(model: Callable[[str], Any]) -> None:
-    net, wants, memory = model("hybrid"), mixed(24), Memory(1 << 30)
+    net, wants, memory = model("hybrid"), mixed(24), PrefixCache(1 << 30)
     with shapes_read(net) as shapes:
         together = sample(net, wants, END, memory)
     lengths = {len(want.prompt) for want in wants}

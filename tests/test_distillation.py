@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from casting import context_of, episode
+from components import context_of, episode
 from hypothesis import given
 from hypothesis import strategies as st
 from test_adversarial import Stage, students

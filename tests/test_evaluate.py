@@ -1,13 +1,11 @@
 """The introspection table: played without looking at the label, the same wherever a world lives."""
 
 import asyncio
-import io
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from selfwright.commands.words import evaluation_words, table_words
 from selfwright.core.hosting.pool import open_worlds
@@ -15,7 +13,7 @@ from selfwright.core.play.rollout import ExpertPlayer, Player, RandomPlayer
 from selfwright.core.recipe import section
 from selfwright.core.statistics import Introspection
 from selfwright.core.types import Trajectory
-from selfwright.loop.evaluate import Exam, exam_tasks, examine, introspect
+from selfwright.loop.evaluate import EvalSpec, evaluate, exam_tasks, introspect
 from selfwright.loop.progress import Progress
 
 
@@ -24,19 +22,19 @@ def _fixtures_importable(monkeypatch: pytest.MonkeyPatch) -> None:  # pyright: i
     monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent)])
 
 
-def exam_of(world: str, *options: str, turns: int = 4) -> Exam:
+def eval_spec_of(world: str, *options: str, turns: int = 4) -> EvalSpec:
     environment, fleet = section("environment", world, [f"environment.{o}" for o in options])
     agent, judge = section("agent", "chat")[0], section("judge", "reward")[0]
-    return Exam(environment, agent, fleet, "test", 30, 5, 0.0, turns, judge)
+    return EvalSpec(environment, agent, fleet, "test", 30, 5, 0.0, turns, judge)
 
 
-def table_of(exam: Exam, player: Player) -> tuple[Introspection, list[Trajectory]]:
+def table_of(spec: EvalSpec, player: Player) -> tuple[Introspection, list[Trajectory]]:
     async def run() -> tuple[Introspection, list[Trajectory]]:
-        settings = exam.environment.config.model_dump(mode="json")
-        async with await open_worlds(exam.environment.use, settings, exam.fleet) as worlds:
-            progress = Progress(Console(file=io.StringIO()))
-            tasks = await exam_tasks(worlds, exam.split, exam.tasks, exam.seed, progress)
-            return await introspect(exam, player, worlds, tasks)
+        settings = spec.environment.config.model_dump(mode="json")
+        async with await open_worlds(spec.environment.use, settings, spec.fleet) as worlds:
+            progress = Progress()
+            tasks = await exam_tasks(worlds, spec.split, spec.tasks, spec.seed, progress)
+            return await introspect(spec, player, worlds, tasks)
 
     return asyncio.run(run())
 
@@ -48,7 +46,7 @@ def seen(trajectories: list[Trajectory]) -> list[Any]:
 def test_the_label_changes_what_is_counted_and_nothing_that_is_played() -> None:
     # Nobody answers 4; a third of all answers are 2.
     never, third = (
-        table_of(exam_of("faulty_worlds:Sum", f"right='{right}'"), RandomPlayer())
+        table_of(eval_spec_of("faulty_worlds:Sum", f"right='{right}'"), RandomPlayer())
         for right in ("4", "2")
     )
     parallel, sequential = slice(0, 120), slice(150, 180)
@@ -65,7 +63,7 @@ def test_the_table_is_the_same_in_another_process_beyond_the_tasks_own_turns(
     player: Player,
 ) -> None:
     here, there = (
-        table_of(exam_of("countdown", "attempts=2", "numbers=2", f"isolation={where}"), player)
+        table_of(eval_spec_of("countdown", "attempts=2", "numbers=2", f"isolation={where}"), player)
         for where in ("inline", "process")
     )
     assert here == (there[0], here[1]) and seen(here[1]) == seen(there[1])
@@ -75,15 +73,15 @@ def test_the_table_is_the_same_in_another_process_beyond_the_tasks_own_turns(
 
 
 def test_an_evaluation_in_words() -> None:
-    exam = exam_of("countdown", "numbers=2")
+    spec = eval_spec_of("countdown", "numbers=2")
 
     async def run() -> dict[str, Any]:
-        progress = Progress(Console(file=io.StringIO()))
-        settings = exam.environment.config.model_dump(mode="json")
-        async with await open_worlds(exam.environment.use, settings, exam.fleet) as worlds:
-            judge = exam.judge.make()
-            result, judged = await examine(
-                exam, ExpertPlayer(), judge, worlds, progress, "expert", "here"
+        progress = Progress()
+        settings = spec.environment.config.model_dump(mode="json")
+        async with await open_worlds(spec.environment.use, settings, spec.fleet) as worlds:
+            judge = spec.judge.make()
+            result, judged = await evaluate(
+                spec, ExpertPlayer(), judge, worlds, progress, "expert", "here"
             )
         assert [one.verdict.score for one in judged] == [1.0] * 30
         assert [one.score for one in result.results] == [1.0] * 30

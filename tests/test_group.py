@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from casting import context_of, episode
+from components import context_of, episode
 from hypothesis import assume, given
 from hypothesis import strategies as st
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from casting import context_of, episode
+from components import context_of, episode
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from casting import context_of, episode
+from components import context_of, episode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from selfwright.core.errors import PolicyError, RecipeError
-from selfwright.core.play.asking import patient, yes_share
+from selfwright.core.play.asking import with_deadline, yes_share
 from selfwright.core.protocols import HasEmbeddings
 from selfwright.core.store import write_trajectories
 from selfwright.core.types import (
@@ -48,7 +48,7 @@ class Refiner:
     said: int = 0
     sure: dict[str, float] = field(default_factory=dict[str, float])
 
-    def seat(self) -> AbstractContextManager[None]:
+    def batch_slot(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
@@ -75,7 +75,7 @@ class Deaf:
 
     def __init__(self) -> None:
         inner = Refiner()
-        self.seat, self.complete, self.score = inner.seat, inner.complete, inner.score
+        self.batch_slot, self.complete, self.score = inner.batch_slot, inner.complete, inner.score
 
     async def load(self, checkpoint: Path | None) -> None: ...
     async def close(self) -> None: ...
@@ -288,9 +288,9 @@ def test_the_policy_itself_may_pick_what_follows_the_feedback() -> None:
 
 
 def test_a_deadline_takes_no_ability_away() -> None:
-    assert isinstance(patient(Refiner(), 9.0), HasEmbeddings)
-    assert not isinstance(patient(patient(Deaf(), 9.0), 9.0), HasEmbeddings)
-    trainer, _, _ = made(policy=patient(Refiner(), 9.0), select="embedding")  # pyright: ignore
+    assert isinstance(with_deadline(Refiner(), 9.0), HasEmbeddings)
+    assert not isinstance(with_deadline(with_deadline(Deaf(), 9.0), 9.0), HasEmbeddings)
+    trainer, _, _ = made(policy=with_deadline(Refiner(), 9.0), select="embedding")  # pyright: ignore
     assert len(fed(trainer, [failure("a", feedback="say a 2 2 2")])) == 1
     deaf, _, _ = made(policy=Deaf(), select="embedding")  # pyright: ignore
     with pytest.raises(PolicyError, match="needs a policy that embeds"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from casting import played
+from components import played
 
 from selfwright.core.config import Config, PolicyConfig
 from selfwright.core.errors import PolicyError
@@ -86,7 +86,7 @@ class Friend:
     def __init__(self, config: PolicyConfig, model: str, seed: int) -> None:
         pass
 
-    def seat(self) -> AbstractContextManager[None]:
+    def batch_slot(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:

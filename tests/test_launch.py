@@ -16,14 +16,14 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from casting import SINGLE, played
+from components import SINGLE, played
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 from torch._C._distributed_c10d import HashStore
 
 from selfwright.commands.cli import call
 from selfwright.core.files import read_json
-from selfwright.loop import process_group as crew
-from selfwright.loop.process_group import Crew
+from selfwright.loop import process_group
+from selfwright.loop.process_group import ProcessGroup
 from selfwright.trainers.parts.critic import Critic, CriticConfig
 
 pytestmark = pytest.mark.multi
@@ -38,8 +38,9 @@ PHASES = SINGLE.replace(
 """Ends with critics, networks of a loss's own."""
 IMPATIENT = """
 import sys
-from selfwright.commands import cli, crew
-crew.SILENT_S = 10.0
+from selfwright.commands import cli
+from selfwright.loop import process_group
+process_group.SILENT_S = 10.0
 sys.exit(cli.call(sys.argv[1:]))
 """
 
@@ -237,19 +238,21 @@ def test_a_process_of_another_machine_is_not_looked_for_here(
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait(30)
     store = HashStore()
-    leader = Crew.__new__(Crew)
+    leader = ProcessGroup.__new__(ProcessGroup)
     leader.rank, leader.size = 0, 2
     store.set("host/1", "elsewhere")
     (tmp_path / "boot_id").write_text("e8b1d1ee-97fb-4b4c-a3a0-2d2b1c1f6b5e\n")
     found: list[str] = []
-    for boot in (crew.BOOT, tmp_path / "boot_id"):
+    for boot in (process_group.BOOT, tmp_path / "boot_id"):
         with monkeypatch.context() as there:
-            there.setattr(crew, "BOOT", boot)
-            place = crew._place()  # pyright: ignore[reportPrivateUsage]
+            there.setattr(process_group, "BOOT", boot)
+            place = process_group._place()  # pyright: ignore[reportPrivateUsage]
         store.set("place/1", f"{place} {ended.pid}")
         found.append(leader._found(store, {}))  # pyright: ignore[reportPrivateUsage]
     assert found == [f"process 1 of 2 (pid {ended.pid}) has died", ""]
-    heard: dict[int, tuple[bytes, float]] = {1: (b"", time.monotonic() - 2 * crew.SILENT_S)}
+    heard: dict[int, tuple[bytes, float]] = {
+        1: (b"", time.monotonic() - 2 * process_group.SILENT_S)
+    }
     silent = leader._found(store, heard)  # pyright: ignore[reportPrivateUsage]
     assert f"(pid {ended.pid} on elsewhere) has given no sign of life" in silent
 

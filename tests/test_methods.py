@@ -1,7 +1,6 @@
 """Every method for real, on countdown with a tiny model: it runs, learns, and resumes the same."""
 
 import asyncio
-import io
 import json
 import re
 import shutil
@@ -11,8 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from casting import SINGLE, episode, played
-from rich.console import Console
+from components import SINGLE, episode, played
 
 from selfwright.agents import scratch
 from selfwright.commands.words import evaluation_words, run_words
@@ -24,7 +22,8 @@ from selfwright.core.types import Completion, Prompt, Sampling, Trajectory, Verd
 from selfwright.environments.countdown import solutions
 from selfwright.judges.discriminator import DiscriminatorJudge
 from selfwright.judges.reward import RewardJudge
-from selfwright.loop.evaluate import default_output, evaluate, settle
+from selfwright.loop.evaluate import default_output, evaluate_checkpoint, settle
+from selfwright.loop.events import ignore
 from selfwright.loop.run import together
 from selfwright.trainers.methods.self_judge import SelfJudge
 from selfwright.trainers.parts.guards import CANARIES
@@ -119,7 +118,7 @@ class Outsider:
     def __init__(self, config: PolicyConfig, model: str, seed: int) -> None:
         assert model == "somewhere"
 
-    def seat(self) -> AbstractContextManager[None]:
+    def batch_slot(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
@@ -266,7 +265,7 @@ def test_an_alarm_takes_the_run_back_to_where_it_was_best(player: Path, tmp_path
     def examined(name: str) -> list[tuple[str, list[str]]]:
         asked = (str(output / name), None, (), "test", 12, 3, None)
         to = tmp_path / name.replace("/", "-")
-        asyncio.run(evaluate(*asked, to, Console(file=io.StringIO())))
+        asyncio.run(evaluate_checkpoint(*asked, to, ignore))
         return said(to)
 
     final = said(output / "evaluations" / "final")
@@ -377,7 +376,7 @@ def test_a_discriminator_judges_as_its_run_left_it(player: Path, tmp_path: Path)
     means: dict[str, float] = {}
     for who in ("expert", "random"):
         told = asyncio.run(
-            evaluate(
+            evaluate_checkpoint(
                 who,
                 "countdown",
                 [key for key in asked if not key.startswith("policy")],
@@ -386,7 +385,7 @@ def test_a_discriminator_judges_as_its_run_left_it(player: Path, tmp_path: Path)
                 0,
                 None,
                 tmp_path / who,
-                Console(file=io.StringIO()),
+                ignore,
                 "discriminator",
             )
         )
@@ -417,20 +416,18 @@ def test_a_discriminator_judges_as_its_run_left_it(player: Path, tmp_path: Path)
 
 def test_evaluate_tells_how_far_a_judge_agrees_with_the_world(player: Path, tmp_path: Path) -> None:
     asked = (str(player), "countdown", ["policy.max_tokens=8", "environment.numbers=2"], "test")
-    told = asyncio.run(
-        evaluate(*asked, 40, 0, None, tmp_path / "e", Console(file=io.StringIO()), "majority")
-    )
+    told = asyncio.run(evaluate_checkpoint(*asked, 40, 0, None, tmp_path / "e", ignore, "majority"))
     # One attempt is no majority: nothing is decided.
     assert (told["judge"], told["undecided"]) == ("majority", 40)
     names: set[Path] = set()
     for judge in (None, "majority"):
-        exam, _ = settle(None, "expert", "countdown", [], "test", 4, 0, None, judge)
-        names.add(default_output("expert", exam, []))
+        spec, _ = settle(None, "expert", "countdown", [], "test", 4, 0, None, judge)
+        names.add(default_output("expert", spec, []))
     assert len(names) == 2
     assert told["agreement"]["true_positive"] == 0
     own = [*asked[2], "judge.model=policy", "judge.cut=0.5"]
     told = asyncio.run(
-        evaluate(
+        evaluate_checkpoint(
             *asked[:2],
             own,
             "test",
@@ -438,7 +435,7 @@ def test_evaluate_tells_how_far_a_judge_agrees_with_the_world(player: Path, tmp_
             0,
             None,
             tmp_path / "f",
-            Console(file=io.StringIO()),
+            ignore,
             "model",
         )
     )
@@ -450,6 +447,4 @@ def test_evaluate_tells_how_far_a_judge_agrees_with_the_world(player: Path, tmp_
     )
     assert score in evaluation_words(told)
     with pytest.raises(JudgeError, match=r"no base to ask; .* judge\.model="):
-        asyncio.run(
-            evaluate(*asked, 4, 0, None, tmp_path / "g", Console(file=io.StringIO()), "model")
-        )
+        asyncio.run(evaluate_checkpoint(*asked, 4, 0, None, tmp_path / "g", ignore, "model"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from casting import episode
+from components import episode
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -33,7 +33,7 @@ class Oracle:
     shown: list[str] = field(default_factory=list[str])
     checkpoint: str = "oracle"
 
-    def seat(self) -> AbstractContextManager[None]:
+    def batch_slot(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:

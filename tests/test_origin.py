@@ -4,7 +4,6 @@
 # pyright: reportUnknownMemberType=false, reportPrivateUsage=false
 
 import asyncio
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -16,10 +15,9 @@ import peft
 import pytest
 import torch
 import transformers
-from casting import SINGLE, played
+from components import SINGLE, played
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from test_learner import learner_of, talks
 from test_transformers_policy import REFUSED, adapter, broken
@@ -42,7 +40,7 @@ from selfwright.core.models.origin import (
 )
 from selfwright.core.store import TRAJECTORIES, read_trajectories
 from selfwright.core.types import Batch
-from selfwright.loop.evaluate import evaluate
+from selfwright.loop.evaluate import evaluate_checkpoint
 from selfwright.trainers.learning.learner import PlainLearner
 from selfwright.trainers.learning.loss import NLL
 
@@ -69,8 +67,7 @@ def said(folder: Path) -> list[str]:
 
 def again(checkpoint: Path, output: Path) -> list[str]:
     """What ``checkpoint`` answers when it is evaluated as its run was."""
-    console = Console(file=io.StringIO())
-    asyncio.run(evaluate(str(checkpoint), None, (), "test", 12, 3, None, output, console))
+    asyncio.run(evaluate_checkpoint(str(checkpoint), None, (), "test", 12, 3, None, output))
     return said(output)
 
 

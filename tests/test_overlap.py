@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from casting import SINGLE, played
+from components import SINGLE, played
 
 from selfwright.agents.chat import Chat, ChatConfig
 from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
@@ -52,7 +52,7 @@ class Sleepy:
             for turn in range(start.task.max_steps):
                 self.seeds[turn_seed(0, start, turn)] = (start.attempt, turn)
 
-    def seat(self) -> AbstractContextManager[None]:
+    def batch_slot(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     async def act(

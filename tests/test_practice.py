@@ -5,7 +5,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from casting import context_of, episode
+from components import context_of, episode
 
 from selfwright.core.types import Completion, Judged, Prompt, Sampling, Start, Task
 from selfwright.environments.countdown import Countdown, CountdownConfig
@@ -24,7 +24,7 @@ class Writer:
     starts: list[Start] = field(default_factory=list[Start])
 
     @contextmanager
-    def seat(self) -> Generator[None]:
+    def batch_slot(self) -> Generator[None]:
         yield
 
     async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from casting import SINGLE, played
+from components import SINGLE, played
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
 from selfwright.core import recipe as recipes
@@ -77,7 +77,7 @@ class Player:
         self.asked = 0
         self._meddle = meddle
 
-    def seat(self) -> AbstractContextManager[None]:
+    def batch_slot(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     async def act(
@@ -95,14 +95,14 @@ class Player:
         return Action(word, Completion(word))
 
 
-def outpost(world: World) -> int:
+def ray_host(world: World) -> int:
     """The process id of the actor that hosts the world."""
     import ray
 
     assert isinstance(world, RemoteWorld) and isinstance(world.worker, RayWorker)
-    post: Any = world.worker._post  # pyright: ignore[reportPrivateUsage]
+    handle: Any = world.worker._handle  # pyright: ignore[reportPrivateUsage]
     get: Any = ray.get
-    return int(get(post.actor.pid.remote(), timeout=30))
+    return int(get(handle.actor.pid.remote(), timeout=30))
 
 
 def episodes(
@@ -139,7 +139,7 @@ def test_plays_as_here(name: str) -> None:
 @pytest.mark.parametrize("name", ["countdown", "faulty_worlds:Together"])
 def test_workers_are_spread_and_listen_on_loopback_only(name: str) -> None:
     hosts = set[int]()
-    episodes("ray", name, Player(lambda world, task, at: hosts.add(outpost(world))))
+    episodes("ray", name, Player(lambda world, task, at: hosts.add(ray_host(world))))
     assert len(hosts) == min(4, len(os.sched_getaffinity(0)))
     listening: list[str] = []
     for one in ray_processes():
@@ -160,7 +160,7 @@ def test_a_killed_worker_costs_nothing(name: str, turn: int) -> None:
     def kill(world: World, task: Task, at: int) -> None:
         with once:
             if at == turn and not killed:
-                killed.append(outpost(world))
+                killed.append(ray_host(world))
                 os.kill(killed[0], signal.SIGKILL)
 
     meddler = Player(kill)
@@ -176,7 +176,7 @@ def test_an_episode_that_loses_every_worker_has_failed() -> None:
 
     def kill(world: World, task: Task, at: int) -> None:
         if "0" in task.id:
-            killed.append(outpost(world))
+            killed.append(ray_host(world))
             os.kill(killed[-1], signal.SIGKILL)
 
     async def run() -> Trajectory:
@@ -204,7 +204,7 @@ def test_a_broken_world_is_no_lost_worker() -> None:
         assert all(one.stop == Stop.FAILED and not one.steps for one in there)
 
 
-def test_a_process_that_dies_at_a_living_outpost_is_replaced() -> None:
+def test_a_process_that_dies_at_a_living_host_is_replaced() -> None:
     async def use(world: World, task: Task, word: str) -> float:
         await world.reset(task, 0)
         return (await world.step(word)).reward
@@ -220,7 +220,7 @@ def test_a_process_that_dies_at_a_living_outpost_is_replaced() -> None:
                     assert isinstance(world, RemoteWorld) and isinstance(sibling, RemoteWorld)
                     assert world.worker is sibling.worker
                     assert await use(sibling, task, "right") == 1
-                    host = outpost(world)
+                    host = ray_host(world)
                     with pytest.raises(WorldError, match=r"died \(exit code 7\)"):
                         await use(world, task, "fault")
                     with pytest.raises(WorldError, match=r"died \(exit code 7\)"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from casting import context_of, step
+from components import context_of, step
 
 from selfwright.core.protocols import Attempt, Context
 from selfwright.core.types import (

@@ -108,7 +108,7 @@ class Script:
     words: Sequence[str]
     checkpoint: str = "script"
 
-    def seat(self) -> AbstractContextManager[None]:
+    def batch_slot(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:

@@ -15,7 +15,7 @@ import pytest
 from selfwright.core.errors import StoreError
 from selfwright.core.files import read_json, write_json
 from selfwright.core.store import read_trajectories
-from selfwright.core.store.folder import Run, iteration_name, iterations
+from selfwright.core.store.folder import RunFolder, iteration_name, iterations
 
 RECIPE = {"seed": 1, "trainer": {"use": "rise", "sizes": (1, 2)}}
 
@@ -91,7 +91,7 @@ def test_killed_at_any_moment_leaves_whole_iterations(tmp_path: Path) -> None:
         time.sleep(dice.uniform(0, 0.06))
         assert process.poll() is None
         kill(process)
-        with Run.open(tmp_path, RECIPE, differences) as run:
+        with RunFolder.open(tmp_path, RECIPE, differences) as run:
             assert run.finished > finished
             finished = run.finished
         assert not list(tmp_path.rglob(".draft-*"))
@@ -107,10 +107,10 @@ def test_only_one_process_at_a_time(tmp_path: Path) -> None:
     process = launch("time.sleep(60)", tmp_path)
     try:
         with pytest.raises(StoreError, match=rf"is in use by process {process.pid}; wait"):
-            Run.open(tmp_path, RECIPE, differences)
+            RunFolder.open(tmp_path, RECIPE, differences)
     finally:
         kill(process)
-    Run.open(tmp_path, RECIPE, differences).close()
+    RunFolder.open(tmp_path, RECIPE, differences).close()
 
 
 def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
@@ -128,17 +128,17 @@ time.sleep(60)
     time.sleep(0.1)
     try:
         kill(process)
-        Run.open(tmp_path, RECIPE, differences).close()
+        RunFolder.open(tmp_path, RECIPE, differences).close()
     finally:
         os.kill(child, signal.SIGKILL)
 
 
 def test_another_recipe_is_refused_by_key(tmp_path: Path) -> None:
     for again in range(2):
-        with Run.open(tmp_path, RECIPE, differences) as run, run.draft(iteration_name(again)):
+        with RunFolder.open(tmp_path, RECIPE, differences) as run, run.draft(iteration_name(again)):
             pass
     with pytest.raises(StoreError) as caught:
-        Run.open(tmp_path, RECIPE | {"seed": 2}, differences)
+        RunFolder.open(tmp_path, RECIPE | {"seed": 2}, differences)
     assert "seed: 1 there, 2 now" in str(caught.value)
     assert "another --output" in str(caught.value)
     assert read_json(tmp_path / "recipe.json")["seed"] == 1
@@ -146,7 +146,7 @@ def test_another_recipe_is_refused_by_key(tmp_path: Path) -> None:
 
 def test_a_run_that_committed_nothing_does_not_hold_on_to_its_recipe(tmp_path: Path) -> None:
     for seed in (1, 1, 2):
-        with Run.open(tmp_path, RECIPE | {"seed": seed}, differences) as run:
+        with RunFolder.open(tmp_path, RECIPE | {"seed": seed}, differences) as run:
             assert read_json(tmp_path / "recipe.json")["seed"] == seed
             # The model made for the first recipe is not the second one's.
             assert run.has("base") == (tmp_path / "again").exists()
@@ -162,14 +162,14 @@ def test_a_run_that_committed_nothing_does_not_hold_on_to_its_recipe(tmp_path: P
 def test_a_foreign_folder_is_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"eggs": 3}')
     with pytest.raises(StoreError, match="use another --output"):
-        Run.open(tmp_path, RECIPE, differences)
+        RunFolder.open(tmp_path, RECIPE, differences)
     assert [path.name for path in tmp_path.iterdir()] == [name]
     with pytest.raises(StoreError, match="cannot use"):
-        Run.open(tmp_path / name, RECIPE, differences)
+        RunFolder.open(tmp_path / name, RECIPE, differences)
 
 
 def test_drafts_become_folders_whole_or_not_at_all(tmp_path: Path) -> None:
-    with Run.open(tmp_path / "deep/run", RECIPE, differences) as run:
+    with RunFolder.open(tmp_path / "deep/run", RECIPE, differences) as run:
         for name in ("iterations/0000", "evaluations/base", "checkpoint"):
             with pytest.raises(KeyError), run.draft(name) as draft:
                 (draft / "half").write_text("half")
@@ -188,11 +188,11 @@ def test_drafts_become_folders_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_leftovers_go_when_the_run_is_opened(tmp_path: Path) -> None:
-    Run.open(tmp_path, RECIPE, differences).close()
+    RunFolder.open(tmp_path, RECIPE, differences).close()
     for name in ("iterations/.draft-0000/adapter", ".draft-checkpoint", "images/ab"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "images/ab/.draft-1234").write_text("half")
-    with Run.open(tmp_path, RECIPE, differences) as run:
+    with RunFolder.open(tmp_path, RECIPE, differences) as run:
         assert run.finished == 0
     assert not list(tmp_path.rglob(".draft-*"))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from casting import context_of, episode
+from components import context_of, episode
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +19,7 @@ from selfwright.trainers.methods.self_imitation import (
     falling,
     rising,
 )
-from selfwright.trainers.parts.replay import Memory, Replay
+from selfwright.trainers.parts.replay import Replay, ReplayEntry
 
 PLAIN: dict[str, Any] = {
     "tool_reward": 0.0,
@@ -162,7 +162,7 @@ def test_nothing_is_replayed_that_is_not_above_the_median(
 ) -> None:
     replay = Replay(size, 100, 5)
     replay.observe(0, means)
-    replay.memories = [Memory(episode(r, ("o", f"{k}")), r, 0) for k, r in enumerate(rewards)]
+    replay.memories = [ReplayEntry(episode(r, ("o", f"{k}")), r, 0) for k, r in enumerate(rewards)]
     taken = replay.take(0)
     good = [] if replay.median is None else [r for r in rewards if r > replay.median]
     assert all(advantage > 0 for _, advantage in taken)

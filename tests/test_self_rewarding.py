@@ -2,7 +2,7 @@
 
 import asyncio
 
-from casting import context_of, episode
+from components import context_of, episode
 
 from selfwright.core.types import Judged
 from selfwright.trainers.learning.loss import DPO

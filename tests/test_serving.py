@@ -21,7 +21,7 @@ from test_rollout import said
 
 from selfwright.agents.serving.app import Served
 from selfwright.agents.serving.client import Client, ServedPlayer
-from selfwright.agents.serving.desk import certain
+from selfwright.agents.serving.guarded_policy import certain
 from selfwright.agents.serving.images import checked_images
 from selfwright.agents.serving.limits import Limits, Refusal
 from selfwright.core.config import Config, Fleet

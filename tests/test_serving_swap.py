@@ -1,7 +1,6 @@
 """New adapters: swapped in when they win, kept out when they do not, and nobody is cut off."""
 
 import asyncio
-import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import httpx2
 import pytest
 from prompts import prompt_of
-from rich.console import Console
 from serving import Echo, limits, running, served, transformers_policy, until
 from test_serving import TASK, opened, refusal, seen
 
@@ -17,7 +15,7 @@ from selfwright.agents.serving.champion import Gate
 from selfwright.core.recipe import section
 from selfwright.core.statistics import Comparison, compare_outcomes
 from selfwright.core.types import Sampling
-from selfwright.loop.evaluate import Exam
+from selfwright.loop.evaluate import EvalSpec
 from selfwright.loop.progress import Progress
 from selfwright.loop.serve import Trial
 
@@ -58,7 +56,7 @@ def by_name(**skill: int) -> Callable[[Path | None, Path], Any]:
     return trial
 
 
-def shelf(folder: Path, *names: str) -> Path:
+def adapters_in(folder: Path, *names: str) -> Path:
     for name in names:
         (folder / "adapters" / name).mkdir(parents=True)
         (folder / "adapters" / name / "adapter_config.json").write_text("{}")
@@ -83,7 +81,7 @@ def test_who_wins_is_swapped_in_and_who_does_not_is_kept_out(tmp_path: Path) -> 
     async def main() -> None:
         policy = Echo()
         trial = by_name(base=10, better=25, same=10, luckier=12, worse=2)
-        shelf(tmp_path, "better", "same", "luckier", "worse")
+        adapters_in(tmp_path, "better", "same", "luckier", "worse")
         what = served(policy, adapters=tmp_path / "adapters", trial=trial)
         async with running(what) as client:
             id = await opened(client)
@@ -114,7 +112,7 @@ def test_who_wins_is_swapped_in_and_who_does_not_is_kept_out(tmp_path: Path) -> 
 def test_an_answer_in_flight_ends_by_the_weights_it_began_with(tmp_path: Path) -> None:
     async def main() -> None:
         policy = Echo()
-        what = served(policy, adapters=shelf(tmp_path, "new"))
+        what = served(policy, adapters=adapters_in(tmp_path, "new"))
         async with running(what) as client:
             one, two = await opened(client), await opened(client)
             policy.free.clear()
@@ -142,7 +140,7 @@ def test_an_answer_in_flight_ends_by_the_weights_it_began_with(tmp_path: Path) -
 
 def test_what_may_not_be_offered(tmp_path: Path) -> None:
     async def main() -> None:
-        folder = shelf(tmp_path, "new")
+        folder = adapters_in(tmp_path, "new")
         (tmp_path / "outside").mkdir()
         (tmp_path / "outside" / "adapter_config.json").write_text("{}")
         (folder / "link").symlink_to(tmp_path / "outside")
@@ -181,7 +179,7 @@ def test_a_trial_that_fails_or_never_ends_changes_nothing(tmp_path: Path) -> Non
             raise RuntimeError("a secret of the inside")
 
         policy = Echo()
-        what = served(policy, adapters=shelf(tmp_path, "new", "slow"), trial=breaks)
+        what = served(policy, adapters=adapters_in(tmp_path, "new", "slow"), trial=breaks)
         async with running(what, limits(trial_s=0.3)) as client:
             told = await settled(client, "new")
             assert (told["status"], told["said"]) == ("failed", "RuntimeError")
@@ -217,7 +215,7 @@ def inside(checkpoint: Path | None) -> str:
 
 def test_an_offer_is_what_it_was_when_it_was_made(tmp_path: Path) -> None:
     async def main() -> None:
-        latest = shelf(tmp_path, "latest") / "latest" / "adapter_config.json"
+        latest = adapters_in(tmp_path, "latest") / "latest" / "adapter_config.json"
         asked = list[tuple[Path | None, Path]]()
 
         async def trial(champion: Path | None, challenger: Path) -> Comparison:
@@ -252,7 +250,7 @@ def test_the_time_for_a_trial_does_not_cut_off_the_swap(tmp_path: Path) -> None:
         policy = Reader()
         policy.may_load.clear()
         trial = by_name(base=10, new=25)
-        what = served(policy, adapters=shelf(tmp_path, "new"), trial=trial)
+        what = served(policy, adapters=adapters_in(tmp_path, "new"), trial=trial)
         async with running(what, limits(trial_s=0.3)) as client:
             settling = asyncio.create_task(settled(client, "new"))
             await policy.loading.wait()
@@ -266,7 +264,7 @@ def test_the_time_for_a_trial_does_not_cut_off_the_swap(tmp_path: Path) -> None:
 
 def test_without_any_weights_nothing_is_answered_until_others_are_there(tmp_path: Path) -> None:
     async def main() -> None:
-        folder = shelf(tmp_path, "new", "good")
+        folder = adapters_in(tmp_path, "new", "good")
         (folder / "new" / "adapter_config.json").write_text("bad")
         policy = Reader()
         policy.bad.add("base")
@@ -335,10 +333,10 @@ def test_a_trial_plays_both_on_the_same_tasks(player: Path, tmp_path: Path) -> N
     )
     agent, judge = section("agent", "chat")[0], section("judge", "reward")[0]
     engine, _ = section("policy", "transformers", (), {"model": str(player), "max_tokens": 8})
-    exam = Exam(world, agent, fleet, "train", 80, 0, 0.0, 0, judge)
+    spec = EvalSpec(world, agent, fleet, "train", 80, 0, 0.0, 0, judge)
 
     async def main() -> list[Comparison]:
-        trial = Trial(exam, engine, str(player), Progress(Console(file=io.StringIO())))
+        trial = Trial(spec, engine, str(player), Progress())
         return [await trial(bad, idle), await trial(idle, bad), await trial(None, idle)]
 
     up, down, same = asyncio.run(main())

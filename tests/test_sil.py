@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from casting import context_of, episode
+from components import context_of, episode
 from hypothesis import given
 from hypothesis import strategies as st
 from prompts import prompt_of

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from selfwright.commands.console import Display
 from selfwright.core.hosting.pool import open_worlds
 from selfwright.core.plugins import load
-from selfwright.core.protocols import alone
+from selfwright.core.protocols import make_learner
 from selfwright.core.recipe import differences, read
 from selfwright.core.sources import code_of
-from selfwright.core.store.folder import Run
+from selfwright.core.store.folder import RunFolder
 from selfwright.loop.progress import Progress
 from selfwright.loop.run import begun
 from selfwright.loop.warm_start import key_of, made_as
@@ -136,9 +137,10 @@ def test_a_run_that_committed_nothing_begins_with_a_base_of_the_world_as_it_is(
     async def base() -> str:
         recipe, said = read("r.yaml", []), io.StringIO()
         settings = recipe.environment.config.model_dump(mode="json")
-        with Run.open(folder / "run", recipe.dump(), differences) as kept:
+        with RunFolder.open(folder / "run", recipe.dump(), differences) as kept:
             async with await open_worlds("filed:Filed", settings, recipe.fleet) as worlds:
-                made = await begun(recipe, worlds, kept, Progress(Console(file=said)), alone)
+                progress = Progress(Display(Console(file=said)))
+                made = await begun(recipe, worlds, kept, progress, make_learner)
         assert made_as(Path(made)) == key_of(recipe)
         return said.getvalue().split(":")[0]
 

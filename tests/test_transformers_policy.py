@@ -181,8 +181,8 @@ def test_too_long_for_the_context_is_an_error_for_that_one_only(shared: Transfor
 def test_a_batch_waits_for_every_seat(shared: TransformersPolicy) -> None:
     async def scenario() -> None:
         sampling = Sampling(0.0, max_tokens=2)
-        with shared.seat(), shared.seat():
-            third = shared.seat()
+        with shared.batch_slot(), shared.batch_slot():
+            third = shared.batch_slot()
             third.__enter__()
             first = asyncio.ensure_future(shared.complete(PROMPTS[0], sampling, 0))
             second = asyncio.ensure_future(shared.complete(PROMPTS[1], sampling, 0))
@@ -196,7 +196,7 @@ def test_a_batch_waits_for_every_seat(shared: TransformersPolicy) -> None:
             assert not first.done() and not again.done()
             last = asyncio.ensure_future(shared.complete(PROMPTS[2], sampling, 0))
             await asyncio.wait_for(asyncio.gather(first, again, last), 30)
-            # A seat that is given up lets the others go.
+            # A slot that is given up lets the others go.
             two = [asyncio.ensure_future(shared.complete(p, sampling, 0)) for p in PROMPTS[:2]]
             await asyncio.sleep(0.1)
             assert not any(one.done() for one in two)

@@ -17,7 +17,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from casting import step
+from components import step
 from prompts import grey
 from safetensors.torch import load_file
 

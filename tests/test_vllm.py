@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import httpx2
 import psutil
 import pytest
-from casting import SINGLE, played
+from components import SINGLE, played
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prompts import prompt_of
@@ -39,11 +39,11 @@ PYTHON = os.environ.get(
 PROMPTS = [prompt_of(f"make {k} from 3 {k * 7}" + " 8" * (k % 4)) for k in range(24)]
 T = TypeVar("T")
 Folder = Callable[[str], Path]
-Run = Callable[..., Any]
+Runner = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
+def run() -> Iterator[Runner]:
     """One event loop for all tests: a policy's connections belong to it."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
@@ -63,14 +63,14 @@ async def policy_of(folder: Path, **keys: Any) -> VLLMPolicy:
 
 
 @pytest.fixture
-def policy(run: Run, server: VLLMPolicy) -> Iterator[VLLMPolicy]:
+def policy(run: Runner, server: VLLMPolicy) -> Iterator[VLLMPolicy]:
     """With the base model."""
     yield server
     run(server.load(None))
 
 
 @pytest.fixture(scope="module")
-def server(run: Run, model_folder: Folder) -> Iterator[VLLMPolicy]:
+def server(run: Runner, model_folder: Folder) -> Iterator[VLLMPolicy]:
     made = run(policy_of(model_folder("vllm")))
     run(made.score(PROMPTS[0], Completion("1 + 2")))
     yield made
@@ -127,7 +127,7 @@ def either(policy: VLLMPolicy, request: pytest.FixtureRequest) -> Iterator[VLLMP
 
 
 @pytest.mark.vllm
-def test_it_is_the_same_model(run: Run, either: VLLMPolicy, model_folder: Folder) -> None:
+def test_it_is_the_same_model(run: Runner, either: VLLMPolicy, model_folder: Folder) -> None:
     policy = either
     mine = in_process(model_folder("vllm"))
     sampled = run(ask(policy, Sampling(max_tokens=60)))
@@ -145,7 +145,7 @@ def test_it_is_the_same_model(run: Run, either: VLLMPolicy, model_folder: Folder
 
 
 @pytest.mark.vllm
-def test_log_probabilities_are_those_of_temperature_one(run: Run, policy: VLLMPolicy) -> None:
+def test_log_probabilities_are_those_of_temperature_one(run: Runner, policy: VLLMPolicy) -> None:
     for said, prompt in zip(
         run(ask(policy, Sampling(0.5, 0.8, max_tokens=6))), PROMPTS, strict=True
     ):
@@ -153,14 +153,14 @@ def test_log_probabilities_are_those_of_temperature_one(run: Run, policy: VLLMPo
 
 
 @pytest.mark.vllm
-def test_seeds_decide_what_is_sampled(run: Run, policy: VLLMPolicy) -> None:
+def test_seeds_decide_what_is_sampled(run: Runner, policy: VLLMPolicy) -> None:
     once, again, other = (run(ask(policy, Sampling(max_tokens=12), k)) for k in (0, 0, 99))
     assert [a.token_ids for a in once] == [a.token_ids for a in again]
     assert [a.token_ids for a in once] != [a.token_ids for a in other]
 
 
 @pytest.mark.vllm
-def test_stop_texts_and_choices(run: Run, either: VLLMPolicy) -> None:
+def test_stop_texts_and_choices(run: Runner, either: VLLMPolicy) -> None:
     policy = either
     whole = run(ask(policy, Sampling(0.0, max_tokens=12)))
     text = next(said.text for said in whole if len(said.text) > 4)
@@ -178,7 +178,7 @@ def test_stop_texts_and_choices(run: Run, either: VLLMPolicy) -> None:
 
 
 @pytest.mark.vllm
-def test_it_is_heard_while_it_speaks(run: Run, either: VLLMPolicy) -> None:
+def test_it_is_heard_while_it_speaks(run: Runner, either: VLLMPolicy) -> None:
     heard: list[Sequence[int]] = []
     sampling = Sampling(max_tokens=40)
     said = run(either.stream(PROMPTS[0], sampling, 3, heard.append))
@@ -203,7 +203,7 @@ TURNS = st.lists(st.text("0123456789 +-*make", min_size=1, max_size=12), min_siz
 )
 @given(turns=TURNS, seed=st.integers(0, 2**31))
 def test_ids_stored_are_ids_sampled_are_ids_trained_on(
-    run: Run,
+    run: Runner,
     policy: VLLMPolicy,
     model_folder: Folder,
     template: str,
@@ -265,7 +265,7 @@ def templated(policy: VLLMPolicy, model_folder: Folder, template: str) -> ChatTo
 
 @pytest.mark.vllm
 def test_adapters_are_swapped_in_live(
-    run: Run, policy: VLLMPolicy, model_folder: Folder, checkpoints: list[Path]
+    run: Runner, policy: VLLMPolicy, model_folder: Folder, checkpoints: list[Path]
 ) -> None:
     base = run(ask(policy, Sampling(max_tokens=6)))
     names: list[set[str]] = []
@@ -298,7 +298,7 @@ def edited(checkpoint: Path, folder: Path, change: Callable[[str], str]) -> Path
 
 @pytest.mark.vllm
 def test_a_broken_adapter_is_found_out(
-    run: Run, policy: VLLMPolicy, checkpoints: list[Path], tmp_path: Path
+    run: Runner, policy: VLLMPolicy, checkpoints: list[Path], tmp_path: Path
 ) -> None:
     run(policy.load(checkpoints[0]))
     good = run(ask(policy, Sampling(max_tokens=6)))
@@ -338,7 +338,7 @@ def test_a_broken_adapter_is_found_out(
 
 @pytest.mark.vllm
 def test_a_full_disk_is_named(
-    run: Run, model_folder: Folder, policy: VLLMPolicy, checkpoints: list[Path], tmp_path: Path
+    run: Runner, model_folder: Folder, policy: VLLMPolicy, checkpoints: list[Path], tmp_path: Path
 ) -> None:
     import resource
 
@@ -366,7 +366,7 @@ def test_a_full_disk_is_named(
 
 
 @pytest.mark.vllm
-def test_no_room_in_the_context(run: Run, policy: VLLMPolicy) -> None:
+def test_no_room_in_the_context(run: Runner, policy: VLLMPolicy) -> None:
     with pytest.raises(PolicyError, match="exceed the server's context of"):
         run(policy.complete(prompt_of("9 " * 3000), Sampling(max_tokens=5), 0))
     with pytest.raises(PolicyError, match="at least 1"):
@@ -376,7 +376,7 @@ def test_no_room_in_the_context(run: Run, policy: VLLMPolicy) -> None:
 @pytest.mark.vllm
 @pytest.mark.timeout(600)
 def test_replicas_share_the_work_and_one_that_dies_or_hangs_is_started_again(
-    run: Run, model_folder: Folder, checkpoints: list[Path]
+    run: Runner, model_folder: Folder, checkpoints: list[Path]
 ) -> None:
     made = run(policy_of(model_folder("vllm"), replicas=2, restarts=1, stall_timeout_s=10))
     replicas = made._replicas  # pyright: ignore[reportPrivateUsage]
@@ -482,7 +482,7 @@ def test_there_is_room_for_every_rank(rank: int) -> None:
     assert room_for(rank) >= rank and not any(rank <= one < room_for(rank) for one in RANKS)
 
 
-def test_an_interpreter_without_vllm(run: Run, model_folder: Folder) -> None:
+def test_an_interpreter_without_vllm(run: Runner, model_folder: Folder) -> None:
     import sys
 
     made = run(policy_of(model_folder("vllm"), python=sys.executable))
@@ -491,7 +491,7 @@ def test_an_interpreter_without_vllm(run: Run, model_folder: Folder) -> None:
     run(made.close())
 
 
-def test_nobody_at_that_address(run: Run, model_folder: Folder) -> None:
+def test_nobody_at_that_address(run: Runner, model_folder: Folder) -> None:
     made = run(
         policy_of(model_folder("vllm"), python="", url=["http://127.0.0.1:9"], start_timeout_s=1)
     )

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from casting import warmed
+from components import warmed
 
 from selfwright.core.files import read_json
 from selfwright.loop.warm_start import STORY

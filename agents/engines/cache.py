@@ -122,7 +122,7 @@ class Place:
     length: int
 
 
-class Memory:
+class PrefixCache:
     """Keys and values of conversations, so that the next turn reads only what is new.
 
     Forgets its oldest batches once it holds more than ``limit`` bytes, even the last. Must be

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ...core.models.tokens import PAD
-from .cache import Memory, Read, attends_only, check_used, copy_places, layers_for
+from .cache import PrefixCache, Read, attends_only, check_used, copy_places, layers_for
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Sampled:
 
 @torch.inference_mode()
 def sample(
-    model: Any, wants: Sequence[Want], ends: Set[int], memory: Memory | None = None
+    model: Any, wants: Sequence[Want], ends: Set[int], memory: PrefixCache | None = None
 ) -> list[Sampled]:
     """Completions of ``wants``, in order. Equal prompts are read once, remembered ones not again.
 
@@ -71,7 +71,7 @@ def sample(
 
 
 def _sample(
-    model: Any, wants: Sequence[Want], ends: Set[int], memory: Memory | None
+    model: Any, wants: Sequence[Want], ends: Set[int], memory: PrefixCache | None
 ) -> list[Sampled]:
     device = model.device
     prompts = list(dict.fromkeys(want.read for want in wants))
@@ -128,7 +128,7 @@ def _read(
     model: Any,
     prompts: Sequence[Read],
     steps: int,
-    memory: Memory | None,
+    memory: PrefixCache | None,
 ) -> tuple[list[Any], Tensor, Tensor]:
     """The cache after the prompts, which columns are real (B, T + steps), and (B, V) logits.
 

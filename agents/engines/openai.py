@@ -97,7 +97,7 @@ class OpenAIPolicy:
     def checkpoint(self) -> str:
         return self._model
 
-    def seat(self) -> AbstractContextManager[None]:
+    def batch_slot(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:

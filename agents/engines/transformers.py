@@ -45,7 +45,7 @@ class Request:
 
 
 class TransformersPolicy:
-    """Batches what is asked at the same time; a batch starts when every seat's holder has asked.
+    """Batches what is asked at the same time; a batch starts when every slot's holder has asked.
 
     Adapters are merged into the weights when they are loaded, so they cost nothing per token.
     """
@@ -85,7 +85,7 @@ class TransformersPolicy:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
 
     @contextmanager
-    def seat(self) -> Generator[None]:
+    def batch_slot(self) -> Generator[None]:
         self._seats += 1
         try:
             yield
@@ -346,6 +346,6 @@ def _shapes(model: Any) -> dict[str, Any]:
 
 def memory(gigabytes: float) -> Any:
     """Room for keys and values, or None for no room. torch is imported here, not with this file."""
-    from .cache import Memory
+    from .cache import PrefixCache
 
-    return Memory(int(gigabytes * 1e9)) if gigabytes else None
+    return PrefixCache(int(gigabytes * 1e9)) if gigabytes else None

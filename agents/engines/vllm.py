@@ -178,7 +178,7 @@ class VLLMPolicy:
             for k in range(config.replicas)
         ]
 
-    def seat(self) -> AbstractContextManager[None]:
+    def batch_slot(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:

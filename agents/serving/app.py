@@ -39,14 +39,14 @@ from ...core.types import (
     Task,
 )
 from . import bodies
+from .admission import Admission
 from .champion import Champion, Offer, Trial
-from .desk import Desk
 from .games import Arena, Game, Opener
-from .guard import Guard
+from .guarded_policy import GuardedPolicy
 from .images import DATA_URL, checked_images
 from .limits import Limits, Refusal
 from .metrics import Metrics
-from .sessions import Keeper, Session
+from .sessions import Keeper, SessionState
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def make_app(
 ) -> FastAPI:
     """The application; whoever made the policy closes it.
 
-    ``token``: what every request must bear; empty: nothing. ``hosts``: as ``Guard`` has it.
+    ``token``: what every request must bear; empty: nothing. ``hosts``: as ``Admission`` has it.
     """
     room = Room(served, limits, clock)
 
@@ -107,7 +107,7 @@ def make_app(
         responses={"4XX": {"model": bodies.Error}, "5XX": {"model": bodies.Error}},
     )
     app.add_middleware(
-        Guard, limits=limits, metrics=room.metrics, token=token, hosts=frozenset(hosts)
+        Admission, limits=limits, metrics=room.metrics, token=token, hosts=frozenset(hosts)
     )
     _tell_errors(app, room.metrics)
     _add_talk(app, room)
@@ -128,9 +128,9 @@ class Room:
         self.champion = Champion(
             policy, served.weights, served.adapters, served.trial, limits, self.metrics
         )
-        self.desk = Desk(policy, served.tokens, self.champion, limits, self.metrics)
-        self.player = replace(served.player, policy=self.desk)
-        self.sessions: Keeper[Session] = Keeper(
+        self.policy = GuardedPolicy(policy, served.tokens, self.champion, limits, self.metrics)
+        self.player = replace(served.player, policy=self.policy)
+        self.sessions: Keeper[SessionState] = Keeper(
             "session", limits.sessions, limits.idle_s, clock, lambda _: None
         )
         self.games: Keeper[Game] = Keeper("game", limits.games, limits.idle_s, clock, self._leave)
@@ -163,9 +163,9 @@ class Room:
         seed: int,
         heard: Callable[[str], None] | None = None,
     ) -> Completion:
-        """As ``Desk.complete``. Raises: TimeoutError: it took too long."""
+        """As ``GuardedPolicy.complete``. Raises: TimeoutError: it took too long."""
         async with deadline(self.player.timeout_s, "the completion"):
-            return await self.desk.complete(prompt, sampling, seed, heard)
+            return await self.policy.complete(prompt, sampling, seed, heard)
 
     async def images(self, given: Sequence[str], param: str) -> tuple[Image, ...]:
         if not given:
@@ -270,11 +270,11 @@ def _add_talk(app: FastAPI, room: Room) -> None:
             spoken = _spoken(room, prompt, sampling, seed)
             first = await anext(spoken)  # What goes wrong until then is refused as usual.
             counted = asked.stream_options is not None and asked.stream_options.include_usage
-            read = room.desk.length(prompt) if counted else None
+            read = room.policy.length(prompt) if counted else None
             events = _events(head, first, spoken, read)
             return StreamingResponse(events, media_type="text/event-stream")
         said = await room.complete(prompt, sampling, seed)
-        usage = _usage(room.desk.length(prompt), said)
+        usage = _usage(room.policy.length(prompt), said)
         message = {"role": "assistant", "content": said.text}
         choice: dict[str, Any] = {"index": 0, "message": message, "logprobs": None}
         choice["finish_reason"] = said.finish or "stop"
@@ -398,7 +398,7 @@ def _add_sessions(app: FastAPI, room: Room) -> None:
     limits = room.limits
 
     @app.post("/v1/sessions", status_code=201)
-    async def begin(asked: bodies.NewSession) -> bodies.Session:
+    async def begin(asked: bodies.NewSession) -> bodies.SessionCreated:
         wanted = asked.task
         if len(wanted.instruction) > limits.prompt_chars:
             said = f"wanted an instruction of at most {limits.prompt_chars:,} characters"
@@ -407,9 +407,11 @@ def _add_sessions(app: FastAPI, room: Room) -> None:
         if steps > limits.steps:
             said = f"wanted at most {limits.steps} steps, got {steps}"
             raise Refusal(400, said, "too_many_steps", "task.max_steps")
-        session = Session(Task(wanted.id, wanted.instruction, steps), asked.seed)
+        session = SessionState(Task(wanted.id, wanted.instruction, steps), asked.seed)
         id = room.sessions.add(session)
-        return bodies.Session(id=id, max_steps=steps, model=room.served.name, idle_s=limits.idle_s)
+        return bodies.SessionCreated(
+            id=id, max_steps=steps, model=room.served.name, idle_s=limits.idle_s
+        )
 
     @app.post("/v1/sessions/{id}/act")
     async def act(id: str, asked: bodies.Asked) -> bodies.Acted:

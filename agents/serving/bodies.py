@@ -85,7 +85,7 @@ class NewSession(Config):
     """Of sampling."""
 
 
-class Session(Config):
+class SessionCreated(Config):
     id: str
     max_steps: int
     model: str

@@ -15,9 +15,9 @@ from ...core.models.origin import ADAPTER
 from ...core.play.rollout import deadline
 from ...core.protocols import Policy
 from ...core.statistics import Comparison
+from .adapter_cache import AdapterCache
 from .limits import Limits, Refusal
 from .metrics import Metrics
-from .shelf import Shelf
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class Champion:
         self._metrics = metrics
         self._offers: OrderedDict[str, Offer] = OrderedDict()
         self._running: asyncio.Task[None] | None = None
-        self._shelf = Shelf()
+        self._adapter_cache = AdapterCache()
         self._copying = False
 
     def check(self) -> None:
@@ -156,7 +156,7 @@ class Champion:
             raise Refusal(409, "another adapter is being tried; one at a time", "trial_running")
         self._copying = True
         try:
-            kept = await asyncio.to_thread(self._shelf.keep, found)
+            kept = await asyncio.to_thread(self._adapter_cache.keep, found)
         except DiskError as error:
             log.error("%s", error)
             raise Refusal(503, str(error), "no_copy", retry_s=5) from error
@@ -176,7 +176,7 @@ class Champion:
         if self._running is not None:
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)
-        self._shelf.close()
+        self._adapter_cache.close()
 
     def _found(self, path: str) -> Path:
         if self._folder is None:
@@ -213,7 +213,7 @@ class Champion:
             offer.said = f"{type(cause).__name__}: {cause}" if known else type(cause).__name__
         finally:
             self._running = None
-            self._shelf.clear(but=self.weights)
+            self._adapter_cache.clear(but=self.weights)
             self._metrics.swaps.labels(offer.status).inc()
 
     async def _wins(self, offer: Offer, path: Path) -> bool:

@@ -59,7 +59,7 @@ class Client:
 
     async def session(
         self, instruction: str, max_steps: int | None = None, id: str = "", seed: int = 0
-    ) -> "Session":
+    ) -> "RemoteSession":
         """Begin a task.
 
         Raises:
@@ -67,7 +67,9 @@ class Client:
         """
         task = {"instruction": instruction, "max_steps": max_steps, "id": id}
         body = {"task": task, "seed": seed}
-        return Session(self, (await self.told(bodies.Session, "/v1/sessions", body)).id)
+        return RemoteSession(
+            self, (await self.told(bodies.SessionCreated, "/v1/sessions", body)).id
+        )
 
     async def told(self, kind: type[Told], path: str, body: Any) -> Told:
         """What a path answers to what is posted there, read as ``kind``.
@@ -153,7 +155,7 @@ class Acted:
 
 
 @dataclass(frozen=True)
-class Session:
+class RemoteSession:
     """One task; the server keeps what was seen and done."""
 
     client: Client
@@ -208,10 +210,10 @@ class ServedPlayer:
     def __init__(self, client: Client, name: str = "served") -> None:
         self.name = name
         self._client = client
-        self._sessions: dict[World, Session] = {}
+        self._sessions: dict[World, RemoteSession] = {}
         """Of the episode that each world is in, or was in last."""
 
-    def seat(self) -> AbstractContextManager[None]:
+    def batch_slot(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     async def act(

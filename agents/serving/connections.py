@@ -11,7 +11,7 @@ def protocol(limits: Limits) -> type[H11Protocol]:
     """What uvicorn speaks, with limits that it lacks.
 
     It waits for ever for the first head, for the end of any, and for whoever does not read what is
-    answered. ``Guard`` meets a request only between these, so the time is taken here.
+    answered. ``Admission`` meets a request only between these, so the time is taken here.
     """
 
     class Bounded(H11Protocol):

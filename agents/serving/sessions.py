@@ -111,7 +111,7 @@ class Keeper(Generic[K]):
 
 
 @dataclass
-class Session:
+class SessionState:
     """A task that somebody else's world sets; their steps so far."""
 
     task: Task

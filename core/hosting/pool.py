@@ -212,7 +212,7 @@ async def _on_ray(launch: Launch, spec: WorldSpec, fleet: Fleet) -> ProcessHost:
         await cluster.close()
         raise
     # Those that may share a process do so, but are still spread over all of the cluster.
-    share = math.ceil(fleet.parallel / cluster.posts)
+    share = math.ceil(fleet.parallel / cluster.hosts)
     return ProcessHost(launch, spec, min(_per_process(spec, fleet), share), fleet, cluster)
 
 

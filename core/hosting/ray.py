@@ -1,7 +1,7 @@
 """Worlds on the machines of a Ray cluster: ``environment: {..., on: ray}``.
 
-An actor per CPU, an outpost, starts the very processes that ``core.hosting`` starts here and passes
-on what is said, so that leases, deadlines and discards are the same. Only the loss of an outpost is
+An actor per CPU, a host, starts the very processes that ``core.hosting`` starts here and passes
+on what is said, so that leases, deadlines and discards are the same. Only the loss of a host is
 news: what was played in it is played again elsewhere (see ``core.play.rollout``).
 
 Ray is an optional part: ``pip install 'selfwright[ray]'``. A cluster's machines need selfwright and
@@ -31,7 +31,7 @@ OBJECT_STORE_BYTES = 80 * 2**20
 """Of a Ray started here; hardly anything goes through it."""
 
 
-class Outpost:
+class RayHost:
     """Starts world processes on its machine. Runs as a Ray actor; they die with it."""
 
     def __init__(self, path: Sequence[str]) -> None:
@@ -64,8 +64,8 @@ class Outpost:
         return {"value": None, "blobs": []}
 
 
-class Post:
-    """An outpost as it is seen from here."""
+class RayHandle:
+    """A ``RayHost`` as it is seen from here."""
 
     def __init__(self, name: str) -> None:
         import ray
@@ -74,7 +74,7 @@ class Post:
         settings: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "max_concurrency": 100_000}
         remote: Any = ray.remote
         kind: Any = remote(**settings, scheduling_strategy="SPREAD")
-        self.actor: Any = kind(Outpost).remote(sys.path)
+        self.actor: Any = kind(RayHost).remote(sys.path)
         self.workers = set[int]()
         """The numbers of those that are alive, as far as is known here."""
         self.lost = ""
@@ -93,28 +93,28 @@ class Post:
 
 
 class RayWorker:
-    """A world process at an outpost."""
+    """A world process at a host."""
 
-    def __init__(self, post: Post, number: int, launch: Launch) -> None:
+    def __init__(self, handle: RayHandle, number: int, launch: Launch) -> None:
         self.instances = 0
         self.episodes = 0
         self.pid: int | None = None
-        self._post = post
+        self._handle = handle
         self._number = number
         self._name = launch.opening.world
         self._dead: str | None = None
-        post.workers.add(number)
+        handle.workers.add(number)
         self.opened = asyncio.wrap_future(self._send("begin", launch))
 
     @property
     def dead(self) -> str | None:
-        return self._dead or self._post.lost or None
+        return self._dead or self._handle.lost or None
 
     async def ask(self, what: str, **details: Any) -> Reply:
         if self._dead is not None:
             raise WorldError(self._dead)
-        if self._post.lost:
-            raise WorkerLost(self._post.lost)
+        if self._handle.lost:
+            raise WorkerLost(self._handle.lost)
         return await asyncio.wrap_future(self._send("ask", what, details))
 
     def tell(self, what: str, **details: Any) -> None:
@@ -125,8 +125,8 @@ class RayWorker:
         # Also called by the thread that hears Ray's answers; said twice does no harm.
         if self._dead is None:
             self._dead = reason
-            self._post.workers.discard(self._number)
-            self._post.actor.kill.remote(self._number, reason)
+            self._handle.workers.discard(self._number)
+            self._handle.actor.kill.remote(self._number, reason)
 
     async def stop(self) -> None:
         if self.dead is None:
@@ -140,7 +140,7 @@ class RayWorker:
 
     def _send(self, method: str, *details: Any) -> Future[Reply]:
         future: Future[Reply] = Future()
-        asked: Any = getattr(self._post.actor, method).remote(self._number, *details)
+        asked: Any = getattr(self._handle.actor, method).remote(self._number, *details)
         asked.future().add_done_callback(partial(self._settle, future))
         return future
 
@@ -151,12 +151,12 @@ class RayWorker:
             answer = done.result()
             error = error_from(**answer["error"]) if "error" in answer else None
         except RayActorError as cause:
-            self._post.lose(cause)
-            answer, error = {}, WorkerLost(self._post.lost)
+            self._handle.lose(cause)
+            answer, error = {}, WorkerLost(self._handle.lost)
         except Exception as cause:
             said = self._dead or f"Ray could not ask {self._name}: {cause}"
             answer, error = {}, WorldError(said)
-        # Its process may die while the outpost lives on; before the answer, so that whoever asks
+        # Its process may die while the host lives on; before the answer, so that whoever asks
         # again finds another one.
         if dead := answer.get("dead"):
             self.kill(dead)
@@ -169,7 +169,7 @@ class RayWorker:
 
 
 class Cluster:
-    """Where world processes are started: at the outpost that has the fewest."""
+    """Where world processes are started: at the host that has the fewest."""
 
     _users: ClassVar[int] = 0
     _ours: ClassVar[bool] = False
@@ -177,10 +177,10 @@ class Cluster:
     """Nobody joins while the last one leaves; of threads, for event loops come and go."""
 
     def __init__(self, name: str) -> None:
-        self.posts = 0
-        """How many outposts there are at most, once it is joined."""
+        self.hosts = 0
+        """How many hosts there are at most, once it is joined."""
         self._name = name
-        self._posts: list[Post] = []
+        self._handles: list[RayHandle] = []
         self._made = 0
         self._open = True
 
@@ -193,15 +193,15 @@ class Cluster:
         with Cluster._lock:
             if self._open:  # Whoever waited for it may have given up.
                 _join()
-                self.posts = min(parallel, _cpus())
+                self.hosts = min(parallel, _cpus())
                 Cluster._users += 1
 
     def start(self, launch: Launch) -> RayWorker:
-        self._posts = [post for post in self._posts if not post.lost]
-        if len(self._posts) < self.posts:
-            self._posts.append(Post(self._name))
+        self._handles = [handle for handle in self._handles if not handle.lost]
+        if len(self._handles) < self.hosts:
+            self._handles.append(RayHandle(self._name))
         self._made += 1
-        fewest = min(self._posts, key=lambda post: len(post.workers))
+        fewest = min(self._handles, key=lambda handle: len(handle.workers))
         return RayWorker(fewest, self._made, launch)
 
     async def close(self) -> None:
@@ -211,14 +211,14 @@ class Cluster:
 
     def _leave(self) -> None:
         with Cluster._lock:
-            if not self.posts:
+            if not self.hosts:
                 return
             import ray
 
             whole: Any = ray
-            for post in self._posts:
-                if not post.lost:
-                    post.end()
+            for handle in self._handles:
+                if not handle.lost:
+                    handle.end()
             Cluster._users -= 1
             if not Cluster._users and Cluster._ours:
                 whole.shutdown()

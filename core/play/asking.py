@@ -17,7 +17,7 @@ from .rollout import Failures, deadline
 
 
 @dataclass(frozen=True)
-class Patient:
+class WithDeadline:
     """A policy whose every answer has a deadline."""
 
     policy: Policy
@@ -29,8 +29,8 @@ class Patient:
     def checkpoint(self) -> str:
         return self.policy.checkpoint
 
-    def seat(self) -> AbstractContextManager[None]:
-        return self.policy.seat()
+    def batch_slot(self) -> AbstractContextManager[None]:
+        return self.policy.batch_slot()
 
     async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
         async with deadline(self.timeout_s, "the policy's completion"):
@@ -53,7 +53,7 @@ class Patient:
 
 
 @dataclass(frozen=True)
-class PatientEmbedder(Patient):
+class EmbedderWithDeadline(WithDeadline):
     """The same of one that makes embeddings."""
 
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:
@@ -62,11 +62,11 @@ class PatientEmbedder(Patient):
             return await self.policy.embed(texts)
 
 
-def patient(
+def with_deadline(
     policy: Policy, timeout_s: float, told: Callable[[Completion], None] | None = None
-) -> Patient:
+) -> WithDeadline:
     """``policy``, whose answers have that deadline; it can do what it could."""
-    kind = PatientEmbedder if isinstance(policy, HasEmbeddings) else Patient
+    kind = EmbedderWithDeadline if isinstance(policy, HasEmbeddings) else WithDeadline
     return kind(policy, timeout_s, told)
 
 
@@ -120,22 +120,22 @@ async def ask(
     failures = Failures(len(prompts), max_failures, PolicyError, "questions failed", "max_failures")
 
     async def one(index: int) -> Completion | None:
-        with seats[index]:
+        with slots[index]:
             try:
                 return await policy.complete(prompts[index], sampling, derive(seed, index))
             except Exception as cause:
                 failures.add(cause)
                 return None
 
-    # Seats for all before anybody asks, so that the batches are the same every time.
-    seats = [ExitStack() for _ in prompts]
-    for seat in seats:
-        seat.enter_context(policy.seat())
+    # A slot for all before anybody asks, so that the batches are the same every time.
+    slots = [ExitStack() for _ in prompts]
+    for slot in slots:
+        slot.enter_context(policy.batch_slot())
     try:
         return await _together([one(index) for index in range(len(prompts))])
     finally:
-        for seat in seats:
-            seat.close()
+        for slot in slots:
+            slot.close()
 
 
 async def _together(

@@ -38,7 +38,7 @@ class Player(Protocol):
 
     @property
     def name(self) -> str: ...
-    def seat(self) -> AbstractContextManager[None]: ...
+    def batch_slot(self) -> AbstractContextManager[None]: ...
     async def act(
         self,
         world: World,
@@ -68,8 +68,8 @@ class PolicyPlayer:
     def name(self) -> str:
         return self.policy.checkpoint
 
-    def seat(self) -> AbstractContextManager[None]:
-        return self.policy.seat()
+    def batch_slot(self) -> AbstractContextManager[None]:
+        return self.policy.batch_slot()
 
     async def act(
         self,
@@ -138,7 +138,7 @@ class ExpertPlayer:
     """Deadline of one action."""
     name: str = "expert"
 
-    def seat(self) -> AbstractContextManager[None]:
+    def batch_slot(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def errs(self, seed: int) -> bool:
@@ -174,7 +174,7 @@ class RandomPlayer:
     """Deadline of one action."""
     name: str = "random"
 
-    def seat(self) -> AbstractContextManager[None]:
+    def batch_slot(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     async def act(
@@ -335,8 +335,13 @@ def _played(action: Action) -> str:
     return f"!{action.invalid}" if action.invalid else f">{action.text}"
 
 
-async def play(player: Player, episode: Episode, seed: int) -> Trajectory:
-    """An episode from its start to its end.
+async def play(
+    player: Player,
+    episode: Episode,
+    seed: int,
+    stepped: Callable[[Step], None] = lambda _: None,
+) -> Trajectory:
+    """An episode from its start to its end; ``stepped`` is told each of the player's steps.
 
     Raises whatever the world, or the policy, raised; ``TimeoutError`` past a deadline.
     """
@@ -352,6 +357,7 @@ async def play(player: Player, episode: Episode, seed: int) -> Trajectory:
             break
         episode.chosen.append((seen, action))
         await episode.execute(action)
+        stepped(steps[-1])
     last = episode.last
     return Trajectory(
         task,
@@ -462,6 +468,7 @@ async def rollouts(
     done: Callable[[int], None] = lambda _: None,
     patience: Rollout = PATIENT,
     origin: str = "",
+    stepped: Callable[[Step], None] = lambda _: None,
 ) -> list[Trajectory]:
     """Play every start, at most ``fleet.parallel`` at once; results in the order of ``starts``.
 
@@ -474,9 +481,10 @@ async def rollouts(
     A world that breaks, hangs or returns rubbish gives a trajectory with ``Stop.FAILED`` and the
     error's name and words; that instance is thrown away. An episode whose worker on a cluster was
     lost is played again from its start elsewhere, with the same actions so far; lost once more
-    after ``LOSSES`` times, it has failed. ``done`` is told how many have ended. Where ``patience``
-    closes a group, those still in play come back with ``Stop.FAILED`` and ``Late``, which is not
-    counted as a failure, and those that had not begun do not come at all.
+    after ``LOSSES`` times, it has failed. ``done`` is told how many have ended, ``stepped``
+    of every step that was not replayed. Where ``patience`` closes a group, those still in play
+    come back with ``Stop.FAILED`` and ``Late``, which is not counted as a failure, and those that
+    had not begun do not come at all.
 
     Raises:
         TooManyFailures: more than ``fleet.max_failures`` of the starts failed; holds the first
@@ -512,7 +520,7 @@ async def rollouts(
         """In a slot that was got; both are given back when it closes."""
         seat = ExitStack()
         seat.callback(worlds.slots.release)
-        seat.enter_context(player.seat())
+        seat.enter_context(player.batch_slot())
         return seat
 
     async def member(index: int, start: Start) -> Trajectory:
@@ -535,7 +543,7 @@ async def rollouts(
                 async with worlds.lease() as world:
                     try:
                         episode = Episode(world, worlds, start, id, steps, chosen)
-                        return await play(player, episode, seed)
+                        return await play(player, episode, seed, stepped)
                     except Exception:
                         worlds.discard(world)
                         raise

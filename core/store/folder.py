@@ -47,8 +47,8 @@ def _forget_locks() -> None:
 os.register_at_fork(after_in_child=_forget_locks)
 
 
-class Run:
-    """A run folder in use. Made by ``Run.open``; usable in ``with``, which lets go of the lock."""
+class RunFolder:
+    """A run's folder in use. Made by ``open``; usable in ``with``, which lets go of the lock."""
 
     def __init__(self, folder: Path, lock: int) -> None:
         self.folder = folder

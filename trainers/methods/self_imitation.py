@@ -16,7 +16,7 @@ from ..learning.examples import reinforce
 from ..parts.advantage import advantages, own_turns
 from ..parts.credit import by_task
 from ..parts.group_relative import GroupRelative, UnbiasedConfig
-from ..parts.replay import Memory, Replay
+from ..parts.replay import Replay, ReplayEntry
 
 
 class SelfImitationConfig(UnbiasedConfig):
@@ -114,7 +114,7 @@ class SelfImitation(GroupRelative):
             better = advantages(mine, self._config.baseline)
             for one, reward, advantage in zip(group, mine, better, strict=True):
                 if advantage > 0:
-                    replay.memories.append(Memory(one, reward, step))
+                    replay.memories.append(ReplayEntry(one, reward, step))
 
     def save(self, folder: Path, images: Path) -> None:
         write_json(folder / "self_imitation.json", {"step": self._step})

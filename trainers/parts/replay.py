@@ -19,7 +19,7 @@ LEAST = 1e-6
 
 
 @dataclass(frozen=True)
-class Memory:
+class ReplayEntry:
     judged: Judged
     reward: float
     """As it was paid then."""
@@ -41,7 +41,7 @@ class Replay:
     """The queue holds about this many groups."""
     tolerate: int
     """How many iterations an episode stays."""
-    memories: list[Memory] = field(default_factory=list[Memory])
+    memories: list[ReplayEntry] = field(default_factory=list[ReplayEntry])
     means: list[tuple[int, list[float]]] = field(default_factory=list[tuple[int, list[float]]])
     """Per iteration, oldest first: its number, its groups' means."""
 
@@ -51,7 +51,7 @@ class Replay:
         every = [mean for _, means in self.means for mean in means]
         return statistics.median(every) if every else None
 
-    def take(self, seed: int) -> list[tuple[Memory, float]]:
+    def take(self, seed: int) -> list[tuple[ReplayEntry, float]]:
         """Episodes to repeat, with their advantages over the median, all above 0.
 
         Nothing until half as many again as are replayed at once beat the median. Then a random
@@ -88,7 +88,7 @@ class Replay:
         numbers = read_json(folder / "replay.json")
         played = read_trajectories(folder)
         pairs = zip(played, numbers["memories"], strict=True)
-        self.memories = [Memory(judged, reward, step) for judged, (reward, step) in pairs]
+        self.memories = [ReplayEntry(judged, reward, step) for judged, (reward, step) in pairs]
         self.means = [(step, means) for step, means in numbers["means"]]
 
 

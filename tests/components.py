@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 from rich.console import Console
 
 from selfwright.agents.chat import Chat, ChatConfig
+from selfwright.commands.console import Display
 from selfwright.core.hosting.pool import open_worlds
+from selfwright.core.metrics import described
 from selfwright.core.play.rollout import sharing
 from selfwright.core.protocols import Context
 from selfwright.core.recipe import read
@@ -45,8 +48,11 @@ evaluation: {tasks: 12, validation_tasks: 8, turns: 0}
 
 def played(recipe: Path, overrides: Sequence[str], output: Path) -> dict[str, Any]:
     """The result of a whole run, in this process."""
-    console = Console(file=io.StringIO())
-    return asyncio.run(run(read(recipe, overrides), output, console))
+    result = asyncio.run(run(read(recipe, overrides), output))
+    for file in output.glob("iterations/*/metrics.json"):
+        unknown = [name for name in json.loads(file.read_text()) if described(name) is None]
+        assert not unknown, f"core.metrics does not say what these are: {unknown}"
+    return result
 
 
 WARM = """scratch:32x1, warm_start: {
@@ -63,7 +69,8 @@ def warmed(folder: Path, keys: str) -> tuple[Path, str]:
     async def make() -> str:
         settings = recipe.environment.config.model_dump(mode="json")
         async with await open_worlds(recipe.environment.use, settings, recipe.fleet) as worlds:
-            return await prepare(recipe, worlds, Progress(Console(file=said, soft_wrap=True)))
+            display = Display(Console(file=said, soft_wrap=True))
+            return await prepare(recipe, worlds, Progress(display))
 
     return Path(asyncio.run(make())), said.getvalue()
 

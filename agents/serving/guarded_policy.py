@@ -14,7 +14,7 @@ from .limits import Limits, Refusal
 from .metrics import Metrics
 
 
-class Desk:
+class GuardedPolicy:
     """A policy. While it answers, its weights stay as they are."""
 
     def __init__(
@@ -35,7 +35,7 @@ class Desk:
     def checkpoint(self) -> str:
         return self._policy.checkpoint
 
-    def seat(self) -> AbstractContextManager[None]:
+    def batch_slot(self) -> AbstractContextManager[None]:
         # Nobody waits for anybody: whoever asks while a batch is answered makes up the next one.
         return nullcontext()
 

@@ -35,7 +35,7 @@ SAFE = {
 """Headers of every answer; uvicorn itself answers what is no HTTP."""
 
 
-class Guard:
+class Admission:
     """ASGI middleware. Bodies are read here, whole, so that nothing behind it can read too much."""
 
     def __init__(

@@ -10,7 +10,7 @@ from ...core.errors import DiskError
 from ...core.files import DRAFT
 
 
-class Shelf:
+class AdapterCache:
     """Holds them until it is closed."""
 
     def __init__(self) -> None:
