@@ -47,7 +47,8 @@ def evaluation_words(told: Mapping[str, Any]) -> str:
         f"{told['successes']} of {told['tasks']} solved, {told['success_rate']:.1%} "
         f"[{low:.1%}, {high:.1%}]",
         f"{told['failed']} failed{names(told['failures'])}, {told['undecided']} undecided, "
-        f"{told['mean_steps']:.1f} steps and a reward of {told['mean_reward']:.3f} on average",
+        f"{told['mean_steps']:.1f} steps and a reward of {told['mean_reward']:.3f} on average"
+        + (f", {told['invalid_share']:.1%} of steps no action" if told["invalid_share"] else ""),
     ]
     within: Sequence[float] = told["success_by_turn"]
     if len(within) > 1:

@@ -35,6 +35,8 @@ class TaskResult:
     """The error's name, then what it said; empty unless ``failed``."""
     score: float | None = None
     """The judge's, in [0, 1]; None if it was not decided."""
+    invalid: int = 0
+    """Steps in which nothing that was said could be read as an action."""
 
 
 class Summary(TypedDict):
@@ -48,6 +50,7 @@ class Summary(TypedDict):
     failures: dict[str, int]
     mean_reward: float
     mean_steps: float
+    invalid_share: float
     success_by_turn: tuple[float, ...]
 
 
@@ -84,6 +87,8 @@ class EvaluationResult:
     wall_s: float
     mean_reward: float
     mean_steps: float
+    invalid_share: float = 0.0
+    """Of all steps, those in which nothing that was said could be read as an action."""
     success_by_turn: tuple[float, ...]
     """Share of tasks solved within 1, 2, ... actions."""
     introspection: Introspection | None = None
@@ -123,6 +128,7 @@ def summarise(results: Sequence[TaskResult]) -> Summary:
         failures=dict(Counter(_name(r.error) for r in results if r.failed).most_common()),
         mean_reward=sum(result.reward for result in results) / max(1, tasks),
         mean_steps=sum(result.steps for result in results) / max(1, tasks),
+        invalid_share=sum(r.invalid for r in results) / max(1, sum(r.steps for r in results)),
         success_by_turn=tuple(within),
     )
 

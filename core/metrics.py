@@ -16,9 +16,10 @@ class Metric:
 
 METRICS = {
     "rollout/episodes": Metric("count", "episodes played for the iteration, those that failed too"),
-    "rollout/environment_steps": Metric("count", "steps in them, replayed ones too"),
+    "rollout/environment_steps": Metric("count", "steps that worlds made, replayed ones too"),
     "rollout/tokens": Metric("count", "tokens sampled, in episodes and outside of them"),
     "rollout/failed": Metric("count", "episodes that broke: they are data, and nothing is learned"),
+    "rollout/invalid": Metric("count", "turns in which nothing could be read as an action"),
     "rollout/success": Metric("share", "episodes that the world says have succeeded"),
     "rollout/reward": Metric("1", "the world's reward per episode, summed over its steps"),
     "rollout/cut_share": Metric("share", "completions that ended at policy.max_tokens"),

@@ -126,7 +126,8 @@ async def evaluate(
 def task_result(episode: Judged) -> TaskResult:
     t = episode.trajectory
     failed, score = t.stop == Stop.FAILED, episode.verdict.score
-    return TaskResult(t.task.id, t.success, failed, t.reward, len(t.steps), t.error, score)
+    invalid = sum(bool(step.action.invalid) for step in t.steps)
+    return TaskResult(t.task.id, t.success, failed, t.reward, len(t.steps), t.error, score, invalid)
 
 
 def agreement_of(results: Sequence[TaskResult]) -> Agreement:

@@ -40,9 +40,9 @@ class Faulty:
             time.sleep(60)
         if config.fault == "no start":
             raise RuntimeError("the licence has run out")
-        if config.fault == "one only" and Faulty.made:
-            raise RuntimeError("there was only one")
-        Faulty.made += config.fault == "one only"
+        if config.fault == "two only" and Faulty.made == 2:
+            raise RuntimeError("there were only two")
+        Faulty.made += config.fault == "two only"
         self.fault = config.fault
         self.turn = 0
         self.drawn = 0.0

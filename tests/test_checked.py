@@ -235,7 +235,7 @@ def test_a_name_that_stands_for_two_tasks_is_looked_up_in_vain() -> None:
         settings = {"fault": "namesakes"}
         async with await open_worlds("faulty_worlds:Faulty", settings, fleet) as worlds:
             context = context_of(named=namer(worlds))
-            context.named("train 0")
+            await context.named("train 0")
 
     with pytest.raises(WorldError, match="two tasks are called 'train 0'"):
         asyncio.run(run())

@@ -131,7 +131,7 @@ def made(
         assert name == "policy", name
         return policy
 
-    def named(id: str) -> Task:
+    async def named(id: str) -> Task:
         if id not in "abc":
             raise ValueError(f"there is no training task {id!r}")
         return OwnTask(id, f"do {id}", 9)
@@ -140,7 +140,9 @@ def made(
         policy=policy, attempt=world.attempt, open=keys.pop("open", opened), named=named
     )
     config = ILFConfig.model_validate({"refinements": 3} | keys)
-    return ILF(config, context), policy, world
+    trainer = ILF(config, context)
+    asyncio.run(trainer.begin())
+    return trainer, policy, world
 
 
 def fed(trainer: ILF, judged: Sequence[Judged]) -> list[Batch]:

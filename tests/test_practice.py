@@ -39,13 +39,17 @@ class Writer:
         ]
 
 
+async def named(id: str) -> Task:
+    return WORLD.named(id)
+
+
 def test_only_what_the_world_takes_for_a_new_training_task_is_practised() -> None:
     train = list(WORLD.tasks("train")[:6])
     known, other = train[:5], train[5]
     held_out = WORLD.tasks("test")[0]
     words = [f" {other.id} ", other.id, held_out.id, known[0].id, "", "make 3 from 3"]
     writer = Writer(words)
-    context = context_of(policy=writer, attempt=writer.attempt, named=WORLD.named)
+    context = context_of(policy=writer, attempt=writer.attempt, named=named)
     played, told = asyncio.run(practised(context, known, len(words), 2, 1, 7))
     assert told == {"practice/written": 6.0, "practice/valid": 1.0}
     assert [one.trajectory.task.id for one in played] == [other.id] * 2
@@ -63,10 +67,6 @@ def test_only_what_the_world_takes_for_a_new_training_task_is_practised() -> Non
 def test_what_was_practised_is_learned_beside_the_rest() -> None:
     other = WORLD.tasks("train")[5]
     writer = Writer([other.id, "nonsense"])
-
-    def named(id: str) -> Task:
-        return WORLD.named(id)
-
     context = context_of(policy=writer, attempt=writer.attempt, named=named)
     config = SelfJudgeConfig.model_validate(
         {"practice": 2, "attempts_per_task": 2, "guards": {"on": False}}

@@ -79,10 +79,10 @@ def test_an_instance_that_cannot_be_made_is_a_failed_episode(
     untyped: Any = Faulty
     monkeypatch.setattr(untyped, "made", 0)
     # The one that could be made plays on; whoever wanted another gets none.
-    trajectories = played("Faulty", "one only", ExpertPlayer(), count=6)
+    trajectories = played("Faulty", "two only", ExpertPlayer(), count=6)
     failed = [t for t in trajectories if t.stop == Stop.FAILED]
     assert 1 <= len(failed) < 6
-    assert {t.error for t in failed} == {"RuntimeError: there was only one"}
+    assert {t.error for t in failed} == {"RuntimeError: there were only two"}
     assert all(t.success for t in trajectories if t not in failed)
 
 

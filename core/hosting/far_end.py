@@ -155,8 +155,12 @@ def kind_of(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
+    return f"{kind_of(value)} {short(value)}"
+
+
+def short(value: Any) -> str:
     text = repr(value)
-    return kind_of(value) + " " + (text if len(text) <= 80 else text[:77] + "...")
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def fields(value: Any) -> dict[str, Any]:
@@ -289,11 +293,11 @@ class Tasks:
     def _basic(self, value: Any, name: str, where: str) -> Any:
         if name == "max_steps":
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-                said = f"{where} is {shown(value)}; wanted an int of at least 1, below 2**31"
+                said = f"{where} is {short(value)}; wanted an int of at least 1, below 2**31"
                 raise WorldError(said)
             return int(value)
         if not isinstance(value, str) or not value:
-            raise WorldError(f"{where} is {shown(value)}; wanted a text")
+            raise WorldError(f"{where} is {short(value)}; wanted a text")
         return str(value)
 
 
