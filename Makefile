@@ -25,7 +25,7 @@ demo: .venv/demo.stamp
 
 vllm: .venv-vllm/stamp
 
-check: .venv/test.stamp
+check: .venv/test.stamp .venv-far/stamp
 	$(BESIDE) lint types quick
 
 # A Chromium and vLLM are installed while the first tests run; those that want them come last, as a
@@ -41,17 +41,17 @@ lint: .venv/test.stamp
 types: .venv/test.stamp
 	$(BIN)/pyright
 
-quick: .venv/test.stamp
+quick: .venv/test.stamp .venv-far/stamp
 	$(PYTEST) --numprocesses $(WORKERS) -m 'not ($(SLOW) or vllm)'
 
-most: .venv/test.stamp
+most: .venv/test.stamp .venv-far/stamp
 	$(PYTEST) --numprocesses $(WORKERS) -m 'not (browser or vllm)'
 
 rest: .venv/test.stamp .venv/chromium.stamp .venv-vllm/stamp
 	$(PYTEST) --numprocesses 2 -m 'browser or vllm'
 
 clean:
-	rm -rf .venv .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-far .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # First and by itself, so that a CPU build is kept where one was found and nothing pulls in another.
@@ -70,6 +70,12 @@ clean:
 	mkdir -p .venv/types
 	ln -sfn ../.. .venv/types/selfwright
 	touch $@ .venv/demo.stamp
+
+# The oldest Python there is, and numpy 1, for worlds that live where nothing of ours does.
+.venv-far/stamp: tests/oldest_python
+	test -x .venv-far/bin/python || $$(tests/oldest_python) -m venv .venv-far
+	.venv-far/$(PIP) 'numpy<2' || .venv-far/$(PIP) numpy
+	touch $@
 
 # Where there is none and none can be installed it says so, and the tests that want one fail.
 .venv/chromium.stamp: .venv/test.stamp

@@ -1,8 +1,8 @@
 """The far end of the wire: hosts instances of one world, in any Python from 3.8, by itself.
 
-This file needs nothing but the standard library and no other file: it is started as a program by an
-interpreter that has the world and may have none of our packages. ``docs/wire.md`` has the protocol.
-A world here is a class whose methods may be plain or async:
+It needs nothing but the standard library and no other file, as the interpreter that has the world
+may have none of ours. ``docs/wire.md`` has the protocol. A world here is a class whose methods may
+be plain or async:
 
     tasks(split)        a sequence of tasks: dicts or objects with id, instruction, max_steps; what
                         else they have goes along as their data and comes back
@@ -44,7 +44,6 @@ PROTOCOL = 1
 FRAME_MB = 256
 """The largest frame that is read."""
 ABILITIES = ("expert", "random", "answer", "named", "snapshot", "restore", "without_oracle")
-"""What a world may be able to do beyond the least."""
 BASIC = ("id", "instruction", "max_steps")
 GRACE_S = 1.0
 """How long an instance that is dropped may take to close."""
@@ -82,27 +81,21 @@ class Frames:
         self._held += data
         found = []
         while len(self._held) >= 8:
-            size, length = struct.unpack_from(">II", self._held)
-            if not 4 + length <= size <= FRAME_MB << 20:
+            size, at = struct.unpack_from(">II", self._held)
+            if not 4 + at <= size <= FRAME_MB << 20:
                 raise ValueError(f"no frame begins with {bytes(self._held[:8])!r}")
             if len(self._held) < 4 + size:
                 break
-            found.append(_frame(bytes(self._held[8 : 4 + size]), length))
+            body = bytes(self._held[8 : 4 + size])
             del self._held[: 4 + size]
+            header, blobs = dict(json.loads(body[:at].decode("utf-8"))), []
+            for count in header.pop("blobs", ()):
+                blobs.append(body[at : at + count])
+                at += count
+            if at != len(body):
+                raise ValueError(f"a frame of {len(body)} bytes tells of {at}")
+            found.append((header, blobs))
         return found
-
-
-def _frame(body: bytes, length: int) -> tuple[dict[str, Any], Blobs]:
-    header = json.loads(body[:length].decode("utf-8"))
-    if not isinstance(header, dict):
-        raise ValueError(f"a frame's header is {header!r}; wanted an object")
-    blobs, at = [], length
-    for count in header.pop("blobs", ()):
-        blobs.append(body[at : at + count])
-        at += count
-    if at != len(body):
-        raise ValueError(f"a frame of {len(body)} bytes tells of {at}")
-    return header, blobs
 
 
 # Values: what JSON would lose or change without a word is refused, with its place.
@@ -132,8 +125,7 @@ def plain(value: Any, where: str) -> Any:
 def text_of(value: Any, where: str, wanted: str = "a str") -> str:
     if not isinstance(value, str):
         raise WorldError(f"{where} is {shown(value)}; wanted {wanted}")
-    fault = no_unicode(value)
-    if fault:
+    if fault := no_unicode(value):
         raise WorldError(f"{where} is no Unicode: {fault}; wanted {wanted}")
     return str(value)
 
@@ -148,19 +140,20 @@ def no_unicode(value: str) -> str:
     return ""
 
 
+def escaped(value: str) -> str:
+    """``value``, as Unicode."""
+    return value.encode("utf-8", "backslashreplace").decode()
+
+
 def kind_of(value: Any) -> str:
     kind = type(value)
-    module = "" if kind.__module__ == "builtins" else kind.__module__ + "."
-    return module + kind.__qualname__
+    home = "" if kind.__module__ == "builtins" else kind.__module__ + "."
+    return home + kind.__qualname__
 
 
 def shown(value: Any) -> str:
-    return f"{kind_of(value)} {short(value)}"
-
-
-def short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return f"{kind_of(value)} {text if len(text) <= 80 else text[:77] + '...'}"
 
 
 def fields(value: Any) -> dict[str, Any]:
@@ -168,13 +161,7 @@ def fields(value: Any) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
     names = getattr(type(value), "__dataclass_fields__", None) or getattr(value, "_fields", None)
-    if names is not None:
-        return {name: getattr(value, name) for name in names}
-    return getattr(value, "__dict__", {})
-
-
-def canonical(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return {n: getattr(value, n) for n in names} if names else getattr(value, "__dict__", {})
 
 
 def observation(value: Any, world: str) -> Reply:
@@ -192,8 +179,7 @@ def observation(value: Any, world: str) -> Reply:
     for k, image in enumerate(images):
         png = getattr(image, "png", image)
         if not isinstance(png, (bytes, bytearray)) or not png:
-            said = f"{where}.images[{k}] is {shown(image)}; wanted the bytes of a PNG file"
-            raise WorldError(said)
+            raise WorldError(f"{where}.images[{k}] is {shown(image)}; wanted a PNG file's bytes")
         blobs.append(bytes(png))
     return {
         "text": text_of(has["text"], where + ".text"),
@@ -208,8 +194,7 @@ def time_step(value: Any, world: str) -> Reply:
     if isinstance(value, tuple) and len(value) in (4, 5) and not hasattr(value, "_fields"):
         names = ("observation", "reward", "terminated", "truncated")
         has: dict[str, Any] = dict(zip(names, value))
-        more = fields(value[4]) if len(value) == 5 else {}
-        has["success"] = more.get("success", False)
+        has["success"] = len(value) == 5 and fields(value[4]).get("success", False)
     else:
         has = fields(value)
     if "observation" not in has or "reward" not in has:
@@ -233,6 +218,16 @@ def time_step(value: Any, world: str) -> Reply:
     return header, blobs
 
 
+class Given(dict):  # pyright: ignore[reportMissingTypeArgument]
+    """A task, for worlds that look at its fields by name, as an object's or as a dict's."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
 class Tasks:
     """The tasks of one world, as it makes them and as they are sent: id, instruction, max_steps,
     their other fields as canonical JSON, and why they cannot be played (empty if they can)."""
@@ -240,75 +235,48 @@ class Tasks:
     def __init__(self, plugin: Any, world: str) -> None:
         self._world = world
         self._kind = getattr(getattr(plugin, "spec", None), "task", None)
-        """The class of the tasks, as it is declared, or as was seen."""
+        """Their class, where the world is written with ours."""
         self._typed = importlib.import_module("selfwright.core.tasks") if self._kind else None
-        """Ours, where the world is written with it."""
-        self.known = False
-        """Whether one was seen."""
 
     def sent(self, task: Any, place: str) -> list[Any]:
         """Raises: WorldError: it is no task, or would not come back as it is."""
         where, has = self._world + ": " + place, fields(task)
         if not all(name in has for name in BASIC):
             raise WorldError(f"{where} is {shown(task)}; wanted a Task")
-        basic = [self._basic(has[name], name, f"{where}.{name}") for name in BASIC]
-        faults = [
-            f"{where}.{name} is no Unicode: {no_unicode(has[name])}"
-            for name in BASIC[:2]
-            if no_unicode(has[name])
-        ]
-        if faults:
-            safe = [one.encode("utf-8", "backslashreplace").decode() for one in basic[:2]]
-            return [*safe, basic[2], "{}", "; ".join(faults)]
-        if self._typed and not isinstance(task, dict):
+        basic = [_basic(has[name], name, f"{where}.{name}") for name in BASIC]
+        faults = [(name, no_unicode(has[name])) for name in BASIC[:2]]
+        if any(fault for _, fault in faults):
+            said = [f"{where}.{name} is no Unicode: {fault}" for name, fault in faults if fault]
+            return [*map(escaped, basic[:2]), basic[2], "{}", "; ".join(said)]
+        if self._typed:
             return [*basic, self._typed.task_data(task), ""]
         rest = {key: plain(one, where + "." + key) for key, one in has.items() if key not in BASIC}
-        sent = [*basic, canonical(rest), ""]
-        if not self.known:
-            self.know(task)
-            self.made(sent)
-        return sent
+        data = json.dumps(rest, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        return [*basic, data, ""]
 
     def made(self, sent: Sequence[Any]) -> Any:
-        """The task again; lists in the fields of an object come back as tuples."""
+        """The task again."""
         if self._typed:
             return self._typed.task_of(self._kind, *sent[:4])
-        whole = dict(zip(BASIC, sent), **json.loads(sent[3]))
-        if self._kind is None:
-            return whole
-        try:
-            return self._kind(**{key: _tupled(one) for key, one in whole.items()})
-        except TypeError as error:
-            said = f"a {self._kind.__name__} cannot be made of its fields ({error})"
-            raise WorldError(said + "; wanted a dict or a dataclass") from None
-
-    def know(self, task: Any) -> None:
-        """What kind of thing the world's tasks are is to be seen by one of them."""
-        self.known = True
-        if isinstance(task, dict):
-            self._kind = self._typed = None
-        elif self._kind is None:
-            self._kind = type(task)
-
-    def _basic(self, value: Any, name: str, where: str) -> Any:
-        if name == "max_steps":
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-                said = f"{where} is {short(value)}; wanted an int of at least 1, below 2**31"
-                raise WorldError(said)
-            return int(value)
-        if not isinstance(value, str) or not value:
-            raise WorldError(f"{where} is {short(value)}; wanted a text")
-        return str(value)
+        return Given(zip(BASIC, sent), **json.loads(sent[3]))
 
 
-def _tupled(value: Any) -> Any:
-    return tuple(map(_tupled, value)) if isinstance(value, list) else value
+def _basic(value: Any, name: str, where: str) -> Any:
+    if name != "max_steps":
+        right, wanted = isinstance(value, str) and value, "a text"
+    else:
+        right = isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
+        wanted = "an int of at least 1, below 2**31"
+    if not right:
+        plainly = type(value) in (int, str)
+        raise WorldError(f"{where} is {repr(value) if plainly else shown(value)}; wanted {wanted}")
+    return str(value) if isinstance(value, str) else int(value)
 
 
 def spec(plugin: Any) -> dict[str, Any]:
     """What a world's class says of itself, as far as JSON holds it."""
-    says = getattr(plugin, "spec", {})
-    has = {name: one for name, one in fields(says).items() if name not in ("task", "isolation")}
+    says = fields(getattr(plugin, "spec", {})).items()
+    has = {name: one for name, one in says if name not in ("task", "isolation")}
     if "tools" in has:
         has["tools"] = [fields(tool) for tool in has["tools"]]
     return plain(has, "spec")
@@ -358,26 +326,26 @@ class FarEnd:
     async def _answer(self, number: int, question: dict[str, Any]) -> None:
         what = question.pop("call", "")
         try:
-            method = getattr(self, "on_" + str(what), None)
-            if method is None:
+            if (method := getattr(self, f"on_{what}", None)) is None:
                 raise WorldError(f"no call {what!r}; this end speaks protocol {PROTOCOL}")
-            value, blobs = await method(**question)
+            value = await method(**question)
+            value, blobs = value if isinstance(value, tuple) else (value, [])
             frame = pack({"id": number, "value": value}, blobs)
         except (Exception, asyncio.CancelledError) as error:
             frame = pack({"id": number, "error": told_error(error)})
         self._out.write(frame)
         self._out.flush()
 
-    async def on_hello(self, protocol: int, **_: Any) -> Reply:
+    async def on_hello(self, protocol: int, **_: Any) -> Any:
         if protocol != PROTOCOL:
             said = f"protocol {protocol!r} is asked for; this end speaks {PROTOCOL}"
             raise WorldError(said)
-        version = ".".join(map(str, sys.version_info[:3]))
-        return {"protocol": PROTOCOL, "frame_mb": FRAME_MB, "speaks": "Python " + version}, []
+        speaks = "Python " + sys.version.split()[0]
+        return {"protocol": PROTOCOL, "frame_mb": FRAME_MB, "speaks": speaks}
 
     async def on_open(
         self, world: str, target: str, config: str, without_oracle: bool, path: list[str]
-    ) -> Reply:
+    ) -> Any:
         sys.path += [folder for folder in path if folder not in sys.path]
         module, _, name = target.partition(":")
         plugin: Any = importlib.import_module(module)
@@ -389,90 +357,81 @@ class FarEnd:
 
         def make() -> Any:
             made = plugin(validate(config)) if validate else plugin(**settings)
-            if without_oracle:
-                offered(made, "without_oracle", world)
-                made = made.without_oracle()
-            return made
+            return offered(made, "without_oracle", world)() if without_oracle else made
 
         self._make = make
-        made = make()
-        self._spare.append(made)
-        able = [name for name in ABILITIES if callable(getattr(made, name, None))]
-        return {"abilities": able, "spec": spec(plugin)}, []
+        able = [name for name in ABILITIES if callable(getattr(self._any(), name, None))]
+        return {"abilities": able, "spec": spec(plugin)}
 
-    async def on_tasks(self, split: str) -> Reply:
-        return len(await self._split(split)), []
+    async def on_tasks(self, split: str) -> Any:
+        return len(await self._split(split))
 
-    async def on_task(self, split: str, indices: list[int]) -> Reply:
+    async def on_task(self, split: str, indices: list[int]) -> Any:
         tasks = await self._split(split)
-        return [self._tasks.sent(tasks[k], f"{split}[{k}]") for k in indices], []
+        return [self._tasks.sent(tasks[k], f"{split}[{k}]") for k in indices]
 
-    async def on_named(self, name: str) -> Reply:
+    async def on_named(self, name: str) -> Any:
         task = await done(offered(self._any(), "named", self._world)(name))
-        return self._tasks.sent(task, f"named({name!r})"), []
+        return self._tasks.sent(task, f"named({name!r})")
 
-    async def on_answer(self, task: list[Any], action: str) -> Reply:
+    async def on_answer(self, task: list[Any], action: str) -> Any:
         world = self._any()
-        return await self._answer_of(world, await self._made(world, task), action), []
+        return await self._answer_of(world, self._tasks.made(task), action)
 
-    async def on_add(self, instance: int) -> Reply:
+    async def on_add(self, instance: int) -> Any:
         self._instances[instance] = self._spare.pop() if self._spare else self._make()
-        return None, []
 
-    async def on_reset(self, instance: int, task: list[Any], seed: int) -> Reply:
+    async def on_reset(self, instance: int, task: list[Any], seed: int) -> Any:
         world = self._instances[instance]
-        self._played[instance] = made = await self._made(world, task)
+        self._played[instance] = made = self._tasks.made(task)
         return observation(await done(world.reset(made, seed)), self._world)
 
-    async def on_step(self, instance: int, action: str, snapshot: bool = False) -> Reply:
+    async def on_step(self, instance: int, action: str, snapshot: bool = False) -> Any:
         world = self._instances[instance]
         header, blobs = time_step(await done(world.step(action)), self._world)
         if header["answer"] is None and hasattr(world, "answer"):
             header["answer"] = (await self._answer_of(world, self._played[instance], action)) or ""
         if snapshot and not header["terminated"] and not header["truncated"]:
-            header["snapshot"], _ = await self.on_snapshot(instance)
+            header["snapshot"] = await self.on_snapshot(instance)
         return header, blobs
 
-    async def on_expert(self, instance: int) -> Reply:
-        action = await done(offered(self._instances[instance], "expert", self._world)())
-        where = self._world + ".expert()"
-        return None if action is None else text_of(action, where, "an action, a str"), []
+    async def on_expert(self, instance: int) -> Any:
+        action = await self._asked(instance, "expert")
+        return None if action is None else self._text(action, "expert")
 
-    async def on_random(self, instance: int, seed: int) -> Reply:
-        action = await done(offered(self._instances[instance], "random", self._world)(seed))
-        return text_of(action, self._world + ".random()", "an action, a str"), []
+    async def on_random(self, instance: int, seed: int) -> Any:
+        return self._text(await self._asked(instance, "random", seed), "random")
 
-    async def on_snapshot(self, instance: int) -> Reply:
-        state = await done(offered(self._instances[instance], "snapshot", self._world)())
-        return text_of(state, self._world + ".snapshot()"), []
+    async def on_snapshot(self, instance: int) -> Any:
+        return self._text(await self._asked(instance, "snapshot"), "snapshot")
 
-    async def on_restore(self, instance: int, task: list[Any], state: str) -> Reply:
-        world = self._instances[instance]
-        restore = offered(world, "restore", self._world)
-        self._played[instance] = made = await self._made(world, task)
-        return observation(await done(restore(made, state)), self._world)
+    async def on_restore(self, instance: int, task: list[Any], state: str) -> Any:
+        self._played[instance] = made = self._tasks.made(task)
+        return observation(await self._asked(instance, "restore", made, state), self._world)
 
-    async def on_cancel(self, number: int) -> Reply:
+    async def on_cancel(self, number: int) -> Any:
         if number in self._calls:
             self._calls[number][0].cancel()
-        return None, []
 
-    async def on_drop(self, instance: int) -> Reply:
+    async def on_drop(self, instance: int) -> Any:
         for call, of in list(self._calls.values()):
             if of == instance and call is not asyncio.current_task():
                 call.cancel()
         self._played.pop(instance, None)
-        dropped = self._instances.pop(instance, None)
-        if dropped is not None:
+        if (dropped := self._instances.pop(instance, None)) is not None:
             await closed(dropped)
-        return None, []
 
-    async def on_close(self) -> Reply:
+    async def on_close(self) -> Any:
         for instance in list(self._instances):
             await self.on_drop(instance)
         while self._spare:
             await closed(self._spare.pop())
-        return None, []
+
+    async def _asked(self, instance: int, method: str, *arguments: Any) -> Any:
+        return await done(offered(self._instances[instance], method, self._world)(*arguments))
+
+    def _text(self, value: Any, method: str) -> str:
+        return text_of(value, f"{self._world}.{method}()", "an action, a str")
 
     def _any(self) -> Any:
         """Some instance, for what does not depend on the episode."""
@@ -484,21 +443,14 @@ class FarEnd:
         if split not in self._splits:
             tasks = await done(self._any().tasks(split))
             if not hasattr(tasks, "__len__"):
-                where = f"{self._world}: {split}"
-                raise WorldError(f"{where} is {shown(tasks)}; wanted a sequence of tasks")
+                said = f"{self._world}: {split} is {shown(tasks)}; wanted a sequence of tasks"
+                raise WorldError(said)
             self._splits[split] = tasks
         return self._splits[split]
 
-    async def _made(self, world: Any, sent: list[Any]) -> Any:
-        if not self._tasks.known:
-            tasks = await done(world.tasks("train"))
-            self._tasks.know(tasks[0] if len(tasks) else {})
-        return self._tasks.made(sent)
-
     async def _answer_of(self, world: Any, task: Any, action: str) -> str | None:
         answer = await done(offered(world, "answer", self._world)(task, action))
-        where = self._world + ".answer()"
-        return None if answer is None else text_of(answer, where, "a str or None")
+        return None if answer is None else text_of(answer, self._world + ".answer()")
 
 
 async def done(value: Any) -> Any:
@@ -507,26 +459,23 @@ async def done(value: Any) -> Any:
 
 def offered(world: Any, method: str, name: str) -> Any:
     """Raises: WorldError: the world does not have that method."""
-    found = getattr(world, method, None)
-    if found is None:
+    if not (found := getattr(world, method, None)):
         raise WorldError(f"{name} has no method {method!r}")
     return found
 
 
 async def closed(world: Any) -> None:
-    closing = done(world.close()) if hasattr(world, "close") else done(None)
     try:
-        await asyncio.wait_for(closing, GRACE_S)
+        await asyncio.wait_for(done(world.close()), GRACE_S)
     except Exception:
         traceback.print_exc()
 
 
 def told_error(error: BaseException) -> dict[str, str]:
     """An error, for the other side."""
-    lines = traceback.format_exception(type(error), error, error.__traceback__)
-    said = {"text": str(error), "traceback": "".join(lines)}
-    safe = {k: one.encode("utf-8", "backslashreplace").decode() for k, one in said.items()}
-    return dict(safe, kind=type(error).__name__)
+    lines = map(escaped, traceback.format_exception(type(error), error, error.__traceback__))
+    kind, text = type(error).__name__, escaped(str(error))
+    return {"kind": kind, "text": text, "traceback": "".join(lines)}
 
 
 def leave() -> None:
@@ -542,9 +491,7 @@ def main() -> None:
     sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != here]
     questions = os.dup(0)
     answers = os.fdopen(os.dup(1), "wb")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what the world prints is for people
     asyncio.run(FarEnd(answers).serve(questions))
 

@@ -42,7 +42,7 @@ class InlineWorld:
 
     async def reset(self, task: Task, seed: int) -> Observation:
         self.snapshot = ""
-        self._task = await self._host.own(task)
+        self._task = self._host.own(task)
         with call_to(self):
             return read_observation(await done(self.instance.reset(self._task, seed)), self._name)
 
@@ -67,7 +67,7 @@ class InlineWorld:
 
     async def restore(self, task: Task, snapshot: str) -> Observation:
         self.snapshot = snapshot
-        self._task = await self._host.own(task)
+        self._task = self._host.own(task)
         with call_to(self):
             seen = await self._offered("restore", self._task, snapshot)
             return read_observation(seen, self._name)
@@ -91,8 +91,8 @@ class InlineHost:
         self._make = make
         self._asked: Any = None
         self._codec = Tasks(plugin, name)
-        self._foreign = None if spec.task is Task else False
-        """Whether its tasks are none of ours; None: that is to be seen."""
+        self._typed = isinstance(getattr(plugin, "spec", None), WorldSpec)
+        """Whether its tasks are ours."""
         self._splits: dict[str, Any] = {}
         self._worlds: set[InlineWorld] = set()
 
@@ -120,22 +120,12 @@ class InlineHost:
 
     async def answer(self, task: Task, action: str) -> str | None:
         ask = _method(self._asked, "answer", self.name)
-        return checked_answer(await done(ask(await self.own(task), action)), self.name)
+        return checked_answer(await done(ask(self.own(task), action)), self.name)
 
-    async def own(self, task: Task) -> Any:
+    def own(self, task: Task) -> Any:
         """``task`` as the world makes them. Raises: WorldError: it cannot be played."""
         task = readable(task)
-        if self._foreign is None:
-            size = await self.size("train")
-            first = self._splits["train"][0] if size else task
-            self._foreign = not isinstance(first, Task)
-            self._codec.know(first)
-        if not self._foreign:
-            return own_task(self.spec.task, task)
-        try:
-            return self._codec.made(task_to(task))
-        except Unsendable as error:
-            raise WorldError(str(error)) from None
+        return own_task(self.spec.task, task) if self._typed else self._codec.made(task_to(task))
 
     async def add(self) -> World:
         world = InlineWorld(self, self._make())
