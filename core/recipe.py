@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 from pydantic import Field
 
@@ -43,6 +43,7 @@ _SHIPPED = Path(__file__).parents[1] / "recipes"
 _FLEET = frozenset(Fleet.model_fields)
 
 C = TypeVar("C", bound=Config)
+Tracker: TypeAlias = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 _Place: TypeAlias = tuple[int, str]
 """Sorts as a reader goes: lines of the file, then the command line; and what to print."""
 
@@ -57,6 +58,9 @@ class Top(Config):
     budget: Budget = Budget()
     rollout: Rollout = Field(default_factory=lambda: Rollout.model_validate({}))
     evaluation: Evaluation = Field(default_factory=lambda: Evaluation.model_validate({}))
+    report_to: tuple[Tracker, ...] = ()
+    """Trackers that hear of the run, each an extra of this package; it is no part of what the run
+    is, so another list may be given to go on with it."""
 
 
 class Spell(Config):
@@ -116,6 +120,8 @@ class Recipe:
     evaluation: Evaluation
     fleet: Fleet
     """Stands among the environment's keys."""
+    report_to: tuple[Tracker, ...] = ()
+    """Is not dumped: it has no say in what comes out."""
     notes: tuple[str, ...] = ()
     """What the reader should know: keys that an override made void."""
 
@@ -178,6 +184,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     policies = draft.policies()
     if sections["policy"] and sections["learner"]:
         draft.fit(sections["policy"], sections["learner"])
+    draft.installed(top.report_to if top else ())
     draft.stop_if_faulty()
     found = {key: section for key, section in sections.items() if section}
     assert top and fleet and phases and len(found) == len(SHARED)
@@ -190,6 +197,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         rollout=top.rollout,
         evaluation=top.evaluation,
         fleet=fleet,
+        report_to=top.report_to,
         notes=tuple(draft.notes),
         **found,
     )
@@ -294,6 +302,12 @@ class _Draft:
         unfit = getattr(policy.plugin, "unfit", None)
         if unfit and (said := unfit(policy.config, learner.dump())):
             self.fault(("learner",), f"policy.use is {policy.use}: {said}")
+
+    def installed(self, trackers: Sequence[str]) -> None:
+        for name in trackers:
+            if find_spec(name) is None:
+                said = f"{name} is not installed: pip install 'selfwright[{name}]'"
+                self.fault(("report_to",), said)
 
     def stop_if_faulty(self) -> None:
         if self.faults:
