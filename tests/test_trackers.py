@@ -72,7 +72,7 @@ def test_a_tracker_that_is_not_there_is_missed_before_anything_is_played(
     def without(name: str) -> Any:
         return None if name in ("wandb", "mlflow") else find(name)
 
-    monkeypatch.setattr("selfwright.core.recipe.find_spec", without)
+    monkeypatch.setattr("selfwright.core.draft.find_spec", without)
     with pytest.raises(RecipeError) as error:
         read(tiny, ["report_to=[wandb, tensorboard, mlflow]"])
     lines = str(error.value).splitlines()
