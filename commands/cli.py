@@ -142,9 +142,12 @@ def run(
         display = _display()
         for note in plan.notes:
             display.say(f"note: {note}")
+        from ..loop.events import each
         from ..loop.run import run
+        from ..loop.trackers import Trackers
 
-        whole = partial(run, plan, output or Path("runs") / plan.name, display)
+        listener = each(display, Trackers(display))
+        whole = partial(run, plan, output or Path("runs") / plan.name, listener)
         if size > 1:
             from ..loop.process_group import lead
 
@@ -308,9 +311,12 @@ def bench_methods(
 
     with _stdout_for_results() as stdout:
         from ..loop.bench import bench, planned, render
+        from ..loop.events import each
+        from ..loop.trackers import Trackers
 
-        plans = planned(recipes, seeds, override or (), against)
-        result = asyncio.run(bench(plans, output or Path("runs") / "bench-methods", _display()))
+        plans, display = planned(recipes, seeds, override or (), against), _display()
+        listener = each(display, Trackers(display))
+        result = asyncio.run(bench(plans, output or Path("runs") / "bench-methods", listener))
         _emit(result, stdout, None if as_json else render(result))
 
 

@@ -17,6 +17,8 @@ class RunBegan:
     folder: Path
     recipe: Mapping[str, Any]
     """Every key of it, as ``Recipe.dump`` has them."""
+    report_to: tuple[str, ...]
+    """The trackers that it names."""
     iterations: int
     finished: int
     """How many of them were committed before."""
@@ -123,6 +125,16 @@ Event: TypeAlias = (
 )
 Listener: TypeAlias = Callable[[Event], None]
 """Hears of every event, in order, at once: whatever takes long belongs into a thread."""
+
+
+def each(*listeners: Listener) -> Listener:
+    """A listener that passes on what it hears."""
+
+    def heard(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return heard
 
 
 def ignore(event: Event) -> None:

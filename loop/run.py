@@ -91,7 +91,7 @@ async def run(
                 progress.say(f"report: {report(output)}")
             return read_json(kept.path("result.json"))
         check(recipe, str(kept.path(BASE)) if kept.has(BASE) else policy_of(recipe).model)
-        told = (recipe.dump(), recipe.iterations, kept.finished)
+        told = (recipe.dump(), recipe.report_to, recipe.iterations, kept.finished)
         listener(RunBegan(recipe.name, output, *told))
         result: dict[str, Any] | None = None
         try:

@@ -18,6 +18,7 @@ import pytest
 from components import SINGLE, played
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
+from selfwright.core import draft as drafts
 from selfwright.core import recipe as recipes
 from selfwright.core.config import Fleet
 from selfwright.core.errors import RecipeError, WorldError
@@ -362,6 +363,6 @@ def test_what_cannot_be_is_refused_with_the_recipe(
     assert recipes.read(file, wanted).fleet.on == "ray"
     with pytest.raises(RecipeError, match=r"environment\.on: isolation: inline keeps the"):
         recipes.read(file, [*wanted, "environment.isolation=inline"])
-    monkeypatch.setattr(recipes, "find_spec", lambda name: None)  # pyright: ignore
+    monkeypatch.setattr(drafts, "find_spec", lambda name: None)  # pyright: ignore
     with pytest.raises(RecipeError, match=r"not installed: pip install 'selfwright\[ray\]'"):
         recipes.read(file, wanted)

@@ -13,6 +13,7 @@ from selfwright.core import strict_yaml
 from selfwright.core.config import Config, JudgeConfig, PolicyConfig
 from selfwright.core.errors import PluginError, RecipeError
 from selfwright.core.recipe import Recipe, differences, read, section
+from selfwright.core.sections import DEFAULTS
 
 
 class Inner(Config):
@@ -138,7 +139,7 @@ def test_a_dump_is_itself_a_recipe(file: Path) -> None:
 
 
 def test_sections_left_out_use_what_is_usual() -> None:
-    assert recipes.DEFAULTS == {
+    assert DEFAULTS == {
         "agent": "chat",
         "policy": "transformers",
         "judge": "reward",
