@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from accelerate import Accelerator  # pyright: ignore[reportMissingTypeStubs]
@@ -36,6 +36,7 @@ from ...core.types import (
     DistributionLoss,
     Loss,
     Metrics,
+    Need,
     StepLoss,
     TokenArrays,
 )
@@ -99,6 +100,8 @@ class PlainLearner:
     Config = LearnerConfig
     shares: ClassVar[bool] = True
     """Several processes may each have one, and call it alike: each does its share."""
+    serves: ClassVar = frozenset(Need)
+    """What losses may need of it."""
 
     @staticmethod
     def unfit(config: LearnerConfig, bare: Callable[[], Any]) -> list[str]:
@@ -201,15 +204,13 @@ class PlainLearner:
         not of the means; a step of such rows only is no step.
 
         Raises:
-            LearnerError: no examples, a loss that needs a frozen base which full training has
-                not got, or a loss that is not finite (the weights are then those before it).
+            LearnerError: no examples, a loss that needs what is not served (such as a frozen base,
+                which full training has not got), or a loss that is not finite (the weights are
+                then those before it).
         """
         if not batch.examples:
             raise LearnerError("the batch holds no examples: nothing can be learned from it")
-        if batch.loss.needs_reference and self._config.method == "full":
-            raise LearnerError(
-                "KL to the base needs learner.method: lora; full weights keep no base"
-            )
+        self._look_at(batch.loss)
         if batch.fresh:
             self._begin()
             progress = 0.0  # A whole training of its own: the run's schedule is not its.
@@ -235,6 +236,18 @@ class PlainLearner:
             "train/learning_rate": rate,
         }
 
+    def _look_at(self, loss: Loss) -> None:
+        """Raises: LearnerError: it needs what cannot be served here."""
+        if missing := loss.needs - self.serves:
+            raise LearnerError(
+                f"the loss {type(loss).__name__} needs {', '.join(sorted(missing))}, and "
+                f"{type(self).__name__} serves {', '.join(sorted(self.serves)) or 'no such need'}"
+            )
+        if Need.REFERENCE in loss.needs and self._config.method == "full":
+            raise LearnerError(
+                "KL to the base needs learner.method: lora; full weights keep no base"
+            )
+
     def _steps(self, rows: Sequence[Row], examples: int, epoch: int) -> Iterable[list[Row]]:
         order = units(rows)
         random.Random(derive(self._seed, "order", self._updates, epoch)).shuffle(order)
@@ -248,18 +261,18 @@ class PlainLearner:
         live = [
             k
             for k, row in enumerate(rows)
-            if loss.needs_reference or any(span.advantage for span in row.spans)
+            if Need.REFERENCE in loss.needs or any(span.advantage for span in row.spans)
         ]
-        if isinstance(loss, StepLoss) and live:
-            every = self._weighed(rows, every, loss)
+        if Need.WHOLE_STEP in loss.needs and live:
+            every = self._weighed(rows, every, cast(StepLoss, loss))
         rows, weights = [rows[k] for k in live], [every[k] for k in live]
         if not rows:
             return dict.fromkeys(("loss", "grad_norm", "ratio", "kl_old", "tokens"), 0.0)
         mine = [
             ([rows[k] for k in group], [weights[k] for k in group]) for group in self._mine(rows)
         ]
-        if isinstance(loss, AdversarialLoss):
-            self._challenge(mine, loss)
+        if Need.ADVERSARY in loss.needs:
+            self._challenge(mine, cast(AdversarialLoss, loss))
         sums = torch.zeros(4, dtype=torch.float64)
         with self._randomness("step", self._updates, self._accelerator.process_index):
             for part, scale in mine:
@@ -324,7 +337,7 @@ class PlainLearner:
         if self._accelerator.num_processes > 1:
             found = self._accelerator.reduce(found, "sum")
         arrays = self._given(rows, found[0])
-        if loss.needs_reference:
+        if Need.REFERENCE in loss.needs:
             arrays = replace(arrays, reference_logprobs=found[1])
         said = iter(loss.weigh(arrays, derive(self._seed, "weigh", self._updates)).tolist())
         return [[[w * next(said) for w in span] for span in row] for row in weights]
@@ -408,21 +421,22 @@ class PlainLearner:
         # Of all ways to say this, the one that holds the fewest copies of the logits.
         logprobs = -functional.cross_entropy(logits, ids[where], reduction="none")
         arrays = self._given(rows, logprobs)
-        if loss.needs_reference:
+        if Need.REFERENCE in loss.needs:
             with torch.no_grad(), self._model.disable_adapter():
                 other, _ = self._logits(self._model, self._head, self._last, ids, where)
                 reference = -functional.cross_entropy(other, ids[where], reduction="none")
             arrays = replace(arrays, reference_logprobs=reference)
-        if isinstance(loss, DistributionLoss):
-            teacher = self._teacher(loss.teacher)
+        if Need.DISTRIBUTION in loss.needs:
+            teacher = self._teacher(cast(DistributionLoss, loss).teacher)
             with torch.no_grad():
                 theirs, _ = self._logits(teacher, teacher.get_output_embeddings(), None, ids, where)
             arrays = replace(
                 arrays,
                 distribution=logits.log_softmax(-1),
                 teacher=theirs.log_softmax(-1),
-                states=states.detach().float(),
             )
+        if Need.STATES in loss.needs:
+            arrays = replace(arrays, states=states.detach().float())
         return arrays
 
     def _teacher(self, name: str) -> Any:

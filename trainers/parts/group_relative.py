@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ...core.protocols import Context, Plan
-from ...core.types import Aggregation, Batch, Example, Judged
+from ...core.types import Aggregation, Batch, Example, Judged, Need
 from ..learning.examples import reinforce
 from ..learning.loss import KL, Clip, CovarianceClip
 from .advantage import Baseline, advantages, divergences, own_turns, step_advantages
@@ -88,7 +88,7 @@ class GroupRelative:
         pairs = zip(groups, rewards, strict=True)
         examples = [example for group, mine in pairs for example in self.examples(group, mine)]
         loss = self.loss()
-        if not examples or not (loss.needs_reference or any(e.advantage for e in examples)):
+        if not examples or not (Need.REFERENCE in loss.needs or any(e.advantage for e in examples)):
             return []
         return [Batch(loss, tuple(examples), self._config.epochs)]
 
