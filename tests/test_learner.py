@@ -40,7 +40,7 @@ from selfwright.core.types import (
     Prompt,
     TokenArrays,
 )
-from selfwright.trainers.learning import learner as module
+from selfwright.trainers.learning import forward as module
 from selfwright.trainers.learning.learner import LearnerConfig, PlainLearner
 from selfwright.trainers.learning.loss import (
     DPO,
@@ -371,7 +371,7 @@ def test_few_logits_at_a_time_do_not_matter(
     def see(_: Any, args: Any, output: Any) -> None:
         seen.append(output.shape[0])
 
-    hook = learner._head.register_forward_hook(see)
+    hook = learner._forward.head.register_forward_hook(see)
     cut = gradient(learner, batch)
     hook.remove()
     assert close(whole, cut)
@@ -488,7 +488,7 @@ def test_what_cannot_be_restored_is_refused(model_folder: Folder, tmp_path: Path
     # A rank of 4 would be copied out of a rank of 1 without complaint, if only names counted.
     for other in (learner_of(folder, rank=4), learner_of(folder, method="full")):
         other.save(tmp_path)
-        with pytest.raises(LearnerError, match="another model or learner config"):
+        with pytest.raises(LearnerError, match="another model or config"):
             learner.restore(tmp_path)
     assert equal(state(learner), before)
 
