@@ -4,9 +4,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ...core.files import read_json, write_json
 from ...core.play.asking import ask
@@ -15,12 +15,15 @@ from ...core.seeds import derive
 from ...core.store import read_trajectories, write_trajectories
 from ...core.types import Action, Batch, Completion, Example, Judged, Prompt, Start, Step
 from ..learning.examples import asked, example
-from ..parts.credit import by_task, score
+from ..parts.credit import TrainerConfig, by_task, score
 from ..parts.feedback import (
-    FeedbackConfig,
+    About,
     Item,
+    Pool,
+    Source,
     failures,
     known,
+    read_feedback,
     refining,
     shuffled,
     with_feedback,
@@ -28,8 +31,24 @@ from ..parts.feedback import (
 from ..parts.selection import Select, candidates, shares
 
 
-class ILFConfig(FeedbackConfig):
+class ILFConfig(TrainerConfig):
     attempts_per_task: int = Field(default=30, ge=1)
+    feedback: Source | Literal["file"] = "world"
+    """Whose: what the world answered, what the judge said, the policy's own, or ``file``'s. With
+    ``none`` the refiner is only told that it failed."""
+    file: str = ""
+    """With ``feedback: file``: JSON lines {"trajectory": row, "step": index, "feedback": words}."""
+    trajectories: str = ""
+    """The attempts at training tasks that ``file`` is about: a folder of episodes, as runs store
+    them (an iteration's)."""
+    about: About = "last"
+    """Which action of a failed attempt is refined: the last one, or one drawn at random."""
+    pool: Pool = "unsolved"
+    """Whose failures: of tasks that no attempt solved, or of any."""
+    shuffle: bool = False
+    """Give every attempt another one's feedback: what is left then is not due to it."""
+    threshold: float = Field(default=1.0, ge=0, le=1)
+    """The score that an attempt must miss to be refined, and a refinement reach by ``reward``."""
     refinements: int = Field(default=30, ge=1)
     """Sampled for every attempt that feedback was given on."""
     unit: Literal["turn", "episode"] = "turn"
@@ -47,6 +66,19 @@ class ILFConfig(FeedbackConfig):
     beta: float | None = Field(default=None, ge=0)
     """None: one refinement a task, of weight 1. Else all that were tried, weighed in proportion to
     exp(beta * score), a task's together as one."""
+
+    @model_validator(mode="after")
+    def _file(self) -> Self:
+        if {self.feedback == "file"} != {bool(self.file), bool(self.trajectories)}:
+            raise ValueError("feedback: file, file: PATH and trajectories: PATH go together")
+        if self.file:
+            self.items()
+        return self
+
+    def items(self) -> list[Item]:
+        """What ``file`` says. Raises: ValueError: it does not fit ``trajectories``."""
+        given = read_trajectories(Path(self.trajectories))
+        return read_feedback(Path(self.file), given, self.threshold)
 
 
 class ILF:
@@ -80,7 +112,8 @@ class ILF:
 
     async def batches(self, judged: Sequence[Judged]) -> list[Batch]:
         config, context = self._config, self._context
-        items = self._given or failures(judged, config, self._seed("pool"))
+        found = (config.threshold, config.pool, config.about, self._seed("pool"))
+        items = self._given or failures(judged, *found)
         if config.feedback != "file":
             items = await with_feedback(items, config.feedback, context, self._seed("feedback"))
         if config.shuffle:
