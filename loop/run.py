@@ -1,6 +1,7 @@
 """The whole loop, top to bottom: play, judge, learn, again; then prove it."""
 
 import asyncio
+import math
 import shutil
 import time
 from collections.abc import Awaitable, Sequence
@@ -33,6 +34,7 @@ from .evaluate import drawn, exam_tasks, examine, judge_of, tokens_sampled
 from .progress import Progress
 from .ready import check
 from .result import BASE, conclude, phase_base, phase_name, points, seconds
+from .spending import LEAST, Costs, committed
 from .warm_start import key_of, made_as, made_here, prepare
 
 PATIENCE = 3
@@ -182,7 +184,7 @@ async def improve(cast: Cast, kept: Run, base: str) -> int:
             cast.progress.say(f"stopped {cast.stopped}")
             break
         begin += phase.iterations
-        if spent_share(kept, recipe) >= 1:
+        if kept.finished < begin or committed(kept).share(recipe.budget) >= 1:
             cast.progress.say(f"the budget is spent after iteration {kept.finished}")
             break
         if not last:
@@ -207,11 +209,12 @@ async def rounds(cast: Cast, trainer: Trainer, kept: Run, begin: int) -> None:
     ahead = Ahead(cast, trainer, begin + cast.phase.iterations)
     try:
         for index in range(max(begin, kept.finished), begin + cast.phase.iterations):
-            spent = spent_share(kept, recipe)
-            if spent >= 1:
+            cast.spent = spent = committed(kept)
+            each = each_of(kept, begin)
+            if room(spent, each, recipe) < LEAST:
                 break
-            done = max((index - begin) / cast.phase.iterations, spent)
-            ahead.begin(index, spent)
+            done = max((index - begin) / cast.phase.iterations, spent.share(recipe.budget))
+            ahead.begin(index, spent, each)
             await iteration(cast, trainer, kept, index, done, ahead.rounds[index])
             del ahead.rounds[index]
             if isinstance(trainer, HasGuards) and trainer.alarm:
@@ -230,17 +233,17 @@ class Ahead:
         self._trainer = trainer
         self._end = end
 
-    def begin(self, index: int, spent: float) -> None:
+    def begin(self, index: int, spent: Costs, each: Costs) -> None:
         """Play what is not in play yet: this round, and as many after it as the recipe allows.
 
-        ``spent``: the budget's share that all before ``index`` have cost.
+        ``spent``: what all before ``index`` have cost; ``each``: what an iteration costs.
         """
-        each = spent / index if index else 0.0
         for more in range(self._cast.recipe.rollout.max_staleness + 1):
-            number = index + more
+            number, before = index + more, spent.and_more(each, more)
+            share = room(before, each, self._cast.recipe)
             # None that the budget, as far as can be told, will not come to.
-            if number < self._end and number not in self.rounds and spent + more * each < 1:
-                played = play(self._cast, self._trainer.plan, number)
+            if number < self._end and number not in self.rounds and share >= LEAST:
+                played = play(self._cast, self._trainer.plan, number, before, share)
                 self.rounds[number] = asyncio.create_task(played)
 
     async def end(self) -> None:
@@ -281,24 +284,37 @@ async def iteration(
     cast.progress.say(line(index, recipe.iterations, metrics))
 
 
-def spent_share(kept: Run, recipe: Recipe) -> float:
-    """How much of the budget the committed iterations have cost."""
-    rounds = [
-        read_json(kept.path(iteration_name(k)) / "metrics.json") for k in range(kept.finished)
-    ]
-    costs = (sum(m[f"rollout/{key}"] for m in rounds) for key in ("environment_steps", "tokens"))
-    return recipe.budget.share(*costs)
+def each_of(kept: Run, begin: int) -> Costs:
+    """What an iteration costs on average: of the phase that begins there, if it has any yet."""
+    since = begin if kept.finished > begin else 0
+    count = kept.finished - since
+    return Costs().and_more(committed(kept, since), 1 / count) if count else Costs()
 
 
-async def play(cast: Cast, plan: Plan, index: int) -> list[Judged]:
-    """The episodes that iteration ``index`` begins with, judged."""
+def room(spent: Costs, each: Costs, recipe: Recipe) -> float:
+    """How many iterations the budget still covers; infinite where nobody can tell."""
+    left, cost = 1 - spent.share(recipe.budget), each.share(recipe.budget)
+    return 0.0 if left <= 0 else left / cost if cost else math.inf
+
+
+async def play(cast: Cast, plan: Plan, index: int, spent: Costs, share: float) -> list[Judged]:
+    """The episodes that iteration ``index`` begins with, judged.
+
+    Of its tasks no more than the budget covers, all else that the iteration will play included.
+
+    Args:
+        spent: what is spent before it.
+        share: how much of an iteration, or how many, the budget covers then.
+    """
     if not plan.tasks:
         return []
     seed = derive(cast.recipe.seed, "iteration", index)
     tasks = drawn(cast.worlds, "train", plan.tasks, derive(seed, "tasks"), cast.progress)
-    begin = starts(tasks, plan.attempts, seed, plan.turns)
+    tasks = tasks[: math.ceil(min(1.0, share) * len(tasks))]
+    player = cast.called(plan.player)
+    begin = cast.afforded(player, starts(tasks, plan.attempts, seed, plan.turns), spent, ())
     what = f"iteration {index + 1}: playing"
-    return await cast.round(cast.called(plan.player), begin, seed, what)
+    return await cast.round(player, begin, seed, what)
 
 
 async def iterate(
