@@ -38,6 +38,8 @@ class Item:
     step: int
     """Index of the action that the feedback is about."""
     feedback: str = ""
+    refinement: str = ""
+    """A better answer that somebody wrote; empty: nobody did."""
 
     @property
     def trajectory(self) -> Trajectory:
@@ -50,13 +52,17 @@ class Item:
 
 
 class Line(BaseModel):
-    """A line of a feedback file: ``{"trajectory": 3, "step": 0, "feedback": "..."}``."""
+    """A line of a feedback file: ``{"trajectory": 3, "step": 0, "feedback": "..."}``.
+
+    With ``"refinement": "..."`` it also says what would have been better.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
     trajectory: int = Field(ge=0)
     """Row of the trajectories' file, from 0."""
     step: int = Field(ge=0)
     feedback: str = Field(min_length=1)
+    refinement: str = ""
 
 
 def read_feedback(path: Path, given: Sequence[Judged], threshold: float) -> list[Item]:
@@ -95,7 +101,7 @@ def _item(line: Line, given: Sequence[Judged], threshold: float) -> Item:
         raise ValueError(f"step {line.step} of trajectory {line.trajectory} is none of its {count}")
     if judged.verdict.score is None or judged.verdict.score >= threshold:
         raise ValueError(f"trajectory {line.trajectory} did not fail: {judged.verdict.score}")
-    return Item(judged, line.step, line.feedback)
+    return Item(judged, line.step, line.feedback, line.refinement)
 
 
 def known(items: Sequence[Item], context: Context) -> list[Item]:
