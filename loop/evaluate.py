@@ -36,6 +36,7 @@ from ..core.seeds import derive, identify
 from ..core.statistics import Agreement, Introspection, agreement, introspection_table
 from ..core.store import JudgeIdentity, judge_identity, write_trajectories
 from ..core.types import Judged, Sampling, Stop, Task, Trajectory
+from ..judges.model import rubric_file
 from .progress import Progress
 
 CARD = "selfwright.json"
@@ -448,7 +449,7 @@ def judge_of(section: Section) -> JudgeIdentity:
     """What the verdicts of a recipe's judge are known by."""
     config = section.config.model_dump(mode="json")
     rubric: str = config.get("rubric", "")
-    return judge_identity(section.use, config, {rubric: Path(rubric)} if rubric else {})
+    return judge_identity(section.use, config, {rubric: rubric_file(rubric)} if rubric else {})
 
 
 def asked(checkpoint: str, exam: Exam, overrides: Sequence[str]) -> str:
