@@ -110,7 +110,8 @@ class Evaluation(Config):
 
 
 class Budget(Config):
-    """What training may cost. Checked between iterations: the last one may go beyond it."""
+    """What training may cost. Of the last iteration only as many episodes are played as it covers,
+    by what earlier ones have cost: at the end it is spent but for a few per cent more or less."""
 
     environment_steps: int | None = Field(default=None, ge=1)
     tokens: int | None = Field(default=None, ge=1)

@@ -6,7 +6,7 @@ tasks -> starts -> trajectories -> judge -> judged -> trainer -> batches -> lear
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias
 
 Metrics: TypeAlias = dict[str, float]
 """Scalars for the log, keyed ``area/name`` (``rollout/steps``, ``train/loss``)."""
@@ -321,11 +321,26 @@ class TokenArrays:
     """(N,) int64: that example's ``group``."""
     distribution: Any = None
     """(N, V): log-probabilities of every token there, under the weights being trained; carries the
-    gradient. This and what follows is None but for a ``DistributionLoss``."""
+    gradient. This and what follows is None unless the loss asks for it."""
     teacher: Any = None
     """(N, V): the same under the loss's teacher."""
     states: Any = None
     """(N, D): what the model's head reads there, without gradient."""
+
+
+class Need(StrEnum):
+    """What a loss must be given beside log-probabilities and advantages; the learner serves it."""
+
+    REFERENCE = "reference"
+    """``TokenArrays.reference_logprobs``."""
+    DISTRIBUTION = "distribution"
+    """``TokenArrays.distribution``, and ``teacher``; the loss is a ``DistributionLoss``."""
+    STATES = "states"
+    """``TokenArrays.states``."""
+    WHOLE_STEP = "whole step"
+    """To see all of an optimiser step's tokens first; the loss is a ``StepLoss``."""
+    ADVERSARY = "adversary"
+    """That parameters of its own are learned against it; the loss is an ``AdversarialLoss``."""
 
 
 class Loss(Protocol):
@@ -343,13 +358,12 @@ class Loss(Protocol):
         ...
 
     @property
-    def needs_reference(self) -> bool: ...
+    def needs(self) -> frozenset[Need]: ...
     def __call__(self, arrays: TokenArrays) -> Any:
         """(N,) losses, before aggregation."""
         ...
 
 
-@runtime_checkable
 class StepLoss(Loss, Protocol):
     """A loss that looks at a whole optimiser step before it says what each token counts."""
 
@@ -361,7 +375,6 @@ class StepLoss(Loss, Protocol):
         ...
 
 
-@runtime_checkable
 class DistributionLoss(Loss, Protocol):
     """A loss that compares whole distributions."""
 
@@ -371,7 +384,6 @@ class DistributionLoss(Loss, Protocol):
         ...
 
 
-@runtime_checkable
 class AdversarialLoss(Loss, Protocol):
     """A loss with parameters of its own, which climb it once before the weights descend it."""
 

@@ -24,12 +24,24 @@ RUBRIC = (
 )
 
 
+RUBRICS = Path(__file__).parent / "rubrics"
+"""Those that come with the package."""
+
+
+def rubric_file(rubric: str) -> Path:
+    """Where the rubric of that name stands: ours, or somebody's file."""
+    ours = RUBRICS / f"{rubric}.txt"
+    return ours if "/" not in rubric and ours.is_file() else Path(rubric)
+
+
 class ModelJudgeConfig(JudgeConfig):
     model: str = "base"
     """Who judges: ``base``, the model the run began with; ``policy``, the one in training; else a
     model folder or hub id."""
     rubric: str = ""
-    """A text file that says how to judge; empty: a short one of ours."""
+    """A text file that says how to judge; empty: a short one of ours. ``additive``: five points,
+    one for each thing done well, for ``answer: points``, ``scale: 5`` (after Self-Rewarding
+    language models: Yuan et al. 2024, arXiv:2401.10020)."""
     shows: Literal["answer", "transcript"] = "answer"
     """What is judged: the last action alone, so that no reasoning can persuade; or all that was
     seen and said."""
@@ -45,8 +57,13 @@ class ModelJudgeConfig(JudgeConfig):
 
     @model_validator(mode="after")
     def _there(self) -> Self:
-        if self.rubric and not Path(self.rubric).is_file():
-            raise ValueError(f"there is no rubric file {self.rubric!r}")
+        if self.rubric and not rubric_file(self.rubric).is_file():
+            raise ValueError(
+                f"there is no rubric file {self.rubric!r}, nor is it one of ours: "
+                f"{', '.join(sorted(file.stem for file in RUBRICS.glob('*.txt')))}"
+            )
+        if self.rubric == "additive" and (self.answer, self.scale) != ("points", 5):
+            raise ValueError("rubric: additive goes with answer: points and scale: 5")
         if not self.words.strip():
             raise ValueError(f"the rubric file {self.rubric!r} is empty")
         return self
@@ -55,7 +72,7 @@ class ModelJudgeConfig(JudgeConfig):
     def words(self) -> str:
         """The rubric. Raises: ValueError: it is no text."""
         try:
-            return read_words(Path(self.rubric)) if self.rubric else RUBRIC
+            return read_words(rubric_file(self.rubric)) if self.rubric else RUBRIC
         except ValueError as cause:
             raise ValueError(f"cannot read the rubric file: {cause}") from None
 

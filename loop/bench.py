@@ -216,7 +216,7 @@ def summary(name: str, method: Mapping[str, Any], baseline: str) -> str:
 
 def cells(name: str, one: Mapping[str, Any]) -> tuple[str, ...]:
     return (
-        name + (" (stopped)" if one["stopped"] else " (spent less)" if one["spent"] < 1 else ""),
+        name + (" (stopped)" if one["stopped"] else " (spent less)" if one["spent"] < 0.9 else ""),
         str(one["seed"]),
         f"{one['base']:.1%}",
         f"{one['final']:.1%}",
@@ -247,8 +247,8 @@ body { background: #15171a; color: #e6e6e6; } th, td { border-color: #3a3d42; }
 .better { color: #6fd68a; } .worse { color: #ff9a8d; } }
 </style></head><body>
 <h1>Methods compared</h1>
-<p>Every run began with the same base as the others of its seed, spent the same budget (its last
-iteration may go beyond it; "spent less" had too few iterations) and was tested on the same
+<p>Every run began with the same base as the others of its seed, spent the same budget (but for
+a few per cent; "spent less" had too few iterations) and was tested on the same
 {{ tasks }} held-out tasks. Verdicts are exact McNemar tests at 5 %, not corrected for number.</p>
 <ul>{% for line in summaries %}<li>{{ line }}</li>{% endfor %}</ul>
 <div class="scroll" tabindex="0" role="region" aria-label="All runs"><table>

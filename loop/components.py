@@ -24,6 +24,7 @@ from ..core.recipe import Phase, Recipe, Section
 from ..core.types import Completion, Judged, Sampling, Start, Task, Trajectory
 from .evaluate import EvalSpec, player_of, sampling_of
 from .progress import Progress
+from .spending import Costs, costs_of, covered
 
 BASE = "base"
 """What the model that a phase began with is called."""
@@ -67,6 +68,8 @@ class Components:
     """How often it was played on."""
     asked: int = 0
     """Tokens that were sampled outside of episodes, and not told of yet."""
+    spent: Costs = field(default_factory=Costs)
+    """By all iterations before the one in hand."""
     stopped: str = ""
     """Why the run ended before its last iteration."""
 
@@ -170,8 +173,10 @@ class Components:
     async def attempt(
         self, player: Player, begin: Sequence[Start], what: str, worlds: Worlds | None = None
     ) -> list[Judged]:
-        """Play more, and judge it; the episodes join the iteration's."""
+        """Play more, as far as the budget covers it, and judge it; it joins the iteration's."""
         self.rounds += 1
+        spent = self.spent.and_more(costs_of(self.played, self.asked))
+        begin = self.afforded(player, begin, spent, self.played, worlds)
         origin = f"{self.recipe.identity} {self.rounds}"
         where = worlds or self.worlds
         with self.progress.stage(what, len(begin)) as stage:
@@ -182,6 +187,22 @@ class Components:
         given = await self.judged(played)
         self.played += given
         return given
+
+    def afforded(
+        self,
+        player: Player,
+        begin: Sequence[Start],
+        spent: Costs,
+        like: Sequence[Judged],
+        worlds: Worlds | None = None,
+    ) -> Sequence[Start]:
+        """Of the episodes those that the budget still covers; ``spent``, ``like``: ``covered``."""
+        asks = not isinstance(player, ExpertPlayer)
+        replays = (worlds or self.worlds).snapshots is None
+        kept = covered(begin, spent, self.recipe.budget, like, asks, replays)
+        if len(kept) < len(begin):
+            self.progress.say(f"the budget covers {len(kept)} of {len(begin)} more episodes")
+        return kept
 
     async def judged(self, played: Sequence[Trajectory]) -> list[Judged]:
         config = self.phase.judge.config

@@ -35,6 +35,7 @@ from ..core.seeds import derive, identify
 from ..core.statistics import Agreement, Introspection, agreement, introspection_table
 from ..core.store import JudgeIdentity, judge_identity, write_trajectories
 from ..core.types import Judged, Sampling, Step, Stop, Task, Trajectory
+from ..judges.model import rubric_file
 from .events import Listener, ignore
 from .progress import Progress
 
@@ -460,7 +461,7 @@ def judge_of(section: Section) -> JudgeIdentity:
     """What the verdicts of a recipe's judge are known by."""
     config = section.config.model_dump(mode="json")
     rubric: str = config.get("rubric", "")
-    return judge_identity(section.use, config, {rubric: Path(rubric)} if rubric else {})
+    return judge_identity(section.use, config, {rubric: rubric_file(rubric)} if rubric else {})
 
 
 def asked(checkpoint: str, spec: EvalSpec, overrides: Sequence[str]) -> str:

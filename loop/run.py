@@ -1,9 +1,11 @@
 """The whole loop, top to bottom: play, judge, learn, again; then prove it."""
 
 import asyncio
+import math
 import shutil
 import time
 from collections.abc import Awaitable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ from .prefetch import Prefetcher
 from .progress import Progress
 from .ready import check
 from .result import BASE, conclude, phase_base, phase_name
+from .spending import LEAST, Costs, committed, room
 from .warm_start import key_of, made_as, made_here, prepare
 
 PATIENCE = 3
@@ -230,7 +233,7 @@ async def improve(components: Components, kept: RunFolder, base: str) -> int:
             components.progress.tell(AlarmRaised(components.stopped))
             break
         begin += phase.iterations
-        if spent_share(kept, recipe) >= 1:
+        if kept.finished < begin or committed(kept).share(recipe.budget) >= 1:
             components.progress.say(f"the budget is spent after iteration {kept.finished}")
             break
         if not last:
@@ -259,16 +262,15 @@ async def rounds(components: Components, trainer: Trainer, kept: RunFolder, begi
         raise Alarm(trainer.alarm, trainer.trusted)  # Raised before the run was killed.
     components.version, components.asked = kept.finished, 0
     end = begin + components.phase.iterations
-    prefetcher = Prefetcher(
-        lambda index: play(components, trainer, index), recipe.rollout.max_staleness, end
-    )
+    prefetcher = Prefetcher(partial(play, components, trainer), recipe, end)
     try:
         for index in range(max(begin, kept.finished), end):
-            spent = spent_share(kept, recipe)
-            if spent >= 1:
+            components.spent = spent = committed(kept)
+            each = each_of(kept, begin)
+            if room(spent, each, recipe.budget) < LEAST:
                 break
-            done = max((index - begin) / components.phase.iterations, spent)
-            prefetcher.begin(index, spent)
+            done = max((index - begin) / components.phase.iterations, spent.share(recipe.budget))
+            prefetcher.begin(index, spent, each)
             await iteration(components, trainer, kept, index, done, prefetcher.rounds[index])
             del prefetcher.rounds[index]
             if isinstance(trainer, HasGuards) and trainer.alarm:
@@ -309,17 +311,24 @@ async def iteration(
     components.progress.tell(IterationEnded(index, recipe.iterations, metrics))
 
 
-def spent_share(kept: RunFolder, recipe: Recipe) -> float:
-    """How much of the budget the committed iterations have cost."""
-    rounds = [
-        read_json(kept.path(iteration_name(k)) / "metrics.json") for k in range(kept.finished)
-    ]
-    costs = (sum(m[f"rollout/{key}"] for m in rounds) for key in ("environment_steps", "tokens"))
-    return recipe.budget.share(*costs)
+def each_of(kept: RunFolder, begin: int) -> Costs:
+    """What an iteration costs on average: of the phase that begins there, if it has any yet."""
+    since = begin if kept.finished > begin else 0
+    count = kept.finished - since
+    return Costs().and_more(committed(kept, since), 1 / count) if count else Costs()
 
 
-async def play(components: Components, trainer: Trainer, index: int) -> list[Judged]:
-    """The episodes that iteration ``index`` begins with, judged."""
+async def play(
+    components: Components, trainer: Trainer, index: int, spent: Costs, share: float
+) -> list[Judged]:
+    """The episodes that iteration ``index`` begins with, judged.
+
+    Of its tasks no more than the budget covers, all else that the iteration will play included.
+
+    Args:
+        spent: what is spent before it.
+        share: how much of an iteration, or how many, the budget covers then.
+    """
     plan, seed = trainer.plan, derive(components.recipe.seed, "iteration", index)
     worlds = components.worlds
     if isinstance(trainer, HasStarts):
@@ -327,11 +336,14 @@ async def play(components: Components, trainer: Trainer, index: int) -> list[Jud
     elif plan.tasks:
         drawing = derive(seed, "tasks")
         tasks = await drawn(worlds, "train", plan.tasks, drawing, components.progress)
+        tasks = tasks[: math.ceil(min(1.0, share) * len(tasks))]
         begin = starts(tasks, plan.attempts, seed, plan.turns)
     else:
         return []
+    player = components.player_named(plan.player)
+    begin = components.afforded(player, begin, spent, ())
     what = f"iteration {index + 1}: playing"
-    return await components.round(components.player_named(plan.player), begin, seed, what)
+    return await components.round(player, begin, seed, what)
 
 
 async def iterate(

@@ -1,3 +1,4 @@
+# type: ignore
 """A world that knows nothing of selfwright: plain Python from 3.8, with numpy if it is there.
 
 Walk along a line of lamps to the one that is lit. It is hosted by other interpreters, so nothing

@@ -1,10 +1,12 @@
-"""Steps to examples: what was sampled from is learned from, and nobody makes it up."""
+"""Steps to examples: what was sampled from is learned from, and nobody makes it up; and configs."""
 
 from dataclasses import replace
 
 import pytest
 from components import AGENT, episode
 
+from selfwright.core import plugins
+from selfwright.core.config import Config
 from selfwright.core.errors import LearnerError
 from selfwright.core.types import Prompt, Trajectory
 from selfwright.trainers.learning.examples import asked, imitate, prompted, reinforce
@@ -50,3 +52,24 @@ def test_only_what_is_missing_is_made_by_the_agent_of_today() -> None:
     mixed = without(replace(PLAYED, steps=(PLAYED.steps[0], kept, PLAYED.steps[2])), 0, 2)
     made = prompted(mixed, AGENT)
     assert made.steps == (PLAYED.steps[0], kept, PLAYED.steps[2]) and made.id == "old"
+
+
+def ours(one: type) -> list[type]:
+    """Itself and what it inherits from, as far as it is of this package, without ``Config``."""
+    mine = [other for other in one.__mro__ if other.__module__.startswith("selfwright.")]
+    return [other for other in mine if other is not Config]
+
+
+@pytest.mark.parametrize("kind", ["trainers", "learners", "judges"])
+def test_methods_and_their_configs_inherit_once(kind: str) -> None:
+    for name, entry in plugins.names(kind).items():
+        if entry.target.startswith("selfwright."):
+            plugin = plugins.load(kind, name)
+            assert len(ours(plugin)) <= 2, name
+            configs = [plugin.Config]
+            for config in configs:
+                assert len(ours(config)) <= 2, f"{name}: {config}"
+                # Groups of keys are fields, and configs, too.
+                for field in config.model_fields.values():
+                    if isinstance(field.default, Config):
+                        configs.append(type(field.default))

@@ -175,7 +175,7 @@ def test_a_divergence_in_the_reward_is_paid_before_advantages_are_made() -> None
     (batch,) = batches(DrGRPO, judged, kl=0.1, kl_in="reward", estimator="k1", open=opened)
     # b drifted by 2 nats: rewards 0.8 and 1.
     assert [e.advantage for e in batch.examples] == pytest.approx([-0.1, -0.1, 0.1])
-    assert not batch.loss.needs_reference
+    assert not batch.loss.needs
 
 
 def test_the_judges_score_counts_not_the_worlds_reward() -> None:

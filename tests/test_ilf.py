@@ -374,6 +374,76 @@ def test_people_may_say_what_was_wrong(stored: Path, tmp_path: Path) -> None:
     assert len(batch.examples) == 2
 
 
+def test_a_refiner_learns_what_people_wrote_if_it_passes(stored: Path, tmp_path: Path) -> None:
+    said = [
+        {"trajectory": 0, "step": 0, "feedback": "more a", "refinement": "a 7"},
+        {"trajectory": 1, "step": 0, "feedback": "more b", "refinement": "c 8"},
+    ]
+    keys: dict[str, Any] = {"feedback": "file", "trajectories": str(stored)}
+    keys["file"] = str(lines(tmp_path / "said.jsonl", *said))
+    trainer, refiner, world = made(learns="refiner", layout="blocks", **keys)
+    (batch,) = fed(trainer, [])
+    # Nobody was asked; both were tried, and only one of them was right.
+    assert refiner.said == 0 and [s.prefix[0].action.text for s in world.starts] == ["a 7", "c 8"]
+    (only,) = batch.examples
+    assert (only.completion, only.advantage) == (Completion("a 7"), 1.0) and batch.fresh
+    assert only.prompt.messages[-1].text == (
+        "do a\no\n\nOLD ANSWER:\nwrong0\n\nFEEDBACK:\nmore a\n\nNEW ANSWER:"
+    )
+    # Where nobody wrote one, it is asked for, as often as ever.
+    keys["file"] = str(lines(tmp_path / "said.jsonl", said[0], said[1] | {"refinement": ""}))
+    keys["select"] = "random"
+    _, refiner, world = found = made(learns="refiner", **keys)
+    (batch,) = fed(found[0], [])
+    assert refiner.said == 3 and texts(batch)[0] == "a 7" and len(world.starts) == 2
+
+
+def test_a_policy_may_learn_to_refine_beside_what_it_refined(tmp_path: Path) -> None:
+    judged = [failure("a"), failure("b")]
+    (plain,) = fed(made(refinements=1)[0], judged)
+    (asked,) = fed(made(refinements=1, learns="refiner")[0], judged)
+    trainer, refiner, _ = made(refinements=1, learns="both")
+    (both,) = fed(trainer, judged)
+    assert both.examples == (*plain.examples, *asked.examples)
+    assert [e.completion for e in asked.examples] == [e.completion for e in plain.examples]
+    # From task, attempt and feedback, as it was sampled; the other way from the task alone.
+    assert [e.prompt for e in asked.examples] == refiner.asked
+    assert [m.text for m in asked.examples[0].prompt.messages] == [
+        "do a\no",
+        "wrong0",
+        "no, say a now",
+    ]
+    assert [m.text for m in plain.examples[0].prompt.messages] == ["do a\no"]
+    (tmp_path / "trainer").mkdir()
+    trainer.save(tmp_path / "trainer", tmp_path / "images")
+    again, _, _ = made(policy=refiner, refinements=1, learns="both")
+    again.restore(tmp_path / "trainer")
+    (more,) = fed(again, [failure("c")])
+    assert len(more.examples) == 6 and set(both.examples) < set(more.examples)
+
+
+def test_of_an_episode_a_refiner_learns_the_refined_action_alone() -> None:
+    one = episode(0.0, ("o", "first"), ("say t", "second"))
+
+    @dataclass
+    class On(World):
+        """Plays on by another action."""
+
+        def play(self, start: Start) -> Judged:
+            done = super().play(start)
+            more = episode(1.0, ("o", "t 1"), ("p", "t 2")).trajectory.steps[1:]
+            trajectory = replace(done.trajectory, steps=(*start.prefix, *more))
+            return replace(done, trajectory=trajectory)
+
+    counts: dict[str, list[str]] = {}
+    for learns in ("policy", "refiner"):
+        trainer, _, _ = made(On(), unit="episode", refinements=1, learns=learns)
+        trainer._given = [Item(one, 0)]  # pyright: ignore[reportPrivateUsage]
+        (batch,) = fed(trainer, [])
+        counts[learns] = texts(batch)
+    assert counts == {"policy": ["t 1", "t 2"], "refiner": ["t 1"]}
+
+
 def test_feedback_about_tasks_that_are_not_for_training_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "played"
     path.mkdir()

@@ -29,8 +29,18 @@ from selfwright.agents.engines.transformers import TransformersConfig, Transform
 from selfwright.core.errors import LearnerError
 from selfwright.core.models.tokens import ChatTokens
 from selfwright.core.seeds import derive
-from selfwright.core.types import Batch, Completion, Example, Loss, Message, Prompt, TokenArrays
-from selfwright.trainers.learning import learner as module
+from selfwright.core.types import (
+    Aggregation,
+    Batch,
+    Completion,
+    Example,
+    Loss,
+    Message,
+    Need,
+    Prompt,
+    TokenArrays,
+)
+from selfwright.trainers.learning import forward as module
 from selfwright.trainers.learning.learner import LearnerConfig, PlainLearner
 from selfwright.trainers.learning.loss import (
     DPO,
@@ -201,7 +211,7 @@ def test_a_group_is_learned_in_one_step(model_folder: Folder) -> None:
     seen: list[list[int]] = []
 
     @dataclass(frozen=True)
-    class Seeing(Clip):
+    class Seeing(CovarianceClip):
         def weigh(self, arrays: TokenArrays, seed: int) -> Any:
             seen.append(sorted(set(arrays.groups.tolist())))
             return torch.ones(len(arrays.logprobs))
@@ -301,7 +311,7 @@ def test_tokens_that_a_loss_leaves_out_have_no_gradient(model_folder: Folder) ->
     seen: list[TokenArrays] = []
 
     @dataclass(frozen=True)
-    class FirstHalf(Clip):
+    class FirstHalf(CovarianceClip):
         def weigh(self, arrays: TokenArrays, seed: int) -> Any:
             seen.append(arrays)
             return (torch.arange(len(arrays.logprobs)) < len(arrays.logprobs) // 2).float()
@@ -361,13 +371,50 @@ def test_few_logits_at_a_time_do_not_matter(
     def see(_: Any, args: Any, output: Any) -> None:
         seen.append(output.shape[0])
 
-    hook = learner._head.register_forward_hook(see)
+    hook = learner._forward.head.register_forward_hook(see)
     cut = gradient(learner, batch)
     hook.remove()
     assert close(whole, cut)
     # Only trained positions meet the head, and never many of them.
     assert sum(seen) == sum(len(e.completion.token_ids) for e in batch.examples)
     assert len(seen) > 1 and max(seen) <= max(10, 7 * 3)
+
+
+@dataclass(frozen=True)
+class Halved:
+    """No loss of ours, nor derived from one: what it is given is what it says it needs."""
+
+    needs: frozenset[Need] = frozenset()
+    aggregation: Aggregation = "token-mean"
+    length: int = 1
+
+    def __call__(self, arrays: TokenArrays) -> Any:
+        assert (arrays.reference_logprobs is not None) == (Need.REFERENCE in self.needs)
+        assert arrays.distribution is arrays.teacher is arrays.states is None
+        return -arrays.advantages * arrays.logprobs
+
+    def weigh(self, arrays: TokenArrays, seed: int) -> Any:
+        return torch.full_like(arrays.logprobs, 0.5)
+
+
+def test_needs_are_served_whoever_has_them(model_folder: Folder) -> None:
+    folder = model_folder("qwen3")
+    examples = tuple(talks(learner_of(folder)._tokens, 4))
+    plain, halved, both, wanted = (
+        gradient(learner_of(folder, **LOOSE), Batch(loss, examples))
+        for loss in (
+            Halved(),
+            Halved(frozenset({Need.WHOLE_STEP})),
+            Halved(frozenset({Need.WHOLE_STEP, Need.REFERENCE})),
+            NLL("token-mean"),
+        )
+    )
+    assert close(plain, wanted)
+    half = {name: slope / 2 for name, slope in plain.items()}
+    assert close(halved, half) and close(both, half)
+    odd: Any = frozenset({"omens"})
+    with pytest.raises(LearnerError, match="Halved needs omens, and PlainLearner serves adversary"):
+        learner_of(folder).update(Batch(Halved(odd), examples), 0.0)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -441,7 +488,7 @@ def test_what_cannot_be_restored_is_refused(model_folder: Folder, tmp_path: Path
     # A rank of 4 would be copied out of a rank of 1 without complaint, if only names counted.
     for other in (learner_of(folder, rank=4), learner_of(folder, method="full")):
         other.save(tmp_path)
-        with pytest.raises(LearnerError, match="another model or learner config"):
+        with pytest.raises(LearnerError, match="another model or config"):
             learner.restore(tmp_path)
     assert equal(state(learner), before)
 

@@ -13,11 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfwright.core.types import Aggregation, TokenArrays
+from selfwright.core.types import Aggregation, Need, TokenArrays
 from selfwright.trainers.learning.loss import (
     DPO,
     NLL,
     Clip,
+    ContestedGap,
     CovarianceClip,
     MomentGap,
     SequenceClip,
@@ -54,7 +55,17 @@ def test_nll_is_the_weighted_negative_log_likelihood() -> None:
     made = arrays([-1.0, -2.0, -0.5], [0.0, 0.0, 0.0], [1.0, 3.0, -2.0])
     assert NLL()(made).tolist() == [1.0, 6.0, -1.0]
     assert gradient(NLL(), made) == [-1.0, -3.0, 2.0]
-    assert not NLL().needs_reference
+
+
+def test_a_loss_says_what_it_needs() -> None:
+    step, distribution = {Need.WHOLE_STEP}, {Need.DISTRIBUTION}
+    assert not NLL().needs and not Clip().needs
+    assert CovarianceClip().needs == SequenceClip().needs == DPO().needs == step
+    assert CovarianceClip(kl=0.1).needs == {Need.REFERENCE} | step
+    assert MomentGap("t").needs == distribution
+    assert MomentGap("t", critic=sums).needs == distribution | {Need.STATES}
+    learning = distribution | {Need.STATES, Need.ADVERSARY}
+    assert ContestedGap("t", critic=sums).needs == learning
 
 
 @pytest.mark.parametrize(
@@ -178,7 +189,7 @@ def test_kl_estimators(estimator: Literal["k1", "k2", "k3"], value: float, slope
     estimate.sum().backward()
     assert new.grad is not None and new.grad.item() == pytest.approx(slope, rel=1e-5)
     clip = Clip(kl=0.1, estimator=estimator)
-    assert clip.needs_reference
+    assert clip.needs == {Need.REFERENCE}
     made = arrays([-2.0], [-2.0], [3.0], [-2.0 + LOG(2)])
     assert clip(made).item() == pytest.approx(-3.0 + 0.1 * value, rel=1e-5)
 

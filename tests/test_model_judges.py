@@ -184,6 +184,21 @@ def test_a_rubric_of_ones_own(tmp_path: Path) -> None:
         ModelJudge.Config.model_validate({"rubric": str(tmp_path / "none.txt")})
 
 
+def test_five_points_are_added_up() -> None:
+    oracle = Oracle(answer=lambda text: "On topic, useful, clear.\nSCORE: 3")
+    keys: dict[str, Any] = {"rubric": "additive", "answer": "points", "samples": 3}
+    assert scores(judge_of(ModelJudge, oracle, **keys), played("x", "y")) == [0.6, 0.6]
+    text, question = oracle.shown[0].split("\n\nTask: do t\n")
+    points = [line for line in text.splitlines() if line[:2] in ("1.", "2.", "3.", "4.", "5.")]
+    assert len(points) == 5 and "0 to 5 points" in question
+    # A question of yes or no, or another scale, would not fit what it says.
+    for other in ({}, {"answer": "points", "scale": 10}):
+        with pytest.raises(ValidationError, match="additive goes with answer: points and scale: 5"):
+            ModelJudge.Config.model_validate({"rubric": "additive", **other})
+    with pytest.raises(ValidationError, match="nor is it one of ours: additive"):
+        ModelJudge.Config.model_validate({"rubric": "addition"})
+
+
 def test_a_judge_without_its_model_says_so() -> None:
     for kind in (ModelJudge, PairwiseJudge):
         judge = kind(kind.Config.model_validate({}))  # pyright: ignore

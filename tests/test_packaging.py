@@ -53,6 +53,8 @@ def test_every_data_file_is_shipped() -> None:
         }
         assert data <= shipped, f"package-data of {package} leaves out {data - shipped}"
     assert "py.typed" in patterns["selfwright"]
+    rubrics = set((ROOT / "judges" / "rubrics").iterdir())
+    assert rubrics == set(folder("selfwright.judges").glob(*patterns["selfwright.judges"]))
 
 
 def test_every_entry_point_names_a_class_in_the_tree() -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -100,6 +100,56 @@ def test_weights_are_exp_of_reward_over_tau() -> None:
         ("b", 1.0),
         ("e", pytest.approx(math.exp(2.5))),
     ]
+
+
+def unread(one: Judged, how: str) -> Judged:
+    """The same, with a last turn that holds no action, or no answer."""
+    *before, last = one.trajectory.steps
+    if how == "action":
+        last = replace(last, action=replace(last.action, text="", invalid="that is no action"))
+    else:
+        last = replace(last, answer="")
+    return replace(one, trajectory=replace(one.trajectory, steps=(*before, last)))
+
+
+@dataclass
+class Mumbling(Stage):
+    """Whoever says m, or n, has said nothing that could be read."""
+
+    how: str = "action"
+
+    def judged(self, prefix: tuple[Step, ...], said: str, reward: float, attempt: int) -> Judged:
+        one = super().judged(prefix, said, reward, attempt)
+        return unread(one, self.how) if said in ("m", "n") else one
+
+
+@pytest.mark.parametrize("how", ["action", "answer"])
+def test_what_cannot_be_read_earns_what_the_recipe_says(how: str) -> None:
+    lines = [[("m", 0.0)], [("b", 0.0), ("n", 0.0)], [("e", 1.0), ("n", 0.0)]]
+    # As the paper's code has it for GSM8K: exp(-1 / 0.4), 1, exp(1 / 0.4).
+    paid = [math.exp(-2.5), 1.0, math.exp(2.5)]
+    said = learned(run(Mumbling(lines, how=how), turns=3, invalid_reward=-1.0))
+    assert said == list(zip("mbe", map(pytest.approx, paid), strict=True))
+    # None, and MATH's 0, are the score.
+    for keys in ({}, {"invalid_reward": 0.0}):
+        told = learned(run(Mumbling(lines, how=how), turns=3, **keys))
+        assert told == [("m", 1.0), ("b", 1.0), ("e", pytest.approx(math.exp(2.5)))]
+
+
+def test_what_cannot_be_read_is_the_worst_of_its_state() -> None:
+    lines = [[("n", 0.0), ("b", 0.0)], [("m", 0.0), ("n", 0.0)], [("e", 1.0)] * 2]
+    keys: dict[str, Any] = {"turns": 3, "invalid_reward": -1.0}
+    # It comes first, and of equals the first would be the best; two of a kind are not one.
+    assert learned(run(Mumbling(lines), **keys))[:2] == [
+        ("b", 1.0),
+        ("m", pytest.approx(math.exp(-2.5))),
+    ]
+    kept_all = learned(run(Mumbling(lines), keep="all", **keys))
+    assert [text for text, _ in kept_all] == ["b", "n", "m", "n", "e"]
+    # Against the mean of its state, and with what the next turn earns beside its own.
+    means = learned(run(Mumbling(lines), baseline="state_mean", gamma=0.5, **keys))
+    assert means[0] == ("b", pytest.approx(math.exp((0 - 0.5 + 0.25 + 0.5) / 0.4)))
+    assert means[1] == ("m", pytest.approx(math.exp((-1 + 0.5 + 1) / 0.4)))
 
 
 def test_the_prompt_is_the_policys_own_history_and_only_the_last_turn_is_a_target() -> None:

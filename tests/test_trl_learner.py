@@ -44,7 +44,7 @@ from selfwright.core.types import (
 )
 from selfwright.trainers.learning.export import read_sft, to_messages, to_preferences, to_sft
 from selfwright.trainers.learning.learner import LearnerConfig, PlainLearner
-from selfwright.trainers.learning.loss import NLL, Clip
+from selfwright.trainers.learning.loss import DPO, NLL, Clip, MomentGap
 from selfwright.trainers.learning.trl import (
     TRLConfig,
     TRLLearner,
@@ -174,6 +174,9 @@ def test_it_learns_quietly_and_leaves_nothing_behind(
     [
         (Batch(NLL(), ()), "no examples"),
         (Batch(Clip(), EXAMPLES), "no loss but NLL, and the trainer asks for Clip"),
+        (Batch(Clip(kl=0.1), EXAMPLES), "Clip needs reference, and TRLLearner serves no such need"),
+        (Batch(DPO(), EXAMPLES), "DPO needs whole step"),
+        (Batch(MomentGap("t"), EXAMPLES), "MomentGap needs distribution"),
         (
             Batch(NLL(), (*EXAMPLES, Example(asked("make 1"), Completion("1"), 2.0))),
             "their weights range from 1 to 2; use learner.use: plain, or learner.weights",

@@ -13,8 +13,8 @@ from typing import Any, Literal, TypeAlias
 from pydantic import Field
 
 from ..config import Config
-from ..errors import ModelError
 from ..types import Completion, Prompt
+from . import optimizer
 from .open import open_model
 from .tokens import PAD
 
@@ -51,6 +51,7 @@ class ScalarModel:
         torch.nn.init.zeros_(self.head.bias)
         self._trained = [*self.body.parameters(), *self.head.parameters()]
         self._optimizer = torch.optim.AdamW(self._trained, lr=config.learning_rate, weight_decay=0)
+        self._named = {str(k): weight for k, weight in enumerate(self._trained)}
         self.updates = 0
 
     def ids(self, text: Text) -> list[int]:
@@ -108,38 +109,10 @@ class ScalarModel:
 
     def save(self, file: Path) -> None:
         import torch
-        from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
-        state: dict[str, Any] = {"updates": torch.tensor(self.updates)}
-        for k, weight in enumerate(self._trained):
-            state[f"weight.{k}"] = weight.detach().clone().contiguous()
-            for name, value in self._optimizer.state.get(weight, {}).items():
-                state[f"optimizer.{name}.{k}"] = torch.as_tensor(value).clone().contiguous()
-        save_file(state, file)
+        state = optimizer.state_of(self._named, self._optimizer)
+        optimizer.write(file, {"updates": torch.tensor(self.updates), **state})
 
     def restore(self, file: Path) -> None:
         """Raises: ModelError: the file is missing, damaged or of another model."""
-        import torch
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
-
-        try:
-            state = load_file(file)
-            shapes = [state[f"weight.{k}"].shape for k in range(len(self._trained))]
-        except (OSError, SafetensorError, KeyError) as cause:
-            raise ModelError(f"cannot read {file}: {cause}") from cause
-        if shapes != [weight.shape for weight in self._trained]:
-            raise ModelError(f"{file} was written with another model than this one")
-        self.updates = int(state["updates"])
-        with torch.no_grad():
-            for k, weight in enumerate(self._trained):
-                weight.copy_(state[f"weight.{k}"])
-                kept = {
-                    name: state[f"optimizer.{name}.{k}"].to(
-                        weight.device if name != "step" else "cpu"
-                    )
-                    for name in ("step", "exp_avg", "exp_avg_sq")
-                    if f"optimizer.{name}.{k}" in state
-                }
-                if kept:
-                    self._optimizer.state[weight] = kept
+        self.updates = int(optimizer.restore(file, self._named, self._optimizer)["updates"])

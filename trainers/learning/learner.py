@@ -8,43 +8,37 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from accelerate import Accelerator  # pyright: ignore[reportMissingTypeStubs]
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import (
-    load_file,  # pyright: ignore[reportUnknownVariableType]
-    save_file,  # pyright: ignore[reportUnknownVariableType]
-)
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 
 from ...core.config import Config
-from ...core.errors import LearnerError
+from ...core.errors import LearnerError, ModelError
+from ...core.models import optimizer
 from ...core.models.canary import Canary, canary_ids
 from ...core.models.open import open_model
 from ...core.models.origin import note_base
-from ...core.models.tokens import PAD
 from ...core.seeds import derive
 from ...core.types import (
     AdversarialLoss,
     Batch,
-    DistributionLoss,
     Loss,
     Metrics,
+    Need,
     StepLoss,
-    TokenArrays,
 )
-from .pack import Row, micro_batches, pack, token_weights, units
-from .shard import like, sharding, whole
+from .forward import Forward
+from .pack import Row, pack, token_weights, units
+from .shard import sharding
 from .targets import Targets, unknown_targets
 
-LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}
-"""The most logits held at once, by kind of device: 32 and 256 MiB in float32."""
+FILE = "learner.safetensors"
 NO_GPU = "learner.device is cuda, but there is no GPU; use auto or cpu"
 
 
@@ -99,6 +93,8 @@ class PlainLearner:
     Config = LearnerConfig
     shares: ClassVar[bool] = True
     """Several processes may each have one, and call it alike: each does its share."""
+    serves: ClassVar = frozenset(Need)
+    """What losses may need of it."""
 
     @staticmethod
     def unfit(config: LearnerConfig, bare: Callable[[], Any]) -> list[str]:
@@ -119,7 +115,6 @@ class PlainLearner:
         self._mesh: Any = None
         if processes > 1 and sharding():
             self._mesh = init_device_mesh(self._device.type, (processes,))
-        self._budget = config.budget(self._device.type)
         self._base = model
         self._teachers: dict[str, Any] = {}
         self._begin()
@@ -140,14 +135,19 @@ class PlainLearner:
             weights.enable_input_require_grads()
         self._model: Any = self._adapt(weights) if config.method == "lora" else weights
         self._model.train()
-        self._head: Any = weights.get_output_embeddings()
-        layers = getattr(weights.get_decoder(), "layers", None)
-        last = getattr(layers[-1], "mlp", None) if layers else None
-        # What is checkpointed runs again when the hooks are gone; experts want whole sequences.
-        usual = not config.gradient_checkpointing and not hasattr(last, "experts")
-        self._last: Any = last if usual else None
+        self._forward = Forward(
+            self._model,
+            weights,
+            self._tokens,
+            self._device,
+            config.budget(self._device.type),
+            config.precision,
+            config.gradient_checkpointing,
+            config.trust_remote_code,
+            self._teachers,
+        )
         if self._mesh is not None:
-            for layer in layers or ():
+            for layer in self._forward.layers:
                 fully_shard(layer, mesh=self._mesh)
             fully_shard(self._model, mesh=self._mesh)
         self._trained: dict[str, Tensor] = {
@@ -201,15 +201,13 @@ class PlainLearner:
         not of the means; a step of such rows only is no step.
 
         Raises:
-            LearnerError: no examples, a loss that needs a frozen base which full training has
-                not got, or a loss that is not finite (the weights are then those before it).
+            LearnerError: no examples, a loss that needs what is not served (such as a frozen base,
+                which full training has not got), or a loss that is not finite (the weights are
+                then those before it).
         """
         if not batch.examples:
             raise LearnerError("the batch holds no examples: nothing can be learned from it")
-        if batch.loss.needs_reference and self._config.method == "full":
-            raise LearnerError(
-                "KL to the base needs learner.method: lora; full weights keep no base"
-            )
+        self._look_at(batch.loss)
         if batch.fresh:
             self._begin()
             progress = 0.0  # A whole training of its own: the run's schedule is not its.
@@ -235,6 +233,18 @@ class PlainLearner:
             "train/learning_rate": rate,
         }
 
+    def _look_at(self, loss: Loss) -> None:
+        """Raises: LearnerError: it needs what cannot be served here."""
+        if missing := loss.needs - self.serves:
+            raise LearnerError(
+                f"the loss {type(loss).__name__} needs {', '.join(sorted(missing))}, and "
+                f"{type(self).__name__} serves {', '.join(sorted(self.serves)) or 'no such need'}"
+            )
+        if Need.REFERENCE in loss.needs and self._config.method == "full":
+            raise LearnerError(
+                "KL to the base needs learner.method: lora; full weights keep no base"
+            )
+
     def _steps(self, rows: Sequence[Row], examples: int, epoch: int) -> Iterable[list[Row]]:
         order = units(rows)
         random.Random(derive(self._seed, "order", self._updates, epoch)).shuffle(order)
@@ -248,18 +258,18 @@ class PlainLearner:
         live = [
             k
             for k, row in enumerate(rows)
-            if loss.needs_reference or any(span.advantage for span in row.spans)
+            if Need.REFERENCE in loss.needs or any(span.advantage for span in row.spans)
         ]
-        if isinstance(loss, StepLoss) and live:
-            every = self._weighed(rows, every, loss)
+        if Need.WHOLE_STEP in loss.needs and live:
+            every = self._weighed(rows, every, cast(StepLoss, loss))
         rows, weights = [rows[k] for k in live], [every[k] for k in live]
         if not rows:
             return dict.fromkeys(("loss", "grad_norm", "ratio", "kl_old", "tokens"), 0.0)
         mine = [
             ([rows[k] for k in group], [weights[k] for k in group]) for group in self._mine(rows)
         ]
-        if isinstance(loss, AdversarialLoss):
-            self._challenge(mine, loss)
+        if Need.ADVERSARY in loss.needs:
+            self._challenge(mine, cast(AdversarialLoss, loss))
         sums = torch.zeros(4, dtype=torch.float64)
         with self._randomness("step", self._updates, self._accelerator.process_index):
             for part, scale in mine:
@@ -267,7 +277,7 @@ class PlainLearner:
         if self._accelerator.num_processes > 1:
             sums = self._add_up(sums)
         most = self._config.max_grad_norm
-        norm = whole(torch.nn.utils.clip_grad_norm_(self._trained.values(), most))
+        norm = optimizer.whole(torch.nn.utils.clip_grad_norm_(self._trained.values(), most))
         total, ratio, kl_old, trained = (float(x) for x in sums)
         if not (torch.isfinite(norm) and math.isfinite(total)):
             self._optimizer.zero_grad(set_to_none=True)
@@ -293,9 +303,7 @@ class PlainLearner:
         Where the model is sharded, all of them have as many, for each takes part in every pass of
         the others; some are then of no row at all.
         """
-        vocabulary = self._model.config.get_text_config().vocab_size
-        logits = LOGITS.get(self._device.type, LOGITS["cuda"])
-        groups = micro_batches(rows, self._budget, max(1, logits // vocabulary))
+        groups = self._forward.groups(rows)
         processes = self._accelerator.num_processes
         if self._mesh is not None:
             groups += [[]] * (-len(groups) % processes)
@@ -312,7 +320,7 @@ class PlainLearner:
         with torch.no_grad():
             for group in self._mine(rows):
                 # Rows come back one after another, as the spans inside each.
-                made = self._arrays([rows[k] for k in group], loss)
+                made = self._forward.arrays([rows[k] for k in group], loss)
                 both = (made.logprobs, made.reference_logprobs)
                 at = 0
                 for k in group:
@@ -323,8 +331,8 @@ class PlainLearner:
         self._model.train()
         if self._accelerator.num_processes > 1:
             found = self._accelerator.reduce(found, "sum")
-        arrays = self._given(rows, found[0])
-        if loss.needs_reference:
+        arrays = self._forward.given(rows, found[0])
+        if Need.REFERENCE in loss.needs:
             arrays = replace(arrays, reference_logprobs=found[1])
         said = iter(loss.weigh(arrays, derive(self._seed, "weigh", self._updates)).tolist())
         return [[[w * next(said) for w in span] for span in row] for row in weights]
@@ -333,36 +341,22 @@ class PlainLearner:
         self, mine: Sequence[tuple[list[Row], list[list[list[float]]]]], loss: AdversarialLoss
     ) -> None:
         """One step of the loss's own parameters, up."""
-        sizes = self._model.config.get_text_config()
+        sizes = self._forward.sizes
         adversary = loss.meet(sizes.hidden_size, sizes.vocab_size, self._device)
         for weight in adversary:
             weight.grad = None  # What the last descent has left there.
         self._model.eval()
         for rows, weights in mine:
             with torch.no_grad():
-                arrays = self._arrays(rows, loss)
+                arrays = self._forward.arrays(rows, loss)
             if rows:
-                (-(loss(arrays) * self._scale(weights)).sum()).backward()
+                (-(loss(arrays) * self._flat(weights)).sum()).backward()
         self._model.train()
         if self._accelerator.num_processes > 1:
             for weight in adversary:
                 mine_only = torch.zeros_like(weight) if weight.grad is None else weight.grad
                 weight.grad = self._accelerator.reduce(mine_only, "sum")
         loss.climb()
-
-    def _given(self, rows: Sequence[Row], logprobs: Tensor) -> TokenArrays:
-        """What is known of the rows' tokens, beside ``logprobs``."""
-        device = self._device
-        known = [s.old_logprobs or [torch.nan] * (s.end - s.begin) for r in rows for s in r.spans]
-        old = torch.tensor([x for span in known for x in span], device=device)
-        spans = [s for r in rows for s in r.spans for _ in range(s.begin, s.end)]
-        advantages = torch.tensor([s.advantage for s in spans], device=device, dtype=torch.float32)
-        examples, groups = (
-            torch.tensor(those, device=device)
-            for those in ([s.example for s in spans], [s.group for s in spans])
-        )
-        old = old.where(~old.isnan(), logprobs.detach())
-        return TokenArrays(logprobs, old, advantages, None, examples, groups)
 
     def _add_up(self, sums: Tensor) -> Tensor:
         """Gradients and sums over all processes. By hand: some may hold no row at all.
@@ -380,10 +374,10 @@ class PlainLearner:
         self, rows: Sequence[Row], weights: Sequence[list[list[float]]], loss: Loss
     ) -> Tensor:
         """Gradients of a micro-batch; sums of loss, ratio, estimated KL to the sampler, tokens."""
-        arrays = self._arrays(rows, loss)
+        arrays = self._forward.arrays(rows, loss)
         total = arrays.logprobs.sum()  # Of nothing, if there are no rows.
         if rows:
-            total = (loss(arrays) * self._scale(weights)).sum()
+            total = (loss(arrays) * self._flat(weights)).sum()
         # Where it is sharded, torch has means of the processes' gradients made, not sums.
         parts = 1 if self._mesh is None else self._accelerator.num_processes
         self._accelerator.backward(total * parts)
@@ -398,77 +392,8 @@ class PlainLearner:
             ]
         ).to("cpu", torch.float64)
 
-    def _scale(self, weights: Sequence[list[list[float]]]) -> Tensor:
+    def _flat(self, weights: Sequence[list[list[float]]]) -> Tensor:
         return torch.tensor([w for row in weights for span in row for w in span]).to(self._device)
-
-    def _arrays(self, rows: Sequence[Row], loss: Loss) -> TokenArrays:
-        """What ``loss`` sees of these rows."""
-        ids, where = self._tensors(rows)
-        logits, states = self._logits(self._model, self._head, self._last, ids, where)
-        # Of all ways to say this, the one that holds the fewest copies of the logits.
-        logprobs = -functional.cross_entropy(logits, ids[where], reduction="none")
-        arrays = self._given(rows, logprobs)
-        if loss.needs_reference:
-            with torch.no_grad(), self._model.disable_adapter():
-                other, _ = self._logits(self._model, self._head, self._last, ids, where)
-                reference = -functional.cross_entropy(other, ids[where], reduction="none")
-            arrays = replace(arrays, reference_logprobs=reference)
-        if isinstance(loss, DistributionLoss):
-            teacher = self._teacher(loss.teacher)
-            with torch.no_grad():
-                theirs, _ = self._logits(teacher, teacher.get_output_embeddings(), None, ids, where)
-            arrays = replace(
-                arrays,
-                distribution=logits.log_softmax(-1),
-                teacher=theirs.log_softmax(-1),
-                states=states.detach().float(),
-            )
-        return arrays
-
-    def _teacher(self, name: str) -> Any:
-        """A frozen model of the same vocabulary, opened once. Raises: LearnerError: it is not."""
-        if name not in self._teachers:
-            dtype = self._config.precision
-            weights, tokens = open_model(
-                name, str(self._device), dtype, self._config.trust_remote_code
-            )
-            sizes = [m.config.get_text_config().vocab_size for m in (self._model, weights)]
-            if tokens.fingerprint != self._tokens.fingerprint or sizes[0] != sizes[1]:
-                raise LearnerError(
-                    f"the teacher {name!r} has another vocabulary ({sizes[1]} tokens) than the "
-                    f"model in training ({sizes[0]}): their distributions cannot be compared; "
-                    "learn from its text instead"
-                )
-            self._teachers[name] = weights.eval()
-        return self._teachers[name]
-
-    def _tensors(self, rows: Sequence[Row]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """(B, T) ids, padded on the right, and (N,), (N,): row and position of trained tokens."""
-        longest = max((len(row.ids) for row in rows), default=1)
-        ids = torch.tensor([row.ids + [PAD] * (longest - len(row.ids)) for row in rows] or [[PAD]])
-        spots = [
-            (k, at)
-            for k, row in enumerate(rows)
-            for span in row.spans
-            for at in range(span.begin, span.end)
-        ]
-        place = torch.tensor(spots, dtype=torch.long).reshape(-1, 2).to(self._device)
-        return ids.to(self._device), (place[:, 0], place[:, 1])
-
-    def _logits(
-        self, model: Any, head: Any, last: Any, ids: Tensor, where: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """(N, V) float32, and (N, D) what the head made them from, that predict these tokens.
-
-        No mask is needed: padding stands on the right of a causal row.
-        """
-        rows, at = where
-        mixed = torch.autocast(
-            self._device.type, torch.bfloat16, enabled=self._config.precision == "bfloat16"
-        )
-        with only(head, last, rows, at - 1) as read, mixed:
-            logits = model(input_ids=ids, use_cache=False).logits.float()
-        return logits, read[0]
 
     def _rate(self, progress: float) -> float:
         left = 1 - min(max(progress, 0.0), 1.0)
@@ -489,7 +414,9 @@ class PlainLearner:
         told: dict[str, Any] = {}
         if self._mesh is not None:
             named = self._trained if lora else self._model.state_dict()
-            told["state_dict"] = {name: whole(value).detach() for name, value in named.items()}
+            told["state_dict"] = {
+                name: optimizer.whole(value).detach() for name, value in named.items()
+            }
         if self._accelerator.is_main_process:
             if lora:
                 # Embeddings are not trained, and to ask whether they were resized peft may phone.
@@ -503,88 +430,28 @@ class PlainLearner:
 
     def _canary(self) -> Canary:
         """What these weights, served by anybody, have to answer."""
-        ids = canary_ids(self._tokens.tokenizer)
+        forward, ids = self._forward, canary_ids(self._tokens.tokenizer)
         row = torch.tensor([ids], device=self._device)
         at = torch.arange(1, len(ids), device=self._device)
         self._model.eval()
         with torch.no_grad():
-            logits, _ = self._logits(self._model, self._head, None, row, (at * 0, at))
+            logits, _ = forward.logits(self._model, forward.head, None, row, (at * 0, at))
         self._model.train()
         found = -functional.cross_entropy(logits, row[0, 1:], reduction="none")
         return Canary(ids, tuple(float(one) for one in found))
 
     def save(self, folder: Path) -> None:
         """Weights in training, optimiser state and the count that random numbers follow from."""
-        state: dict[str, Tensor] = {}
-        for name, weight in self._trained.items():
-            state[f"weight.{name}"] = whole(weight.detach())
-            for key, value in self._optimizer.state.get(weight, {}).items():
-                state[f"optimizer.{key}.{name}"] = whole(torch.as_tensor(value))
+        state = optimizer.state_of(self._trained, self._optimizer)  # By everybody, as above.
         if not self._accelerator.is_main_process:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        state["updates"] = torch.tensor(self._updates)
-        save_file(
-            {k: v.contiguous().cpu().clone() for k, v in state.items()},
-            folder / "learner.safetensors",
-        )
+        optimizer.write(folder / FILE, {**state, "updates": torch.tensor(self._updates)})
 
     def restore(self, folder: Path) -> None:
         """Raises: LearnerError: the folder is of a learner with other weights, or damaged."""
         try:
-            state = load_file(folder / "learner.safetensors")
-        except (OSError, SafetensorError) as cause:
-            raise LearnerError(f"cannot read {folder}/learner.safetensors: {cause}") from cause
-        shapes = {
-            key.removeprefix("weight."): value.shape
-            for key, value in state.items()
-            if key.startswith("weight.")
-        }
-        if shapes != {name: weight.shape for name, weight in self._trained.items()}:
-            raise LearnerError(
-                f"{folder} holds {len(shapes)} trained tensors, this learner has "
-                f"{len(self._trained)}, or of other shapes: it was written with another model or "
-                "learner config"
-            )
+            state = optimizer.restore(folder / FILE, self._trained, self._optimizer)
+        except ModelError as cause:
+            raise LearnerError(str(cause)) from cause
         self._updates = int(state["updates"])
-        slots = {key.split(".")[1] for key in state if key.startswith("optimizer.")}
-        for name, weight in self._trained.items():
-            with torch.no_grad():
-                weight.copy_(like(state[f"weight.{name}"], weight))
-            self._optimizer.state[weight] = {
-                slot: like(value, weight)
-                for slot in slots
-                if (value := state.get(f"optimizer.{slot}.{name}")) is not None
-            }
-
-
-@contextmanager
-def only(head: Any, last: Any, rows: Tensor, at: Tensor) -> Generator[list[Tensor]]:
-    """A model's ``head`` gets (N, D) hidden states of these positions in place of (B, T, D).
-
-    So does ``last``, the last layer's MLP, if given, as (1, N, D): nobody reads what it makes of
-    other positions. What the head read is put into the list.
-    """
-
-    def select(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        read.append(args[0][rows, at])
-        return (read[-1],)
-
-    def select_one(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        shape.append(args[0].shape)
-        return (args[0][rows, at][None],)
-
-    def put_back(_: Any, __: Any, made: Tensor) -> Tensor:
-        return made.new_zeros(shape.pop()).index_put((rows, at), made[0])
-
-    read: list[Tensor] = []
-    shape: list[torch.Size] = []
-    hooks = [head.register_forward_pre_hook(select)]
-    if last is not None:
-        hooks.append(last.register_forward_pre_hook(select_one))
-        hooks.append(last.register_forward_hook(put_back))
-    try:
-        yield read
-    finally:
-        for hook in hooks:
-            hook.remove()

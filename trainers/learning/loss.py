@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from ...core.types import Aggregation, TokenArrays
+from ...core.types import Aggregation, Need, TokenArrays
 
 KL: TypeAlias = Literal["k1", "k2", "k3"]
 """An estimator of the Kullback-Leibler divergence, as in ``kl``."""
@@ -22,7 +22,10 @@ class NLL:
 
     aggregation: Aggregation = "seq-mean-token-mean"
     length: int = 1
-    needs_reference: bool = False
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset()
 
     def __call__(self, arrays: TokenArrays) -> Any:
         return -arrays.advantages * arrays.logprobs
@@ -47,8 +50,8 @@ class Clip:
     """Multiplies all of it."""
 
     @property
-    def needs_reference(self) -> bool:
-        return self.kl > 0
+    def needs(self) -> frozenset[Need]:
+        return frozenset({Need.REFERENCE} if self.kl > 0 else ())
 
     def __call__(self, arrays: TokenArrays) -> Any:
         advantages = arrays.advantages
@@ -78,6 +81,10 @@ class CovarianceClip(Clip):
     above: float = 2.0
     below: float = 60.0
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        return super().needs | {Need.WHOLE_STEP}
+
     def weigh(self, arrays: TokenArrays, seed: int) -> Any:
         advantages, logprobs = arrays.advantages, arrays.logprobs
         covariance = (advantages - advantages.mean()) * (logprobs - logprobs.mean())
@@ -106,7 +113,10 @@ class SequenceClip:
     """The ratio weighs no more than this: of long texts it explodes."""
     aggregation: Aggregation = "seq-mean-token-sum"
     length: int = 1
-    needs_reference: bool = False
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({Need.WHOLE_STEP})
 
     def weigh(self, arrays: TokenArrays, seed: int) -> Any:
         """The sequence's ratio, 0 where it is clipped: d ratio = ratio * d log pi."""
@@ -132,7 +142,10 @@ class DPO:
     beta: float = 0.1
     aggregation: Aggregation = "seq-mean-token-sum"
     length: int = 1
-    needs_reference: bool = False
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({Need.WHOLE_STEP})
 
     def weigh(self, arrays: TokenArrays, seed: int) -> Any:
         gaps = arrays.advantages * (arrays.logprobs - arrays.old_logprobs)
@@ -163,7 +176,10 @@ class MomentGap:
     """(N, D) states to (N, V) values in [-1, 1]."""
     aggregation: Aggregation = "token-mean"
     length: int = 1
-    needs_reference: bool = False
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({Need.DISTRIBUTION} | ({Need.STATES} if self.critic else set()))
 
     def __call__(self, arrays: TokenArrays) -> Any:
         apart = arrays.teacher.exp() - arrays.distribution.exp()
@@ -180,6 +196,10 @@ class MomentGap:
 @dataclass(frozen=True)
 class ContestedGap(MomentGap):
     """The same against a critic that learns."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return super().needs | {Need.ADVERSARY}
 
     def meet(self, states: int, vocabulary: int, device: Any) -> Sequence[Any]:
         return self.critic.meet(states, vocabulary, device)

@@ -1,9 +1,6 @@
-"""A model sharded over several processes: whether it is to be, and its tensors whole or in part."""
+"""Whether a model is to be sharded over several processes."""
 
 import os
-
-from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ...core.errors import LearnerError
 
@@ -26,16 +23,3 @@ def sharding() -> bool:
     # to fill later; here each of them shards a whole one.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return True
-
-
-def whole(value: Tensor) -> Tensor:
-    """All of a tensor; where it is sharded, every process has to ask."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def like(value: Tensor, weight: Tensor) -> Tensor:
-    """This process's part of ``value``, where ``weight`` is sharded and as large."""
-    if isinstance(weight, DTensor) and value.shape == weight.shape:
-        place, how = weight.device_mesh, weight.placements
-        return distribute_tensor(value.to(weight.device), place, how, src_data_rank=None)
-    return value.to(weight.device)

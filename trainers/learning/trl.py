@@ -26,10 +26,9 @@ from ...core.models.open import open_model, open_tokens
 from ...core.models.origin import layers_of, note_base
 from ...core.models.tokens import PAD, ChatTokens
 from ...core.seeds import derive
-from ...core.types import Batch, Example, Metrics, Pair
+from ...core.types import Batch, Example, Loss, Metrics, Need, Pair, TokenArrays
 from .export import to_preferences
 from .learner import LearnerConfig, PlainLearner
-from .loss import NLL
 
 MISSING = "TRL is not installed; pip install 'selfwright[trl]', or use learner.use: plain"
 Weights: TypeAlias = Literal["refuse", "ignore", "repeat"]
@@ -53,6 +52,7 @@ class TRLLearner(PlainLearner):
 
     Config = TRLConfig
     shares: ClassVar[bool] = False
+    serves: ClassVar = frozenset[Need]()
 
     @staticmethod
     def unfit(config: LearnerConfig, bare: Callable[[], Any]) -> list[str]:
@@ -77,11 +77,7 @@ class TRLLearner(PlainLearner):
             LearnerError: no examples, a loss that is not NLL, weights that TRL cannot honour, or a
                 loss that is not finite (the weights are spoiled then: restore an earlier state).
         """
-        if not isinstance(batch.loss, NLL):
-            raise LearnerError(
-                f"TRL's SFTTrainer knows no loss but NLL, and the trainer asks for "
-                f"{type(batch.loss).__name__}; use learner.use: plain"
-            )
+        self._look_at(batch.loss)
         if batch.fresh:
             self._begin()
             progress = 0.0
@@ -104,6 +100,15 @@ class TRLLearner(PlainLearner):
             "train/prefix_breaks": float(self._tokens.breaks - before),
             "train/learning_rate": log[-1]["learning_rate"],
         }
+
+    def _look_at(self, loss: Loss) -> None:
+        """TRL computes a loss of its own; any other one would not be asked at all."""
+        super()._look_at(loss)
+        if not imitates(loss):
+            raise LearnerError(
+                "TRL's SFTTrainer knows no loss but NLL, and the trainer asks for "
+                f"{type(loss).__name__}; use learner.use: plain"
+            )
 
     def _fit(
         self,
@@ -149,6 +154,15 @@ class TRLLearner(PlainLearner):
             log = _run(trainer)
         self._updates = begin + len(log)
         return log
+
+
+def imitates(loss: Loss) -> bool:
+    """Whether a loss without needs is the weighted negative log-likelihood, by two numbers."""
+    import torch
+
+    logprobs, advantages = torch.tensor([-0.5, -3.0]), torch.tensor([1.0, -2.0])
+    made = loss(TokenArrays(logprobs, torch.tensor([-1.0, -2.0]), advantages))
+    return torch.allclose(made, -advantages * logprobs)
 
 
 def weighed(examples: Sequence[Example], mode: Weights, seed: int) -> list[Example]:

@@ -8,15 +8,20 @@ from pydantic import Field
 
 from ...core.models.scalar import DISCRIMINATOR
 from ...core.protocols import Context
-from ...core.types import Batch, Judged, Metrics
+from ...core.types import Aggregation, Batch, Judged, Metrics
+from ..parts.advantage import Baseline
 from ..parts.credit import by_task
 from ..parts.discriminator import Discriminator, DiscriminatorConfig, paired, whole_text
-from ..parts.group_relative import GroupRelative, UnbiasedConfig
-from ..parts.teachers import Teachers, TeachersConfig
+from ..parts.group_relative import LENGTH, GroupConfig, GroupRelative
+from ..parts.teachers import TeacherNames, Teachers
 
 
-class AdversarialConfig(UnbiasedConfig, TeachersConfig):
+class AdversarialConfig(GroupConfig):
+    baseline: Baseline = "dr_grpo"
+    aggregation: Aggregation = "seq-mean-token-sum-norm"
+    length: int = LENGTH
     kl: float = Field(default=0.01, ge=0)
+    teachers: TeacherNames = Field(default=["expert"])
     teacher_attempts: int | None = Field(default=None, ge=0)
     """Teachers' responses per task, together; None: as many as the policy's."""
     similarity: float = Field(default=1.0, ge=0)

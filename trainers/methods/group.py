@@ -2,12 +2,18 @@
 
 from ...core.types import Aggregation
 from ..parts.advantage import Baseline
-from ..parts.group_relative import GroupConfig, GroupRelative, UnbiasedConfig
+from ..parts.group_relative import LENGTH, GroupConfig, GroupRelative
 
 
 class RLOOConfig(GroupConfig):
     baseline: Baseline = "rloo"
     aggregation: Aggregation = "seq-mean-token-sum"
+
+
+class DrGRPOConfig(GroupConfig):
+    baseline: Baseline = "dr_grpo"
+    aggregation: Aggregation = "seq-mean-token-sum-norm"
+    length: int = LENGTH
 
 
 class GRPO(GroupRelative):
@@ -32,4 +38,4 @@ class RLOO(GroupRelative):
 class DrGRPO(GroupRelative):
     """GRPO without its biases, of difficulty and of length (Liu et al. 2025, arXiv:2503.20783)."""
 
-    Config = UnbiasedConfig
+    Config = DrGRPOConfig

@@ -3,10 +3,11 @@
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ...core.files import read_json, write_json
 from ...core.play.asking import ask
@@ -15,21 +16,44 @@ from ...core.seeds import derive
 from ...core.store import read_trajectories, write_trajectories
 from ...core.types import Action, Batch, Completion, Example, Judged, Prompt, Start, Step
 from ..learning.examples import asked, example
-from ..parts.credit import by_task, score
+from ..parts.credit import TrainerConfig, by_task, score
 from ..parts.feedback import (
-    FeedbackConfig,
+    About,
     Item,
+    Pool,
+    Source,
     failures,
     known,
+    read_feedback,
     refining,
     shuffled,
     with_feedback,
 )
 from ..parts.selection import Select, candidates, shares
 
+REFINER = "refiner"
+"""Where, beside the policy's, the episodes are kept that a refiner learns."""
 
-class ILFConfig(FeedbackConfig):
+
+class ILFConfig(TrainerConfig):
     attempts_per_task: int = Field(default=30, ge=1)
+    feedback: Source | Literal["file"] = "world"
+    """Whose: what the world answered, what the judge said, the policy's own, or ``file``'s. With
+    ``none`` the refiner is only told that it failed."""
+    file: str = ""
+    """With ``feedback: file``: JSON lines {"trajectory": row, "step": index, "feedback": words}; a
+    better answer, if somebody wrote one, as "refinement" (it is tried as those of a refiner)."""
+    trajectories: str = ""
+    """The attempts at training tasks that ``file`` is about: a folder of episodes, as runs store
+    them (an iteration's)."""
+    about: About = "last"
+    """Which action of a failed attempt is refined: the last one, or one drawn at random."""
+    pool: Pool = "unsolved"
+    """Whose failures: of tasks that no attempt solved, or of any."""
+    shuffle: bool = False
+    """Give every attempt another one's feedback: what is left then is not due to it."""
+    threshold: float = Field(default=1.0, ge=0, le=1)
+    """The score that an attempt must miss to be refined, and a refinement reach by ``reward``."""
     refinements: int = Field(default=30, ge=1)
     """Sampled for every attempt that feedback was given on."""
     unit: Literal["turn", "episode"] = "turn"
@@ -37,6 +61,10 @@ class ILFConfig(FeedbackConfig):
     policy then plays on to its end."""
     refiner: str = ""
     """Empty: the policy; else a model folder or hub id, a teacher or one trained to refine."""
+    learns: Literal["policy", "refiner", "both"] = "policy"
+    """What the model of this run is: the ``policy``, from task to refinement; the ``refiner`` of
+    another run, from task, attempt and feedback to refinement, as Chen et al. train one on those
+    that people wrote (that run then names this one's folder as ``refiner``); ``both`` at once."""
     layout: Literal["conversation", "blocks"] = "conversation"
     """How a refiner is asked: as the world would go on, or with labelled blocks."""
     select: Select = "reward"
@@ -47,6 +75,19 @@ class ILFConfig(FeedbackConfig):
     beta: float | None = Field(default=None, ge=0)
     """None: one refinement a task, of weight 1. Else all that were tried, weighed in proportion to
     exp(beta * score), a task's together as one."""
+
+    @model_validator(mode="after")
+    def _file(self) -> Self:
+        if {self.feedback == "file"} != {bool(self.file), bool(self.trajectories)}:
+            raise ValueError("feedback: file, file: PATH and trajectories: PATH go together")
+        if self.file:
+            self.items()
+        return self
+
+    def items(self) -> list[Item]:
+        """What ``file`` says. Raises: ValueError: it does not fit ``trajectories``."""
+        given = read_trajectories(Path(self.trajectories))
+        return read_feedback(Path(self.file), given, self.threshold)
 
 
 class ILF:
@@ -69,7 +110,9 @@ class ILF:
         self._given: list[Item] = []
         self._round = 0
         self._kept: list[Judged] = []
-        """The refined action of each is the last one that was replayed."""
+        """What a policy learns: the refined action of each is the last one that was replayed."""
+        self._refined: list[Judged] = []
+        """What a refiner learns: the same, as they were asked for."""
 
     async def begin(self) -> None:
         if self._config.file:
@@ -85,45 +128,50 @@ class ILF:
 
     async def batches(self, judged: Sequence[Judged]) -> list[Batch]:
         config, context = self._config, self._context
-        items = self._given or failures(judged, config, self._seed("pool"))
+        found = (config.threshold, config.pool, config.about, self._seed("pool"))
+        items = self._given or failures(judged, *found)
         if config.feedback != "file":
             items = await with_feedback(items, config.feedback, context, self._seed("feedback"))
         if config.shuffle:
             items = shuffled(items, self._seed("shuffle"))
         chosen = await self._refine(items)
-        self._kept = [*self._kept, *chosen] if config.restart else chosen
+        number = config.refinements
+        plain = [without_feedback(one, items[one.trajectory.attempt // number]) for one in chosen]
+        if not config.restart:
+            self._kept, self._refined = [], []
+        self._kept += plain if config.learns != "refiner" else []
+        self._refined += chosen if config.learns != "policy" else []
         self._round += 1
-        examples: list[Example] = []
-        for group in by_task(self._kept):
-            beta = config.beta
-            scores = [score(one) for one in group]
-            weights = [1.0] * len(group) if beta is None else shares(scores, beta)
-            for one, weight in zip(group, weights, strict=True):
-                examples += self._examples(one, weight)
+        examples = self._examples(self._kept, None) + self._examples(self._refined, 1)
         return [Batch(config.nll, tuple(examples), config.epochs, config.restart)] if chosen else []
 
     def _seed(self, *parts: int | str) -> int:
         return derive(self._context.seed, "ilf", self._round, *parts)
 
     async def _refine(self, items: Sequence[Item]) -> list[Judged]:
-        """The refinements to learn, as episodes; one per task, unless they are weighed."""
+        """The refinements to learn, as episodes with the prompts that asked for them.
+
+        One per task, unless they are weighed.
+        """
         config, context = self._config, self._context
         name = config.refiner or "policy"
         policy = await context.open(name)
         many = config.refinements
-        prompts = [refining(item, config.layout, context) for item in items for _ in range(many)]
-        said = await ask(policy, prompts, context.sampling_of(name), self._seed("refine"))
+        prompts = [refining(item, config.layout, context) for item in items]
+        asked = [prompt for item, prompt in zip(items, prompts, strict=True) if not item.refinement]
+        every = [prompt for prompt in asked for _ in range(many)]
+        said = iter(await ask(policy, every, context.sampling_of(name), self._seed("refine")))
         starts: list[Start] = []
         for k, item in enumerate(items):
-            made = [one for one in said[k * many : (k + 1) * many] if one is not None]
+            if item.refinement:
+                made = [Completion(item.refinement)]
+            else:
+                made = [one for one in islice(said, many) if one is not None]
             seed = self._seed("pick", item.trajectory.task.id, item.step)
             tried = await candidates(context, item, made, config.select, seed)
             for number, one in enumerate(tried):
-                starts.append(self._start(item, prompts[k * many], one, k * many + number))
-        played = [
-            without_feedback(one, items[one.trajectory.attempt // many])
-            for one in (await context.attempt(starts) if starts else [])
-        ]
+                starts.append(self._start(item, prompts[k], one, k * many + number))
+        played = await context.attempt(starts) if starts else []
         chosen: list[Judged] = []
         for group in by_task(played):
             if config.beta is not None:
@@ -143,17 +191,30 @@ class ILF:
         turns = 0 if self._config.unit == "turn" else None
         return Start(trajectory.task, trajectory.seed, attempt, prefix, turns, trajectory.id)
 
-    def _examples(self, one: Judged, weight: float) -> list[Example]:
-        turns = range(one.trajectory.replayed - 1, len(one.trajectory.steps))
-        return [example(one.trajectory, turn, weight) for turn in turns]
+    def _examples(self, kept: Sequence[Judged], most: int | None) -> list[Example]:
+        """The refined action of each and those after it, ``most`` together; None: all."""
+        beta = self._config.beta
+        examples: list[Example] = []
+        for group in by_task(kept):
+            scores = [score(one) for one in group]
+            weights = [1.0] * len(group) if beta is None else shares(scores, beta)
+            for one, weight in zip(group, weights, strict=True):
+                turns = range(one.trajectory.replayed - 1, len(one.trajectory.steps))
+                examples += [example(one.trajectory, turn, weight) for turn in turns[:most]]
+        return examples
 
     def save(self, folder: Path, images: Path) -> None:
         write_json(folder / "ilf.json", {"round": self._round})
         write_trajectories(folder, self._kept, images)
+        if self._refined:
+            (folder / REFINER).mkdir()
+            write_trajectories(folder / REFINER, self._refined, images)
 
     def restore(self, folder: Path) -> None:
         self._round = read_json(folder / "ilf.json")["round"]
         self._kept = read_trajectories(folder)
+        there = (folder / REFINER).is_dir()
+        self._refined = read_trajectories(folder / REFINER) if there else []
 
 
 def without_feedback(one: Judged, item: Item) -> Judged:

@@ -10,7 +10,7 @@ from ...core.protocols import Context, Plan
 from ...core.seeds import derive
 from ...core.types import Batch, Judged, Start, Stop
 from ..parts.credit import TrainerConfig, key, score
-from ..parts.lessons import Baseline, Filter, Lesson, kept, sound, state_baseline, texts
+from ..parts.lessons import Baseline, Filter, Lesson, kept, reward, sound, state_baseline, texts
 
 
 class RISEConfig(TrainerConfig):
@@ -35,6 +35,10 @@ class RISEConfig(TrainerConfig):
     """Which turns: all; better than the turn before; with no better turn before; solved. The
     first turn is always kept, except by ``success``."""
     tau: float = Field(default=0.4, gt=0)
+    invalid_reward: float | None = None
+    """What a turn earns in place of its score if no action can be read from it or, where each is a
+    whole attempt, no answer: the paper's code has -1 for GSM8K, 0 for MATH. None: its score, which
+    is never below 0."""
     baseline: Baseline = "none"
     constant: float = 0.0
     """The baseline of that name."""
@@ -96,7 +100,7 @@ class RISE:
                 groups = [] if last else sound(await own(again))
             starts = []
             for group in groups:
-                carried = max(group, key=score) if config.history == "best" else group[0]
+                carried = max(group, key=self._reward) if config.history == "best" else group[0]
                 conversations[key(group[0])].append(carried)
                 starts += self._retries(carried)
             if last or not starts:
@@ -111,6 +115,9 @@ class RISE:
             mean = sum(e.advantage for e in examples) / len(examples)
             examples = [replace(e, advantage=e.advantage / mean) for e in examples]
         return [Batch(config.nll, tuple(examples), config.epochs)]
+
+    def _reward(self, one: Judged) -> float:
+        return reward(one, self._config.invalid_reward)
 
     def _retries(self, carried: Judged) -> list[Start]:
         """Candidates for the turn after ``carried``; none once it is solved or out of steps."""
@@ -132,19 +139,21 @@ class RISE:
     def _learn(self, group: Sequence[Judged], conversation: list[Judged]) -> list[Lesson]:
         """The lessons of one state: its candidates, or the best of them."""
         config = self._config
-        baseline = state_baseline([score(one) for one in group], config.baseline, config.constant)
-        earlier = [score(one) for one in conversation]
-        ranked = sorted(group, key=score, reverse=True)
+        rewards = [self._reward(one) for one in group]
+        baseline = state_baseline(rewards, config.baseline, config.constant)
+        earlier = [self._reward(one) for one in conversation]
+        ranked = sorted(group, key=self._reward, reverse=True)
         said: set[str] = set()
         lessons: list[Lesson] = []
         for one in ranked[:1] if config.keep == "best" else ranked:
-            trajectory, reward = one.trajectory, score(one)
+            trajectory, earned = one.trajectory, self._reward(one)
             action = "\n".join(texts(trajectory.steps[trajectory.replayed :]))
             before = texts(trajectory.steps[: trajectory.replayed])
             # A wrong attempt is not worth repeating; to repeat a right one is what settling is.
-            repeats = action in before and not (config.settle and reward >= 1)
-            if action in said or repeats or not kept(config.filter, reward, earlier):
+            repeats = action in before and not (config.settle and earned >= 1)
+            if action in said or repeats or not kept(config.filter, earned, earlier):
                 continue
             said.add(action)
-            lessons.append(Lesson(one, baseline, len(conversation), conversation))
+            turn = len(conversation)
+            lessons.append(Lesson(one, baseline, config.invalid_reward, turn, conversation))
         return lessons

@@ -11,15 +11,18 @@ from pydantic import Field
 from ...core.files import read_json, write_json
 from ...core.protocols import Context
 from ...core.seeds import derive
-from ...core.types import Batch, Judged
+from ...core.types import Aggregation, Batch, Judged
 from ..learning.examples import reinforce
-from ..parts.advantage import advantages, own_turns
+from ..parts.advantage import Baseline, advantages, own_turns
 from ..parts.credit import by_task
-from ..parts.group_relative import GroupRelative, UnbiasedConfig
+from ..parts.group_relative import LENGTH, GroupConfig, GroupRelative
 from ..parts.replay import Replay, ReplayEntry
 
 
-class SelfImitationConfig(UnbiasedConfig):
+class SelfImitationConfig(GroupConfig):
+    baseline: Baseline = "dr_grpo"
+    aggregation: Aggregation = "seq-mean-token-sum-norm"
+    length: int = LENGTH
     high: float = Field(default=0.28, ge=0)
     dual: float | None = Field(default=10.0, gt=1)
     entropy_share: float = Field(default=0.02, ge=0, le=1)

@@ -15,11 +15,12 @@ from ..learning.loss import SequenceClip
 from ..parts.advantage import own_turns
 from ..parts.credit import TrainerConfig, by_task
 from ..parts.discriminator import Discriminator, DiscriminatorConfig, paired, whole_text
-from ..parts.teachers import Teachers, TeachersConfig
+from ..parts.teachers import TeacherNames, Teachers
 
 
-class TextGAILConfig(TrainerConfig, TeachersConfig):
+class TextGAILConfig(TrainerConfig):
     aggregation: Aggregation = "seq-mean-token-sum"
+    teachers: TeacherNames = Field(default=["expert"])
     clip: float = Field(default=0.2, ge=0, lt=1)
     """A response's ratio to the policy that sampled it is cut at 1 - clip and 1 + clip."""
     demonstrations: float = Field(default=0.3, ge=0, le=1)

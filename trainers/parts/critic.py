@@ -3,18 +3,16 @@
 # torch is partly untyped.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from pydantic import Field
-from safetensors.torch import (
-    load_file,  # pyright: ignore[reportUnknownVariableType]
-    save_file,  # pyright: ignore[reportUnknownVariableType]
-)
 from torch import Tensor
 
 from ...core.config import Config
+from ...core.errors import ModelError
+from ...core.models import optimizer
 from ...core.seeds import derive
 
 
@@ -44,8 +42,7 @@ class Critic:
             first = torch.randn(width, states, generator=random) / states**0.5
             self._take(first, torch.zeros(vocabulary, width))
         if self._weights[0].device != torch.device(device):
-            moved = [weight.detach().to(device) for weight in self._weights]
-            self._take(*moved, kept=self._slots())
+            self._resume(optimizer.state_of(self._named, self._optimizer), device)
         return self._weights
 
     def __call__(self, states: Tensor) -> Tensor:
@@ -59,37 +56,28 @@ class Critic:
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
 
-    def _take(self, *weights: Tensor, kept: Sequence[dict[str, Tensor]] = ({}, {})) -> None:
-        """These weights from now on, and what an optimiser remembers of each."""
+    def _take(self, *weights: Tensor) -> None:
+        """These weights from now on, and an optimiser that has seen nothing."""
         self._weights = [weight.requires_grad_() for weight in weights]
-        self._optimizer = torch.optim.AdamW(
-            self._weights, lr=self._config.learning_rate, weight_decay=0
-        )
-        for weight, slots in zip(self._weights, kept, strict=True):
-            if slots:
-                self._optimizer.state[weight] = {
-                    name: value if name == "step" else value.to(weight.device)
-                    for name, value in slots.items()
-                }
+        rate = self._config.learning_rate
+        self._optimizer = torch.optim.AdamW(self._weights, lr=rate, weight_decay=0)
 
-    def _slots(self) -> list[dict[str, Tensor]]:
-        if self._optimizer is None:
-            return []
-        return [dict(self._optimizer.state.get(weight, {})) for weight in self._weights]
+    @property
+    def _named(self) -> dict[str, Tensor]:
+        return {str(k): weight for k, weight in enumerate(self._weights)}
 
     def save(self, file: Path) -> None:
-        state = {f"weight.{k}": w.detach().cpu().clone() for k, w in enumerate(self._weights)}
-        for k, slots in enumerate(self._slots()):
-            state |= {f"optimizer.{name}.{k}": v.cpu().clone() for name, v in slots.items()}
-        save_file(state, file)
+        optimizer.write(file, optimizer.state_of(self._named, self._optimizer))
 
     def restore(self, file: Path) -> None:
-        state = load_file(file)
-        if "weight.0" not in state:
-            return
-        names = ("step", "exp_avg", "exp_avg_sq")
-        kept = [
-            {name: state[key] for name in names if (key := f"optimizer.{name}.{k}") in state}
-            for k in range(2)
-        ]
-        self._take(state["weight.0"], state["weight.1"], kept=kept)
+        """Raises: ModelError: the file is missing, damaged or of no critic."""
+        state = optimizer.read(file)
+        if not state:
+            return  # It had met nothing yet.
+        if not {"weight.0", "weight.1"} <= state.keys():
+            raise ModelError(f"{file} holds {', '.join(sorted(state))}: it is of no critic")
+        self._resume(state, "cpu")
+
+    def _resume(self, state: Mapping[str, Tensor], device: torch.device | str) -> None:
+        self._take(*(state[f"weight.{k}"].detach().to(device) for k in range(2)))
+        optimizer.take(state, self._named, self._optimizer)

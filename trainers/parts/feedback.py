@@ -5,24 +5,26 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...core.errors import RecipeError
 from ...core.files import read_words
 from ...core.play.asking import ask
 from ...core.protocols import Context
 from ...core.seeds import derive
-from ...core.store import read_trajectories
 from ...core.types import Judged, Observation, Prompt, Step, Trajectory
 from ..learning.examples import asked, prompted
-from .credit import TrainerConfig, by_task, score
+from .credit import by_task, score
 
 QUESTION = (
     "That attempt did not succeed. Say in one or two sentences what is wrong with it and what "
     "would have to change. Do not give the answer itself."
 )
+Source: TypeAlias = Literal["world", "judge", "policy", "none"]
+About: TypeAlias = Literal["last", "any"]
+Pool: TypeAlias = Literal["unsolved", "failed"]
 BLANK = " \t\r"
 """White space of JSON within a line."""
 NO_FEEDBACK = "That attempt did not succeed. Try again."
@@ -36,6 +38,8 @@ class Item:
     step: int
     """Index of the action that the feedback is about."""
     feedback: str = ""
+    refinement: str = ""
+    """A better answer that somebody wrote; empty: nobody did."""
 
     @property
     def trajectory(self) -> Trajectory:
@@ -48,13 +52,17 @@ class Item:
 
 
 class Line(BaseModel):
-    """A line of a feedback file: ``{"trajectory": 3, "step": 0, "feedback": "..."}``."""
+    """A line of a feedback file: ``{"trajectory": 3, "step": 0, "feedback": "..."}``.
+
+    With ``"refinement": "..."`` it also says what would have been better.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
     trajectory: int = Field(ge=0)
     """Row of the trajectories' file, from 0."""
     step: int = Field(ge=0)
     feedback: str = Field(min_length=1)
+    refinement: str = ""
 
 
 def read_feedback(path: Path, given: Sequence[Judged], threshold: float) -> list[Item]:
@@ -93,39 +101,7 @@ def _item(line: Line, given: Sequence[Judged], threshold: float) -> Item:
         raise ValueError(f"step {line.step} of trajectory {line.trajectory} is none of its {count}")
     if judged.verdict.score is None or judged.verdict.score >= threshold:
         raise ValueError(f"trajectory {line.trajectory} did not fail: {judged.verdict.score}")
-    return Item(judged, line.step, line.feedback)
-
-
-class FeedbackConfig(TrainerConfig):
-    feedback: Literal["world", "judge", "policy", "file", "none"] = "world"
-    """Whose: what the world answered, what the judge said, the policy's own, or ``file``'s. With
-    ``none`` the refiner is only told that it failed."""
-    file: str = ""
-    """With ``feedback: file``: JSON lines {"trajectory": row, "step": index, "feedback": words}."""
-    trajectories: str = ""
-    """The attempts at training tasks that ``file`` is about: a folder of episodes, as runs store
-    them (an iteration's)."""
-    about: Literal["last", "any"] = "last"
-    """Which action of a failed attempt is refined: the last one, or one drawn at random."""
-    pool: Literal["unsolved", "failed"] = "unsolved"
-    """Whose failures: of tasks that no attempt solved, or of any."""
-    shuffle: bool = False
-    """Give every attempt another one's feedback: what is left then is not due to it."""
-    threshold: float = Field(default=1.0, ge=0, le=1)
-    """The score that an attempt must miss to be refined, and a refinement reach by ``reward``."""
-
-    @model_validator(mode="after")
-    def _file(self) -> Self:
-        if {self.feedback == "file"} != {bool(self.file), bool(self.trajectories)}:
-            raise ValueError("feedback: file, file: PATH and trajectories: PATH go together")
-        if self.file:
-            self.items()
-        return self
-
-    def items(self) -> list[Item]:
-        """What ``file`` says. Raises: ValueError: it does not fit ``trajectories``."""
-        given = read_trajectories(Path(self.trajectories))
-        return read_feedback(Path(self.file), given, self.threshold)
+    return Item(judged, line.step, line.feedback, line.refinement)
 
 
 async def known(items: Sequence[Item], context: Context) -> list[Item]:
@@ -149,24 +125,26 @@ async def known(items: Sequence[Item], context: Context) -> list[Item]:
     return found
 
 
-def failures(judged: Sequence[Judged], config: FeedbackConfig, seed: int) -> list[Item]:
+def failures(
+    judged: Sequence[Judged], threshold: float, pool: Pool, about: About, seed: int
+) -> list[Item]:
     """One failed attempt per task, and the action about which something is to be said."""
     items: list[Item] = []
     for group in by_task(judged):
-        failed = [one for one in group if score(one) < config.threshold]
+        failed = [one for one in group if score(one) < threshold]
         solved = len(failed) < len(group)
         failed = [one for one in failed if one.trajectory.steps]
-        if failed and not (solved and config.pool == "unsolved"):
+        if failed and not (solved and pool == "unsolved"):
             rng = random.Random(derive(seed, group[0].trajectory.task.id))
             one = rng.choice(failed)
             last = len(one.trajectory.steps) - 1
-            items.append(Item(one, rng.randint(0, last) if config.about == "any" else last))
+            items.append(Item(one, rng.randint(0, last) if about == "any" else last))
     return items
 
 
 async def with_feedback(
     items: Sequence[Item],
-    source: Literal["world", "judge", "policy", "none"],
+    source: Source,
     context: Context,
     seed: int,
 ) -> list[Item]:
@@ -180,7 +158,7 @@ async def with_feedback(
     return [replace(i, feedback=text) for i, text in zip(items, words, strict=True) if text]
 
 
-def _told(item: Item, source: Literal["world", "judge", "none"]) -> str:
+def _told(item: Item, source: Source) -> str:
     if source == "none":
         return NO_FEEDBACK
     if source == "judge":

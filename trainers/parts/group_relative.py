@@ -5,22 +5,34 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from ...core.config import Config
 from ...core.protocols import Context, Plan
-from ...core.types import Aggregation, Batch, Example, Judged
+from ...core.types import Aggregation, Batch, Example, Judged, Need
 from ..learning.examples import reinforce
 from ..learning.loss import KL, Clip, CovarianceClip
 from .advantage import Baseline, advantages, divergences, own_turns, step_advantages
-from .credit import TrainerConfig, by_task, score
+from .credit import by_task, score
+
+LENGTH = Field(default=64, ge=1)
+"""What unbiased methods divide token sums by: as a rule ``policy.max_tokens``."""
 
 
-class GroupConfig(TrainerConfig):
+class GroupConfig(Config):
+    """What the configs of all group-relative methods have; at first GRPO's own."""
+
+    tasks_per_iteration: int = Field(default=64, ge=1)
     attempts_per_task: int = Field(default=8, ge=2)
+    """The size of a group."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over an iteration's examples."""
     turns: int | None = Field(default=None, ge=1)
     """The most actions of an episode that is learned; None: as many as the task allows."""
     baseline: Baseline = "grpo"
     """How a group's scores become advantages."""
     aggregation: Aggregation = "seq-mean-token-mean"
     """How token losses become one number; a sequence is one turn."""
+    length: int = Field(default=1, ge=1)
+    """The constant, in tokens, of ``aggregation: seq-mean-token-sum-norm``."""
     low: float = Field(default=0.2, ge=0, lt=1)
     """The ratio to the policy that sampled is cut at 1 - low and 1 + high."""
     high: float = Field(default=0.2, ge=0)
@@ -42,21 +54,8 @@ class GroupConfig(TrainerConfig):
     """Discount, per step, of the return in step groups."""
 
 
-class UnbiasedConfig(GroupConfig):
-    """As Dr. GRPO has it: no bias of difficulty, none of length."""
-
-    baseline: Baseline = "dr_grpo"
-    aggregation: Aggregation = "seq-mean-token-sum-norm"
-    length: int = Field(default=64, ge=1)
-    """What token sums are divided by: as a rule ``policy.max_tokens``."""
-
-
 class GroupRelative:
-    """What GRPO and those built on it share: groups, their advantages, the clipped loss.
-
-    The advantage of an attempt is that of each of its turns and tokens, and with ``step_weight`` a
-    turn also has one of its own (GiGPO).
-    """
+    """What GRPO and those built on it share: groups, their advantages, the clipped loss."""
 
     Config: type[GroupConfig] = GroupConfig
 
@@ -88,7 +87,7 @@ class GroupRelative:
         pairs = zip(groups, rewards, strict=True)
         examples = [example for group, mine in pairs for example in self.examples(group, mine)]
         loss = self.loss()
-        if not examples or not (loss.needs_reference or any(e.advantage for e in examples)):
+        if not examples or not (Need.REFERENCE in loss.needs or any(e.advantage for e in examples)):
             return []
         return [Batch(loss, tuple(examples), self._config.epochs)]
 

@@ -20,6 +20,8 @@ class Lesson:
 
     judged: Judged
     baseline: float
+    invalid: float | None
+    """As in ``reward``."""
     turn: int
     """Of the conversation."""
     conversation: list[Judged]
@@ -29,23 +31,31 @@ class Lesson:
     def later(self) -> list[float]:
         """Scores of the turns that followed; none if the conversation went on from another."""
         if self.turn < len(self.conversation) and self.conversation[self.turn] is self.judged:
-            return [score(one) for one in self.conversation[self.turn + 1 :]]
+            return [reward(one, self.invalid) for one in self.conversation[self.turn + 1 :]]
         return []
 
     def examples(self, tau: float, gamma: float) -> list[Example]:
         """Its turns, weighed by exp((return - baseline) / tau)."""
         trajectory = self.judged.trajectory
-        reward = sum(gamma**k * r for k, r in enumerate([score(self.judged), *self.later]))
+        earned = [reward(self.judged, self.invalid), *self.later]
+        total = sum(gamma**k * r for k, r in enumerate(earned))
         last = len(trajectory.steps) - 1
         return [
             example(
                 trajectory,
                 turn,
                 # Held below what overflows; the learner says so if it is more than it can bear.
-                math.exp(min((reward * gamma ** (last - turn) - self.baseline) / tau, 700)),
+                math.exp(min((total * gamma ** (last - turn) - self.baseline) / tau, 700)),
             )
             for turn in range(trajectory.replayed, len(trajectory.steps))
         ]
+
+
+def reward(one: Judged, invalid: float | None) -> float:
+    """The score; or ``invalid``, if it is given and the last turn holds no action, or no answer."""
+    last = one.trajectory.steps[-1:]
+    unread = any(step.action.invalid or step.answer == "" for step in last)
+    return invalid if invalid is not None and unread else score(one)
 
 
 def state_baseline(scores: Sequence[float], how: Baseline, constant: float) -> float:
@@ -70,17 +80,17 @@ def sound(judged: Sequence[Judged]) -> list[list[Judged]]:
     )
 
 
-def kept(rule: Filter, reward: float, earlier: Sequence[float]) -> bool:
+def kept(rule: Filter, earned: float, earlier: Sequence[float]) -> bool:
     """Whether a turn with this reward is learned, after turns with those."""
     match rule:
         case "all":
             return True
         case "better":
-            return not earlier or reward > earlier[-1]
+            return not earlier or earned > earlier[-1]
         case "best":
-            return not earlier or reward >= max(earlier)
+            return not earlier or earned >= max(earlier)
         case "success":
-            return reward >= 1
+            return earned >= 1
 
 
 def degenerate(text: str) -> bool:
@@ -90,4 +100,7 @@ def degenerate(text: str) -> bool:
 
 
 def texts(steps: Iterable[Step]) -> list[str]:
-    return [step.action.text for step in steps]
+    """Actions; where none could be read, what was said instead: no two of those are the same."""
+    return [
+        step.action.completion.text if step.action.invalid else step.action.text for step in steps
+    ]

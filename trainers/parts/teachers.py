@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Annotated, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field
 
-from ...core.config import Config
 from ...core.play.asking import score_all
 from ...core.protocols import Context
 from ...core.store import holds_episodes
@@ -19,18 +18,18 @@ PARQUET = ".parquet"
 """What a path to stored episodes ends in; a folder would be taken for a model's."""
 
 
-class TeachersConfig(Config):
-    teachers: list[str] = Field(default=["expert"], min_length=1)
-    """Whom to be like: ``expert``, the world's; others by their names, models' folders, hub ids;
-    stored episodes (runs/NAME/iterations/0003/episodes.parquet). Each gives its share of the
-    responses."""
+def known(names: list[str]) -> list[str]:
+    """Raises: ValueError: there are no episodes where some of the names say so."""
+    for name in names:
+        if name.endswith(PARQUET) and not holds_episodes(Path(name)):
+            raise ValueError(f"there are no episodes of a teacher at {name!r}")
+    return names
 
-    @model_validator(mode="after")
-    def _files(self) -> Self:
-        for name in self.teachers:
-            if name.endswith(PARQUET) and not holds_episodes(Path(name)):
-                raise ValueError(f"there are no episodes of a teacher at {name!r}")
-        return self
+
+TeacherNames: TypeAlias = Annotated[list[str], Field(min_length=1), AfterValidator(known)]
+"""Whom to be like: ``expert``, the world's; others by their names, models' folders, hub ids;
+stored episodes (runs/NAME/iterations/0003/episodes.parquet). Each gives its share of the
+responses."""
 
 
 class Teachers:
