@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 
 from . import strict_yaml
-from .config import Config, Fleet, PolicyConfig
+from .config import Config, Elsewhere, Fleet, PolicyConfig
 from .errors import PluginError, RecipeError
 from .faults import show, validate
+from .hosting.spec import spec_of
 from .plugins import load, nearest
+from .protocols import replays
 from .sections import (
     ALONE,
     BASES,
@@ -26,6 +28,7 @@ from .sections import (
     mapping,
 )
 from .strict_yaml import KeyPath
+from .types import WorldSpec
 
 SHIPPED_AT = Path(__file__).parents[1] / "recipes"
 
@@ -72,6 +75,15 @@ class Draft:
         unfit = getattr(policy.plugin, "unfit", None)
         if unfit and (said := unfit(policy.config, learner.dump())):
             self.fault(("learner",), f"policy.use is {policy.use}: {said}")
+
+    def replayable(self, world: Section, phases: Sequence[Phase]) -> None:
+        """A trainer that replays needs a world that can be replayed."""
+        if world.plugin is Elsewhere:
+            return  # It is asked when it is opened.
+        for number, phase in enumerate(phases):
+            if said := unreplayable(phase.trainer, spec_of(world.plugin), world.use):
+                alone = ("trainer",) if len(phases) == 1 else ("phases", number, "trainer")
+                self.fault(alone, said)
 
     def installed(self, trackers: Sequence[str]) -> None:
         for name in trackers:
@@ -241,7 +253,8 @@ class Draft:
             self.fault(here, f"{which}: {name}: {{use: NAME, ...}}")
             return None
         try:
-            plugin = load(SECTIONS[key], use)
+            away = key == "environment" and elsewhere(given)
+            plugin = Elsewhere if away else load(SECTIONS[key], use)
             model = config_class(plugin, BASES.get(key, Config))
         except PluginError as error:
             self.fault((*here, "use") if "use" in given else here, str(error))
@@ -314,6 +327,18 @@ class Draft:
             where = self._place((*at, name))[1]
             left = ".".join(map(str, (*at, name)))
             self.notes.append(f"{place[1]}: left out {left} ({where}), which {use!r} does not have")
+
+
+def elsewhere(world: Mapping[str, Any]) -> bool:
+    """Whether these keys of an environment say that its class is not here."""
+    return bool(world.get("python") or world.get("command"))
+
+
+def unreplayable(trainer: Section, spec: WorldSpec, world: str) -> str:
+    """Why a trainer cannot learn in a world that says so of itself; empty if it can."""
+    if spec.repeatable != "no" or not replays(trainer.plugin):
+        return ""
+    return f"{trainer.use} replays what was played, and {world} says that it is not repeatable"
 
 
 def opened(file: Path, name: str, seen: tuple[Path, ...] = ()) -> Draft:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Budget, Evaluation, Fleet, Rollout
-from .draft import Draft, find, late, opened, shipped
+from .draft import Draft, elsewhere, find, late, opened, shipped
 from .plugins import load, nearest
 from .sections import KEYS, SECTIONS, SHARED, Phase, Section, Top, Tracker, mapping
 from .seeds import identify
@@ -108,6 +108,8 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     policies = draft.policies()
     if sections["policy"] and sections["learner"]:
         draft.fit(sections["policy"], sections["learner"])
+    if sections["environment"] and phases:
+        draft.replayable(sections["environment"], phases)
     draft.installed(top.report_to if top else ())
     draft.stop_if_faulty()
     found = {key: section for key, section in sections.items() if section}
@@ -148,7 +150,6 @@ def section(
         PluginError: no such plug-in.
         RecipeError: listing every fault.
     """
-    load(SECTIONS[key], use)
     draft = Draft({key: {**(settings or {}), "use": use}}, {(): (0, "settings")})
     mine = [text for text in overrides if text.startswith(f"{key}.")]
     for text in overrides:
@@ -157,6 +158,8 @@ def section(
             said = f"{path}: only {key}.KEY=VALUE can be set here"
             draft.faults.append((late(len(overrides), text), said))
     draft.override([text for text in mine if not text.startswith(f"{key}.use=")])
+    if key != "environment" or not elsewhere(draft.values[key]):
+        load(SECTIONS[key], use)
     fleet, found = draft.fleet(), draft.section(key)
     draft.stop_if_faulty()
     assert fleet and found

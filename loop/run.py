@@ -11,7 +11,8 @@ from typing import Any
 
 from ..core import evaluation as files
 from ..core.config import PolicyConfig
-from ..core.errors import LearnerError
+from ..core.draft import unreplayable
+from ..core.errors import LearnerError, RecipeError
 from ..core.files import read_json, write_json
 from ..core.hosting.pool import Worlds, open_worlds
 from ..core.images import FOLDER as IMAGES
@@ -111,6 +112,10 @@ async def whole(
     """A run from its worlds to its result."""
     settings = recipe.environment.config.model_dump(mode="json")
     async with await open_worlds(recipe.environment.use, settings, recipe.fleet) as worlds:
+        for phase in recipe.phases:
+            # Of a world elsewhere it is known only now.
+            if said := unreplayable(phase.trainer, worlds.spec, recipe.environment.use):
+                raise RecipeError(said)
         await look_at_tasks(recipe, worlds, progress)
         judge: Judge = recipe.judge.make()
         base = await begun(recipe, worlds, kept, progress, learner_factory)

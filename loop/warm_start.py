@@ -8,6 +8,7 @@ import shutil
 import socket
 import tempfile
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -155,6 +156,8 @@ def key_of(recipe: Recipe) -> str:
         **played,
         "data": {name: _hash(Path(name)) for name in sorted(_named(played))},
         "code": code_of(recipe.environment.plugin, recipe.agent.plugin),
+        # Nobody can tell whether what a world elsewhere consists of is what it was.
+        "elsewhere": uuid.uuid4().hex if recipe.fleet.elsewhere else "",
         "seed": recipe.seed,
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]

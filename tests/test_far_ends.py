@@ -107,7 +107,7 @@ def test_all_comes_over_as_it_is(kind: str, tmp_path: Path) -> None:
             world.snapshots = True
             await world.step("west")
             kept = world.snapshot
-            with pytest.raises(WorldError, match=r"half of it: \\ud83d|half of it: \ufffd") as oops:
+            with pytest.raises(WorldError, match=r"half of it: \\ud83d") as oops:
                 await world.step("die")
             wanted = "ZeroDivisionError" if kind == "python" else "RangeError"
             assert type(oops.value).__name__ == wanted

@@ -204,12 +204,15 @@ class ProcessHost:
         return self._site.start(self._launch)
 
     async def _question(self, what: str, **details: Any) -> Any:
-        """Ask the process that never plays; ``open`` is what it was asked first."""
-        losses = 0
+        """Ask the process that never plays; ``open`` is what it was asked first.
+
+        If it dies of something else, another one is asked.
+        """
+        tries = 0
         while True:
             if self._asked is None or self._asked.dead is not None:
                 self._asked = self._new()
-            worker = self._asked
+            worker, lost = self._asked, WorkerLost if what == "open" else WorldError
             try:
                 opened = await self._opened(worker)
                 if what == "open":
@@ -217,13 +220,14 @@ class ProcessHost:
                 asked = worker.ask(what, **details)
                 limit = self._fleet.reset_timeout_s
                 return (await self._in_time(asked, f"{self.name}: no {what!r}", limit))[0]
-            except WorkerLost:
-                losses += 1
-                if losses > LOSSES:
-                    raise
             except TimeoutError as late:
                 worker.kill(str(late))
                 raise WorldError(f"{late}{worker.last_words()}") from None
+            except lost as error:
+                tries += 1
+                most = LOSSES if isinstance(error, WorkerLost) else 1
+                if worker.dead is None or tries > most:
+                    raise
 
     async def _opened(self, worker: Worker) -> Any:
         opened = asyncio.shield(worker.opened)

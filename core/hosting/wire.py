@@ -3,9 +3,16 @@
 import traceback as tracebacks
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
-from ..checked import UnreadableTask, checked_observation, checked_time_step, readable
+from ..checked import (
+    UnreadableTask,
+    checked_observation,
+    checked_time_step,
+    mended,
+    readable,
+    shown,
+)
 from ..errors import WorldError
 from ..images import STORE, picture
 from ..tasks import StoredTask, task_data
@@ -22,8 +29,13 @@ def task_to(task: Task) -> list[Any]:
     return [task.id, task.instruction, task.max_steps, task_data(task)]
 
 
-def task_from(sent: Sequence[Any]) -> Task:
-    name, instruction, max_steps, data, fault = sent
+def task_from(sent: Any) -> Task:
+    """Raises: WorldError: it is none."""
+    try:
+        name, instruction, max_steps, data, fault = sent
+        far_end.text_of(data, f"tasks {name!r}")
+    except (TypeError, ValueError) as error:
+        raise WorldError(f"a task that was sent is {shown(sent)}: {error}") from None
     if fault:
         return UnreadableTask(name, instruction, max_steps, fault)
     if data == "{}":
@@ -31,23 +43,34 @@ def task_from(sent: Sequence[Any]) -> Task:
     return StoredTask(name, instruction, max_steps, data)
 
 
-def observation_from(header: dict[str, Any], blobs: Sequence[bytes], world: str) -> Observation:
-    """Its pictures' bytes go to this process's store.
+def observation_from(header: Any, blobs: Sequence[bytes], world: str) -> Observation:
+    """Its pictures' bytes go to this process's store. The far end may be anybody's.
 
     Raises:
-        WorldError: a picture is no PNG file.
+        WorldError: it is none, or a picture is no PNG file.
     """
+    bare: Any = header
+    if isinstance(header, dict):
+        bare = cast("dict[str, Any]", header) | {"images": ()}
+    seen, _ = _read(far_end.observation, bare, world)
     try:
         images = tuple(STORE.keep(picture(png)) for png in blobs)
     except ValueError as error:
         raise WorldError(f"{world}: Observation.images: {error}") from None
-    return Observation(header["text"], images, tuple(header["actions"]), header["actor"])
+    return Observation(seen["text"], images, tuple(seen["actions"]), seen["actor"])
 
 
-def time_step_from(header: dict[str, Any], blobs: Sequence[bytes], world: str) -> TimeStep:
-    seen = observation_from(header["observation"], blobs, world)
-    flags = (header[name] for name in ("terminated", "truncated", "success", "answer"))
-    return TimeStep(seen, header["reward"], *flags)
+def time_step_from(header: Any, blobs: Sequence[bytes], world: str) -> TimeStep:
+    """As ``observation_from``, of a step."""
+    given = far_end.fields(header).get("observation")
+    bare: Any = header
+    if isinstance(given, dict):
+        inner = cast("dict[str, Any]", given) | {"images": ()}
+        bare = {**header, "observation": inner}
+    step, _ = _read(far_end.time_step, bare, world)
+    seen = observation_from(given, blobs, world)
+    flags = (step[name] for name in ("terminated", "truncated", "success", "answer"))
+    return TimeStep(seen, step["reward"], *flags)
 
 
 def read_observation(value: object, world: str) -> Observation:
@@ -90,6 +113,7 @@ def error_to(error: BaseException) -> dict[str, str]:
 
 def error_from(kind: str, text: str, traceback: str = "") -> WorldError:
     """An error of another process, under its own name."""
+    text, traceback = mended(text), mended(traceback)
     if kind == WorldError.__name__:
         return WorldError(text)
     error = type(kind, (WorldError,), {})(text)
