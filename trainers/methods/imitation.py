@@ -40,7 +40,8 @@ class Imitation:
     """Maximise the likelihood of demonstrated actions (Pomerleau 1989, "ALVINN").
 
     With ``source: self`` this is rejection-sampling fine-tuning: the baseline that every claim
-    of a cleverer method must beat at the same data volume.
+    of a cleverer method must beat at the same data volume. With ``conversations`` it is supervised
+    fine-tuning. Every turn weighs the same, however long it is (``aggregation``).
     """
 
     Config = ImitationConfig
