@@ -271,7 +271,9 @@ def make_learner(plugin: type[Any], config: Config, model: str, seed: int) -> Le
 
 
 Attempt: TypeAlias = Callable[[Sequence[Start]], Awaitable[list[Judged]]]
-"""Plays and judges episodes, in order; they also go to the run's store and are counted."""
+"""Plays and judges episodes, in order; they also go to the run's store and are counted.
+
+As many of the first ones come back as the recipe's budget still covers, groups whole."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Guards: what raises an alarm, what does not, and what is kept apart from learning."""
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,8 @@ from components import context_of, episode
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfwright.core.types import Batch, Judged, Trajectory, Verdict
+from selfwright.core.recipe import read
+from selfwright.core.types import Batch, Completion, Judged, Prompt, Trajectory, Verdict
 from selfwright.trainers.methods.group import GRPO
 from selfwright.trainers.methods.self_judge import SelfJudge, SelfJudgeConfig, chosen
 from selfwright.trainers.parts.guards import CANARIES, Guard, GuardConfig, set_apart
@@ -160,6 +162,33 @@ def test_with_an_oracle_and_no_guards_it_is_grpo() -> None:
     free = trainer_of(guards={"on": False})
     assert asyncio.run(free.batches(judged)) == asyncio.run(plain.batches(judged))
     assert free.findings == {} and free.alarm == ""
+
+
+@pytest.mark.parametrize("name", ["coin/srt", "countdown/srt"])
+def test_the_recipes_of_srt_are_the_papers(name: str) -> None:
+    """RLOO, and a KL of 0.001 in the reward (Shafayat et al. 2025)."""
+    recipe = read(name)
+    config = recipe.phases[0].trainer.config
+    assert isinstance(config, SelfJudgeConfig) and recipe.judge.use == "majority"
+
+    class Base:
+        """Finds what the first attempt says less likely, by a nat."""
+
+        async def score(self, prompt: Prompt, said: Completion) -> Completion:
+            return replace(said, logprobs=(-2.0 if said.text == "t0a0" else -1.0,))
+
+    async def opened(asked: str) -> Any:
+        assert asked == "base"
+        return Base()
+
+    off = config.model_copy(update={"guards": GuardConfig(on=False)})
+    trainer = SelfJudge(off, context_of(judge=Paying(), open=opened))
+    (batch,) = asyncio.run(trainer.batches(tasks([1, 1, 0])))
+    # k3 of a nat down is e^-1: with d = -1, exp(d) - d - 1. Each against the mean of the others.
+    paid = [1 - 0.001 / math.e, 1.0, 0.0]
+    wanted = [r - (sum(paid) - r) / 2 for r in paid]
+    assert [e.advantage for e in batch.examples] == pytest.approx(wanted)
+    assert not batch.loss.needs
 
 
 def test_guards_are_on_and_keep_their_slice() -> None:

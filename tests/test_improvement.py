@@ -150,6 +150,15 @@ METHODS: dict[str, list[str]] = {
         "trainer.epochs=3",
         *MORE,
     ],
+    "ilf, refiner and policy in one": [
+        "trainer.use=ilf",
+        "trainer.learns=both",
+        "trainer.pool=failed",
+        "trainer.attempts_per_task=2",
+        "trainer.refinements=8",
+        "trainer.epochs=3",
+        *MORE,
+    ],
     "rise": [
         "environment.attempts=2",
         "trainer.use=rise",

@@ -42,7 +42,12 @@ class Adversarial(GroupRelative):
     began with, the paper's fine-tuned student.
 
     Departures: responses of teachers are made for each iteration's tasks, or read from files, not
-    cached over epochs; of an episode, D reads the whole and judges it at its last token.
+    cached over epochs. D is pre-trained on the first iteration's pairs, in 4 passes, and not on
+    40,000 prompts of its own; of an episode it reads the last prompt and the last answer, which is
+    all of it unless the agent shows a window. The judge's score may be graded, where the paper's
+    is 0 or 1 (``cut: 0.5`` of the judge makes it so). There are 8 responses a task by default, not
+    16, and a sequence is one turn. The paper's fine-tuning before it is a warm start, or a phase of
+    ``imitation``.
     """
 
     Config = AdversarialConfig

@@ -97,8 +97,13 @@ class ILF:
     at random, all of one weight. Scheurer et al. 2023 (arXiv:2303.16755): ``select: instruct`` with
     ``pool: failed``, ``threshold: 1``. Every round learns the union of all rounds from the base.
 
-    Departures: the refiner is the policy unless another model is named, and feedback the world's
-    unless it is asked for otherwise; which failure of a task is refined is drawn at random.
+    Departures: the refiner is the policy unless another model is named; one that is trained to
+    refine is a run of its own (``learns: refiner``). Feedback is the world's unless it is asked for
+    otherwise, and is not filtered by who is right or how much was edited. Which failure of a task
+    is refined is drawn at random; what succeeded is not refined, as it is by Scheurer et al.
+    ``instruct`` asks the policy in training, not another model, and compares the answers yes and
+    no whole, end token included, not two tokens. ``beta`` weighs without the correction 1 / q.
+    Sampling is as the policy's (the papers': temperature 0.8 and 1), epochs are 1 (the code's 2).
     """
 
     Config = ILFConfig

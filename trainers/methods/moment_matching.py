@@ -37,8 +37,10 @@ class MomentMatching:
 
     Departures: written from the performance-difference lemma, as no code was released. The two gaps
     are descended in turn, one optimiser step after another; a token answers for later gaps of its
-    own response, not of later turns. The critics are small networks on what the policy's head
-    reads, bounded by tanh, with a step before each of the policy's.
+    own response, not of later turns, and nothing is discounted; gaps are means over tokens. The
+    states that are not the policy's are the teacher's own, never a data set's, and ``beta`` stands
+    at the policy's. The critics are small networks on what the policy's head reads, bounded by
+    tanh, with a step before each of the policy's.
     """
 
     Config = MomentMatchingConfig

@@ -65,8 +65,12 @@ class RISE:
     as if it had not been said.
 
     Departures, each an option whose default is the paper's: ``keep: all``, ``history: sampled``,
-    ``unit: episode``, ``settle``, ``normalize``, state baselines, ``gamma``. Of equals the earliest
-    is the best. The paper's "knowledge boost" is a phase of ``imitation`` before this one.
+    ``unit: episode``, ``settle``, ``normalize``, state baselines, ``gamma``. Others: rewards are
+    in [0, 1] and what cannot be read earns 0, unless ``invalid_reward`` says -1; an attempt that
+    was made before in its conversation is not learned again; of equals the earliest is the best; by
+    default there are 4 turns and 8 samples, where the authors' example has 16; prompts open with no
+    example dialogue; every iteration learns what it has played itself, with the optimiser going on.
+    The paper's "knowledge boost" is a phase of ``imitation`` before this one.
     """
 
     Config = RISEConfig

@@ -52,10 +52,11 @@ class SelfImitation(GroupRelative):
     are those they were sampled with. Replay is a batch of its own, after the new episodes'.
 
     Departures: Dr.BoT's filters (overlong, void and repetitive samples, the quarter of groups that
-    vary least) and the rewards of format and for valid actions are left to world and judge; what
-    is too old leaves the buffer before it is read, not after. The defaults suit runs of thousands
-    of episodes an iteration; in small ones lower ``buffer_size``, ``imitation_warmup``,
-    ``tool_decay``.
+    vary least) and the rewards of format and for valid actions are left to world and judge; every
+    action counts as a use of tools, and episodes without one may be repeated; what is too old
+    leaves the buffer before it is read, not after; of turns, attempts and step groups as in
+    ``GRPO``. The defaults suit runs of thousands of episodes an iteration; in small ones lower
+    ``buffer_size``, ``imitation_warmup``, ``tool_decay``.
     """
 
     Config = SelfImitationConfig

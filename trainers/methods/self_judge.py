@@ -41,6 +41,11 @@ class SelfJudge(GroupRelative):
     With ``practice`` the policy also writes tasks for itself, as in RLSR.
 
     Departures: RLSR's reward is a yes or no; ``judge.cut: 0.5`` makes the model's probability one.
+    Its policy writes easier tasks and then harder ones, of any kind; here a little easier ones
+    only, that are training tasks of the world. SRT's KL is 0.001 in the reward, here 0 unless the
+    recipe says so, as the shipped ones do; its token losses are averaged over the batch, here over
+    each turn first (``aggregation``); it may pay the share of equal votes, here 0 or 1. What is
+    below ``vote_share`` is left out of the batch, not learned with a reward of 0.
     Guards are on. A share of every iteration's tasks is judged, compared with the world's word and
     not learned from; the run ends once the judge pays for what is no answer, is mostly wrong, or
     rises while the truth falls, and goes back to what had been learned when the truth was best.

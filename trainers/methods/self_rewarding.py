@@ -25,9 +25,13 @@ class SelfRewarding:
 
     Of each task's attempts the one with the highest and the one with the lowest score become a
     pair, unless the two are equal; DPO learns the pairs, from the policy that sampled on. The
-    paper's judge is ``model``, asked of ``policy``, with ``answer: points``, ``samples: 3``.
+    paper's judge is ``use: model, model: policy, rubric: additive, answer: points, samples: 3``;
+    its seed of instructions and of evaluations (M0 to M1) a phase of ``imitation`` of
+    ``conversations`` before this one.
 
-    Departures: tasks are the world's, not self-made; the turns of an episode are all of one side.
+    Departures: the judge is the recipe's, which by default is the world's reward; tasks are the
+    world's, not self-made; the turns of an episode are all of one side; from round to round the
+    optimiser goes on, at the learner's rate; a token loss has DPO's gradient, not its value.
     """
 
     Config = SelfRewardingConfig

@@ -50,8 +50,11 @@ class SIL:
     remembered action by action; those with R > V are drawn by priority and imitated with the
     advantage (R - V)_+, at most 1, and V is drawn up to R there.
 
-    Departures: the entropy bonus, the bound on -log pi and the normaliser of at least 64 are left
-    out; V is a network of its own, learned before the first advantages are taken, later after them.
+    Departures: the on-policy part is PPO's clipped surrogate, not A2C. R is the judge's score,
+    paid with the last action and discounted, not the sum of rewards. The entropy bonus, the bound
+    on -log pi and the normaliser of at least 64 are left out; V is a network of its own, learned
+    before the first advantages are taken, later after them. An action is a turn: its token losses
+    are summed and divided by ``length``.
     """
 
     Config = SILConfig

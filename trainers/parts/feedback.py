@@ -1,22 +1,21 @@
 """What was wrong with an attempt, in words, and the prompts that ask for a better one."""
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from ...core.errors import RecipeError
-from ...core.files import read_words
 from ...core.play.asking import ask
 from ...core.protocols import Context
 from ...core.seeds import derive
 from ...core.types import Judged, Observation, Prompt, Step, Trajectory
 from ..learning.examples import asked, prompted
 from .credit import by_task, score
+from .lines import read_lines
 
 QUESTION = (
     "That attempt did not succeed. Say in one or two sentences what is wrong with it and what "
@@ -25,8 +24,6 @@ QUESTION = (
 Source: TypeAlias = Literal["world", "judge", "policy", "none"]
 About: TypeAlias = Literal["last", "any"]
 Pool: TypeAlias = Literal["unsolved", "failed"]
-BLANK = " \t\r"
-"""White space of JSON within a line."""
 NO_FEEDBACK = "That attempt did not succeed. Try again."
 
 
@@ -68,28 +65,13 @@ class Line(BaseModel):
 def read_feedback(path: Path, given: Sequence[Judged], threshold: float) -> list[Item]:
     """The items of a feedback file about the trajectories ``given``.
 
-    A line ends where its line feed stands: JSON may hold other line separators as they are.
-
     Raises:
         ValueError: listing every line that is malformed, or about something that is not there, or
             about an attempt that did not fail.
     """
-    items: list[Item] = []
-    faults: list[str] = []
-    for number, text in enumerate(read_words(path).split("\n"), 1):
-        if not text.strip(BLANK):
-            continue
-        try:
-            line = Line.model_validate(json.loads(text))
-            items.append(_item(line, given, threshold))
-        except ValidationError as error:
-            found = error.errors(include_url=False, include_input=False)[0]
-            faults.append(f"line {number}: {'.'.join(map(str, found['loc']))}: {found['msg']}")
-        except ValueError as error:
-            faults.append(f"line {number}: {error}")
-    if faults or not items:
-        raise ValueError(f"{path}: {'; '.join(faults) or 'there is no feedback in it'}")
-    return items
+    return read_lines(
+        path, lambda line: _item(Line.model_validate(line), given, threshold), "feedback"
+    )
 
 
 def _item(line: Line, given: Sequence[Judged], threshold: float) -> Item:
