@@ -1,9 +1,12 @@
-"""Results as lines for people: what ``run`` and ``evaluate`` print without ``--json``."""
+"""Results as lines for people: what verbs print without ``--json``."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..core.statistics import Agreement
+
+if TYPE_CHECKING:
+    from ..loop.doctor.probe import Finding
 
 TURNS = 12
 """The most turns of the table by turn that are shown."""
@@ -109,3 +112,29 @@ def names(failures: Mapping[str, int]) -> str:
     if not failures:
         return ""
     return f" ({', '.join(f'{name} {count}' for name, count in failures.items())})"
+
+
+STYLES = {"ok": "green", "warning": "yellow", "failed": "red", "absent": "dim"}
+
+
+def show_findings(findings: "Sequence[Finding]", out: TextIO) -> None:
+    """A table, and a last line that counts. What was found is text, never markup."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from ..loop.doctor.doctor import counted
+
+    def plain(text: str, style: str = "") -> Text:
+        return Text("".join(c if c.isprintable() else " " for c in text), style, overflow="fold")
+
+    table = Table("what", "status", "found", "remedy", box=SIMPLE_HEAD)
+    for one in findings:
+        style = STYLES[one.status]
+        cells = (plain(one.name), plain(one.status, style), plain(one.found), plain(one.remedy))
+        table.add_row(*cells)
+    console = Console(file=out, highlight=False)
+    console.print(table)
+    counts = ", ".join(f"{count} {status}" for status, count in counted(findings).items())
+    console.print(f"{len(findings)} findings: {counts}", markup=False)

@@ -6,24 +6,22 @@ what would hide or reorder it; the page carries no script and its policy forbids
 
 import base64
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from ..core import evaluation
 from ..core.errors import StoreError
-from ..core.evaluation import EvaluationResult
-from ..core.files import atomic_write_bytes, read_json
+from ..core.files import atomic_write_bytes
 from ..core.images import SIGNATURE, STORE
-from ..core.statistics import Interval, Introspection, Judgement
 from ..core.types import Image, Judged, Observation, Trajectory
 from . import charts
+from .figures import curve_chart, difference_chart, multiples, turn_chart, whisker_charts
+from .numbers import number, p_value, percent, seconds, signed
+from .record import RunRecord, load
 
 EXAMPLES_PER_KIND = 2
 TURNS_SHOWN = 12
@@ -31,85 +29,6 @@ TEXT_SHOWN = 3_000
 """Characters of one text; the rest is counted."""
 IMAGE_BYTES = 8_000_000
 """For all images of the page together."""
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
-
-
-class Rates(_Part):
-    tasks: int
-    successes: int
-    success_rate: float
-    interval: Interval
-
-
-class Compared(_Part):
-    difference: float
-    interval: Interval
-    p_value: float
-    verdict: Judgement
-    test: str = "exact McNemar test"
-
-
-class CurvePoint(_Part):
-    iteration: int
-    success_rate: float
-    interval: Interval
-    tasks: int
-
-
-class IterationCosts(BaseModel):
-    """Whatever numbers an iteration's costs have, by name."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-    iteration: int | None = None
-    failures: dict[str, int] = {}
-    """Broken episodes by the error's name."""
-
-    @property
-    def numbers(self) -> dict[str, int | float]:
-        extra = self.model_extra or {}
-        return {name: n for name, n in extra.items() if isinstance(n, int | float)}
-
-
-class WarmStart(_Part):
-    wall_s: float
-    skill: float | None = None
-    """The share of validation tasks that it came to solve."""
-    wanted: float | None = None
-
-
-class PhaseResult(_Part):
-    """One of several trainers' turn at the weights."""
-
-    trainer: str
-    iterations: int
-    final: Rates
-    comparison: Compared
-    """To how the phase before it ended."""
-
-
-class Result(_Part):
-    """``result.json``, as far as the page shows it. Everything may be missing."""
-
-    recipe: str = ""
-    seed: int | None = None
-    base: Rates | None = None
-    final: Rates | None = None
-    comparison: Compared | None = None
-    introspection: dict[str, Introspection | None] | None = None
-    phases: list[PhaseResult] = []
-    curve: list[CurvePoint] = []
-    costs: list[IterationCosts] = []
-    """Of each iteration by itself, not summed up."""
-    wall_s: float | None = None
-    warm_start: WarmStart | None = None
-    environment_steps: int | None = None
-    tokens_sampled: int | None = None
-    tokens_trained: int | None = None
-    stopped: str | None = None
-    """Why it ended early."""
 
 
 @dataclass(frozen=True)
@@ -121,45 +40,6 @@ class Example:
     after: Judged
 
 
-@dataclass
-class RunRecord:
-    """All that a run folder holds for its report."""
-
-    folder: Path
-    result: Result
-    recipe: Any
-    base: EvaluationResult | None
-    final: EvaluationResult | None
-    metrics: list[dict[str, float]]
-    """Per iteration."""
-    episodes: dict[str, list[Judged]] = field(default_factory=dict[str, list[Judged]])
-    """Of ``base`` and ``final``."""
-    trouble: str = ""
-    """Why there are no episodes although there should be."""
-
-    @cached_property
-    def pairs(self) -> dict[str, int] | None:
-        """Tasks by who solved them; None unless both evaluations played the same tasks."""
-        if self.base is None or self.final is None:
-            return None
-        before, after = self.base.outcomes, self.final.outcomes
-        if not before or before.keys() != after.keys():
-            return None
-        names = {(True, True): "both", (True, False): "only_before"}
-        names |= {(False, True): "only_after", (False, False): "neither"}
-        counts = dict.fromkeys(names.values(), 0)
-        for task, solved in before.items():
-            counts[names[solved, after[task]]] += 1
-        return counts
-
-    @property
-    def introspection(self) -> dict[str, Introspection]:
-        said = self.result.introspection or {}
-        sides = {"base": self.base, "final": self.final}
-        tables = {name: (side.introspection if side else None) for name, side in sides.items()}
-        return {name: found for name in sides if (found := tables[name] or said.get(name))}
-
-
 def report(folder: Path) -> Path:
     """Write ``folder/report.html`` for the run in ``folder``; returns its path.
 
@@ -169,59 +49,8 @@ def report(folder: Path) -> Path:
         StoreError: if ``result.json`` is missing, or a file of the run is damaged.
     """
     path = folder / "report.html"
-    atomic_write_bytes(path, _render(_load(folder)).encode())
+    atomic_write_bytes(path, _render(load(folder)).encode())
     return path
-
-
-def _load(folder: Path) -> RunRecord:
-    path = folder / "result.json"
-    try:
-        result = Result.model_validate(read_json(path))
-    except ValidationError as error:
-        faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5]]
-        raise StoreError(f"{path} is not a run's result: {'; '.join(faults)}") from None
-    recipe = folder / "recipe.json"
-    run = RunRecord(
-        folder,
-        result,
-        read_json(recipe) if recipe.exists() else None,
-        _evaluation(folder, "base"),
-        _evaluation(folder, "final"),
-        _metrics(folder),
-    )
-    _load_episodes(run)
-    return run
-
-
-def _evaluation(folder: Path, name: str) -> EvaluationResult | None:
-    path = folder / "evaluations" / name
-    return evaluation.read(path) if (path / evaluation.FILE).exists() else None
-
-
-def _metrics(folder: Path) -> list[dict[str, float]]:
-    paths = [p for p in folder.glob("iterations/*/metrics.json") if p.parent.name.isdecimal()]
-    paths.sort(key=lambda path: int(path.parent.name))
-    adapter = TypeAdapter(dict[str, float])
-    try:
-        return [adapter.validate_python(read_json(path)) for path in paths]
-    except ValidationError as error:
-        raise StoreError(f"{folder}: a metrics.json is not numbers by name: {error}") from None
-
-
-def _load_episodes(run: RunRecord) -> None:
-    # pyarrow is slow to import, and a page without episodes is still a page.
-    from ..core.store import read_trajectories
-
-    for name in ("base", "final"):
-        path = run.folder / "evaluations" / name
-        if path.exists():
-            try:
-                run.episodes[name] = read_trajectories(path)
-            except StoreError as error:
-                run.trouble = str(error)
-
-
-# What the page says
 
 
 def headline(run: RunRecord) -> tuple[str, str]:
@@ -321,50 +150,6 @@ def failures(run: RunRecord) -> list[tuple[str, dict[str, int]]]:
     return sorted(counts.items(), key=lambda item: -sum(item[1].values()))
 
 
-# How numbers are written
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
-
-
-def signed(difference: float) -> str:
-    """In percentage points, with a sign (a true minus) unless it rounds to 0."""
-    points = round(100 * difference, 1)
-    return f"{points:+.1f}".replace("-", "−") if points else "0.0"
-
-
-def p_value(p: float) -> str:
-    if p >= 0.001:
-        return f"p = {p:.3f}"
-    if p < 1e-15:
-        return "p < 10⁻¹⁵"
-    digits, power = f"{p:.0e}".split("e-")
-    return f"p = {digits} × 10{_raised(-int(power))}"
-
-
-def _raised(power: int) -> str:
-    return str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
-def number(value: float) -> str:
-    if float(value).is_integer() and abs(value) < 1e15:
-        return f"{int(value):,}"
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def seconds(value: float) -> str:
-    if value < 60:
-        return f"{value:.1f} s"
-    minutes, rest = divmod(round(value), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60:,} h {minutes % 60} min"
-
-
-# How episodes are shown
-
-
 @dataclass
 class Album:
     """Images as data URIs, until the page's allowance is used up."""
@@ -403,111 +188,6 @@ def outcome(judged: Judged) -> str:
     if judged.trajectory.error:
         return "broke"
     return "solved" if judged.trajectory.success else "not solved"
-
-
-# Charts
-
-
-def whisker_charts(run: RunRecord) -> Markup:
-    result = run.result
-    if result.base is None or result.final is None:
-        return Markup("")
-    rows = [
-        ("before", result.base.success_rate, result.base.interval, "before"),
-        ("after", result.final.success_rate, result.final.interval, "after"),
-    ]
-    label = "Success rates with 95% Wilson intervals. " + "; ".join(
-        f"{name} {percent(rate)} ({percent(low)} to {percent(high)})"
-        for name, rate, (low, high), _ in rows
-    )
-    return charts.whiskers(label, rows, _round_percent, limits=(0.0, 1.0))
-
-
-def difference_chart(run: RunRecord) -> Markup:
-    compared = run.result.comparison
-    if compared is None:
-        return Markup("")
-    low, high = compared.interval
-    label = (
-        f"Difference after minus before: {signed(compared.difference)} points, "
-        f"95% interval {signed(low)} to {signed(high)}; 0 means no change"
-    )
-    row = ("change", compared.difference, compared.interval, "after")
-    return charts.whiskers(label, [row], signed_round, zero=True, limits=(-1.0, 1.0))
-
-
-def signed_round(difference: float) -> str:
-    return signed(difference).removesuffix(".0")
-
-
-def _round_percent(share: float) -> str:
-    return percent(share).replace(".0%", "%")
-
-
-def curve_chart(run: RunRecord) -> Markup:
-    curve = sorted(run.result.curve, key=lambda point: point.iteration)
-    if not curve:
-        return Markup("")
-    first, last = curve[0], curve[-1]
-    label = (
-        f"Learning curve on validation tasks: {percent(first.success_rate)} at iteration "
-        f"{first.iteration}, {percent(last.success_rate)} at iteration {last.iteration}"
-    )
-    series = charts.Series(
-        "iteration",
-        "after",
-        [(point.iteration, point.success_rate) for point in curve],
-        [(point.interval.low, point.interval.high) for point in curve],
-    )
-    return charts.line_chart(label, [series], "iteration", _round_percent, (0.0, 1.0), 0.2)
-
-
-def turn_chart(run: RunRecord) -> Markup:
-    series = [
-        charts.Series(
-            f"{name}, within", name, [(t + 1, rate) for t, rate in enumerate(side.success_by_turn)]
-        )
-        for name, side in (("before", run.base), ("after", run.final))
-        if side and side.success_by_turn
-    ]
-    if not series or max(len(one.points) for one in series) < 2:
-        return Markup("")
-    label = "Share of tasks solved within so many actions. " + "; ".join(
-        f"{one.style}: {percent(one.points[0][1])} within 1, "
-        f"{percent(one.points[-1][1])} within {len(one.points)}"
-        for one in series
-    )
-    return charts.line_chart(label, series, "actions", _round_percent, (0.0, 1.0), 0.2)
-
-
-@dataclass(frozen=True)
-class Multiple:
-    """One metric over the iterations."""
-
-    name: str
-    first: float
-    last: float
-    low: float
-    high: float
-    chart: Markup
-
-
-def multiples(run: RunRecord) -> list[Multiple]:
-    """One per metric that is no time, the learner's first."""
-    areas = {"train": 0, "rollout": 1}
-    names = {name for metrics in run.metrics for name in metrics if not name.startswith("time/")}
-    order = sorted(names, key=lambda name: (areas.get(name.split("/")[0], 2), name))
-    return [_multiple(name, [metrics.get(name) for metrics in run.metrics]) for name in order]
-
-
-def _multiple(name: str, values: Sequence[float | None]) -> Multiple:
-    known = [value for value in values if value is not None]
-    first, last, low, high = known[0], known[-1], min(known), max(known)
-    label = (
-        f"{name} over {len(values)} iterations: first {number(first)}, last {number(last)}, "
-        f"least {number(low)}, most {number(high)}"
-    )
-    return Multiple(name, first, last, low, high, charts.sparkline(label, values))
 
 
 def cost_table(run: RunRecord) -> tuple[list[str], list[list[str]]]:

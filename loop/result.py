@@ -1,6 +1,7 @@
 """What a run has come to: its checkpoint, and the numbers of its report."""
 
 import shutil
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -23,37 +24,12 @@ def conclude(
     recipe: Recipe, base_model: str, stopped: str, learned: int, kept: RunFolder
 ) -> dict[str, Any]:
     """The checkpoint, of what was learned after so many iterations, and ``result.json``."""
-    number = phase_of(recipe, kept.finished - 1)
-    if number:
-        base_model = str(kept.path(phase_base(number)).resolve())
-    if not kept.has("checkpoint"):
-        with kept.draft("checkpoint") as folder:
-            last = kept.path(iteration_name(learned - 1)) / "checkpoint"
-            shutil.copytree(last, folder, dirs_exist_ok=True)
-            inside = Path(base_model).is_dir()
-            if inside:
-                # What is kept with the run is never rewritten; of somebody else's nobody knows.
-                put = hard_link if number or kept.has(BASE) else shutil.copy2
-                ignore = shutil.ignore_patterns(BASE, CARD, NOTE)  # If it is a run's checkpoint.
-                shutil.copytree(base_model, folder / BASE, copy_function=put, ignore=ignore)
-            note_base(folder, base_model)
-            told = {"base": BASE if inside else base_model, "base_inside": inside}
-            write_card(folder, card_of(recipe.dump()) | told)
+    keep_checkpoint(recipe, base_model, learned, kept)
     evaluations = {path.name: files.read(path) for path in kept.path("evaluations").glob("[!.]*")}
     base, final = evaluations["base"], evaluations["final"]
     rounds = [
         read_json(kept.path(iteration_name(k)) / "metrics.json") for k in range(kept.finished)
     ]
-
-    def total(key: str) -> int:
-        return int(sum(metrics.get(key, 0.0) for metrics in rounds))
-
-    warm: dict[str, Any] | None = None
-    if kept.has(f"{BASE}/{STORY}"):
-        warm = {k: v for k, v in read_json(kept.path(BASE) / STORY).items() if k != "key"}
-    training = sum(sum(seconds(metrics).values()) for metrics in rounds)
-    validation = sum(seconds(metrics).get("validation", 0.0) for metrics in rounds)
-    evaluating = sum(one.wall_s for one in evaluations.values())
     result: dict[str, Any] = {
         "recipe": recipe.name,
         "seed": recipe.seed,
@@ -65,18 +41,7 @@ def conclude(
         "phases": phases(recipe, kept),
         "introspection": None,
         "curve": [point(k, metrics) for k, metrics in enumerate(rounds) if points(metrics)],
-        "wall_s": (warm["wall_s"] if warm else 0.0) + training + evaluating,
-        "environment_steps": total("rollout/environment_steps"),
-        "tokens_sampled": total("rollout/tokens"),
-        "tokens_trained": total("train/total_tokens"),
-        "warm_start": warm,
-        "evaluation": {
-            "wall_s": validation + evaluating,
-            "environment_steps": total("validation/environment_steps")
-            + sum(one.environment_steps for one in evaluations.values()),
-            "tokens_sampled": total("validation/tokens")
-            + sum(one.tokens_sampled for one in evaluations.values()),
-        },
+        **spent(rounds, list(evaluations.values()), warm_start_of(kept)),
         "costs": [costs(k, metrics) for k, metrics in enumerate(rounds)],
     }
     if base.introspection and final.introspection:
@@ -86,6 +51,63 @@ def conclude(
         )
     write_json(kept.path("result.json"), result)
     return result
+
+
+def keep_checkpoint(recipe: Recipe, base_model: str, learned: int, kept: RunFolder) -> None:
+    """``checkpoint``, with its base beside it where that is a folder; unless it is there."""
+    if kept.has("checkpoint"):
+        return
+    number = phase_of(recipe, kept.finished - 1)
+    if number:
+        base_model = str(kept.path(phase_base(number)).resolve())
+    with kept.draft("checkpoint") as folder:
+        last = kept.path(iteration_name(learned - 1)) / "checkpoint"
+        shutil.copytree(last, folder, dirs_exist_ok=True)
+        inside = Path(base_model).is_dir()
+        if inside:
+            # What is kept with the run is never rewritten; of somebody else's nobody knows.
+            put = hard_link if number or kept.has(BASE) else shutil.copy2
+            ignore = shutil.ignore_patterns(BASE, CARD, NOTE)  # If it is a run's checkpoint.
+            shutil.copytree(base_model, folder / BASE, copy_function=put, ignore=ignore)
+        note_base(folder, base_model)
+        told = {"base": BASE if inside else base_model, "base_inside": inside}
+        write_card(folder, card_of(recipe.dump()) | told)
+
+
+def warm_start_of(kept: RunFolder) -> dict[str, Any] | None:
+    """How the base was made; None if it was not made here."""
+    if not kept.has(f"{BASE}/{STORY}"):
+        return None
+    return {k: v for k, v in read_json(kept.path(BASE) / STORY).items() if k != "key"}
+
+
+def spent(
+    rounds: Sequence[Metrics],
+    evaluations: Sequence[files.EvaluationResult],
+    warm: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Time, steps and tokens: of training, and of evaluations by themselves."""
+
+    def total(key: str) -> int:
+        return int(sum(metrics.get(key, 0.0) for metrics in rounds))
+
+    training = sum(sum(seconds(metrics).values()) for metrics in rounds)
+    validation = sum(seconds(metrics).get("validation", 0.0) for metrics in rounds)
+    evaluating = sum(one.wall_s for one in evaluations)
+    return {
+        "wall_s": (warm["wall_s"] if warm else 0.0) + training + evaluating,
+        "environment_steps": total("rollout/environment_steps"),
+        "tokens_sampled": total("rollout/tokens"),
+        "tokens_trained": total("train/total_tokens"),
+        "warm_start": warm,
+        "evaluation": {
+            "wall_s": validation + evaluating,
+            "environment_steps": total("validation/environment_steps")
+            + sum(one.environment_steps for one in evaluations),
+            "tokens_sampled": total("validation/tokens")
+            + sum(one.tokens_sampled for one in evaluations),
+        },
+    }
 
 
 def brief(evaluation: files.EvaluationResult) -> dict[str, Any]:

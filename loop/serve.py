@@ -41,9 +41,10 @@ try:
     import uvicorn
 
     from ..agents.serving.adapter_cache import AdapterCache
-    from ..agents.serving.app import Served, make_app
+    from ..agents.serving.app import make_app
     from ..agents.serving.connections import protocol
     from ..agents.serving.limits import Limits
+    from ..agents.serving.room import Served
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] not in ("fastapi", "prometheus_client", "uvicorn"):
         raise

@@ -10,8 +10,9 @@ import httpx2
 
 from selfwright.agents.chat import Chat, ChatConfig
 from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
-from selfwright.agents.serving.app import Served, make_app
+from selfwright.agents.serving.app import make_app
 from selfwright.agents.serving.limits import Limits
+from selfwright.agents.serving.room import Served
 from selfwright.core.models.tokens import ChatTokens
 from selfwright.core.play.rollout import PolicyPlayer
 from selfwright.core.types import Completion, Prompt, Sampling

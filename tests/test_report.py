@@ -33,7 +33,8 @@ from selfwright.core.types import (
     Verdict,
 )
 from selfwright.evidence.charts import ticks, visible
-from selfwright.evidence.report import TURNS_SHOWN, p_value, report, seconds, signed
+from selfwright.evidence.numbers import p_value, seconds, signed
+from selfwright.evidence.report import TURNS_SHOWN, report
 
 NASTY = (
     "<script>alert(1)</script></style></pre>\"'`<!-- ]]> &amp; {{ 7 * 7 }} "

@@ -19,11 +19,11 @@ from prompts import png, prompt_of
 from serving import Echo, limits, running, served, transformers_policy, until
 from test_rollout import said
 
-from selfwright.agents.serving.app import Served
 from selfwright.agents.serving.client import Client, ServedPlayer
 from selfwright.agents.serving.guarded_policy import certain
 from selfwright.agents.serving.images import checked_images
 from selfwright.agents.serving.limits import Limits, Refusal
+from selfwright.agents.serving.room import Served
 from selfwright.core.config import Config, Fleet
 from selfwright.core.errors import PolicyError
 from selfwright.core.hosting.pool import open_worlds

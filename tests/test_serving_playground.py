@@ -15,7 +15,8 @@ from serving import Echo, limits, running, served, transformers_policy
 from test_rollout import said
 from test_serving import refusal
 
-from selfwright.agents.serving.app import Served, playground
+from selfwright.agents.serving.playground import playground
+from selfwright.agents.serving.room import Served
 from selfwright.core.chromium import chromium as found
 from selfwright.core.config import Config, Fleet
 from selfwright.core.hosting.pool import Worlds, open_worlds

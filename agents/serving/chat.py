@@ -1,0 +1,191 @@
+"""``/v1/chat/completions``: the model talked to, as OpenAI's clients do."""
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from ...core.errors import PolicyError
+from ...core.seeds import derive
+from ...core.types import (
+    Completion,
+    Message,
+    Prompt,
+    Sampling,
+)
+from . import bodies
+from .images import DATA_URL
+from .limits import Limits, Refusal
+from .room import Room
+
+log = logging.getLogger(__name__)
+
+ROLES: Mapping[str, Any] = {"developer": "system"}
+"""Roles of the wire that are called otherwise here."""
+
+
+def add_chat(app: FastAPI, room: Room) -> None:
+    name = room.served.name
+
+    @app.post("/v1/chat/completions")
+    async def chat(asked: bodies.Chat) -> Response:
+        _refuse_unsupported(asked)
+        if asked.model not in ("", name):
+            said = f"there is no model {asked.model[:80]!r} here; there is {name!r}"
+            raise Refusal(404, said, "model_not_found", "model")
+        sampling = _sampling(asked, room.player.sampling, room.limits)
+        prompt = await _prompt(asked, room)
+        seed = secrets.randbits(62) if asked.seed is None else derive(asked.seed)
+        head = {
+            "id": f"chatcmpl-{secrets.token_urlsafe(16)}",
+            "created": int(time.time()),
+            "model": name,
+        }
+        if asked.stream:
+            spoken = _spoken(room, prompt, sampling, seed)
+            first = await anext(spoken)  # What goes wrong until then is refused as usual.
+            counted = asked.stream_options is not None and asked.stream_options.include_usage
+            read = room.policy.length(prompt) if counted else None
+            events = _events(head, first, spoken, read)
+            return StreamingResponse(events, media_type="text/event-stream")
+        said = await room.complete(prompt, sampling, seed)
+        usage = _usage(room.policy.length(prompt), said)
+        message = {"role": "assistant", "content": said.text}
+        choice: dict[str, Any] = {"index": 0, "message": message, "logprobs": None}
+        choice["finish_reason"] = said.finish or "stop"
+        return JSONResponse(
+            {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
+        )
+
+
+async def _prompt(asked: bodies.Chat, room: Room) -> Prompt:
+    # Before any is looked at: to inflate an image is far more work than to send it.
+    pictured = sum(
+        isinstance(part, bodies.ImagePart)
+        for one in asked.messages
+        if not isinstance(one.content, str)
+        for part in one.content
+    )
+    if pictured > room.limits.images:
+        said = f"wanted at most {room.limits.images} images, got {pictured}"
+        raise Refusal(400, said, "too_many_images", "messages")
+    messages = [await _message(one, k, room) for k, one in enumerate(asked.messages)]
+    return Prompt(tuple(messages))
+
+
+def _refuse_unsupported(asked: bodies.Chat) -> None:
+    form = (asked.response_format or {}).get("type", "text")
+    for param, there, wanted in (
+        ("n", asked.n not in (None, 1), "n=1: ask again for another"),
+        ("tools", bool(asked.tools), "no tools: this model acts in words"),
+        ("functions", bool(asked.functions), "no functions: this model acts in words"),
+        ("logprobs", bool(asked.logprobs), "no logprobs: sessions tell them"),
+        ("response_format", form != "text", "text"),
+        ("frequency_penalty", bool(asked.frequency_penalty), "no penalty"),
+        ("presence_penalty", bool(asked.presence_penalty), "no penalty"),
+    ):
+        if there:
+            said = f"{param} is not supported here; wanted {wanted}"
+            raise Refusal(400, said, "unsupported", param)
+
+
+def _sampling(asked: bodies.Chat, usual: Sampling, limits: Limits) -> Sampling:
+    """As the agent is sampled, but for what the request says."""
+    heat = usual.temperature if asked.temperature is None else asked.temperature
+    top_p = usual.top_p if asked.top_p is None else asked.top_p
+    most = asked.max_completion_tokens or asked.max_tokens
+    if most is not None and most > limits.tokens:
+        said = f"wanted at most {limits.tokens} tokens, got {most}"
+        raise Refusal(400, said, "too_many_tokens", "max_tokens")
+    stop = usual.stop
+    if asked.stop is not None:
+        stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop)
+    if "" in stop:
+        raise Refusal(400, "an empty stop would end everything at once", "invalid_request", "stop")
+    return Sampling(heat, 1.0 if heat == 0 else top_p, most or usual.max_tokens, stop)
+
+
+async def _message(given: bodies.ChatMessage, index: int, room: Room) -> Message:
+    role = ROLES.get(given.role, given.role)
+    if isinstance(given.content, str):
+        return Message(role, (given.content,))
+    param = f"messages[{index}].content"
+    pictures = [part for part in given.content if isinstance(part, bodies.ImagePart)]
+    if not all(part.image_url.url.startswith(DATA_URL) for part in pictures):
+        said = f"wanted an image as {DATA_URL}...; nothing is fetched from elsewhere"
+        raise Refusal(400, said, "bad_image", param)
+    urls = [part.image_url.url.removeprefix(DATA_URL) for part in pictures]
+    images = iter(await room.images(urls, param))
+    parts = (p.text if isinstance(p, bodies.TextPart) else next(images) for p in given.content)
+    return Message(role, tuple(parts))
+
+
+def _usage(read: int, said: Completion) -> dict[str, int]:
+    wrote = len(said.token_ids)
+    return {"prompt_tokens": read, "completion_tokens": wrote, "total_tokens": read + wrote}
+
+
+async def _spoken(
+    room: Room, prompt: Prompt, sampling: Sampling, seed: int
+) -> AsyncGenerator[str | Completion]:
+    """The answer's text, piece by piece as it comes, and at the end the whole."""
+    heard: asyncio.Queue[str | None] = asyncio.Queue()
+
+    completing = asyncio.create_task(room.complete(prompt, sampling, seed, heard.put_nowait))
+    completing.add_done_callback(lambda _: heard.put_nowait(None))
+    told = ""
+    try:
+        while (text := await heard.get()) is not None:
+            # An answer that was begun anew, as its server was lost, is at first shorter.
+            if text.startswith(told) and text != told:
+                yield text[len(told) :]
+                told = text
+        said = await completing
+        if not said.text.startswith(told):
+            raise PolicyError("the answer was begun anew, and became another one")
+        if said.text != told:
+            yield said.text[len(told) :]
+        yield said
+    finally:
+        completing.cancel()
+
+
+async def _events(
+    head: Mapping[str, Any],
+    first: str | Completion,
+    spoken: AsyncGenerator[str | Completion],
+    read: int | None,
+) -> AsyncGenerator[str]:
+    """The answer as OpenAI streams one; ``read``: the prompt's tokens, if usage is to be told."""
+
+    def event(choices: Sequence[Any], **more: Any) -> str:
+        chunk = {**head, "object": "chat.completion.chunk", "choices": choices, **more}
+        return f"data: {json.dumps(chunk)}\n\n"
+
+    def delta(finish: str | None = None, **delta: str) -> str:
+        return event([{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}])
+
+    async with aclosing(spoken):
+        yield delta(role="assistant", content="")
+        piece = first
+        try:
+            while isinstance(piece, str):
+                yield delta(content=piece)
+                piece = await anext(spoken)
+        except (PolicyError, TimeoutError) as error:
+            # Too late for another status; that no [DONE] follows says that it is not whole.
+            log.error("the policy failed while it spoke: %s", error)
+            broke = Refusal(503, "the policy could not finish its answer", "policy_failed")
+            yield f"data: {json.dumps(broke.body)}\n\n"
+            return
+        yield delta(piece.finish or "stop")
+        if read is not None:
+            yield event([], usage=_usage(read, piece))
+        yield "data: [DONE]\n\n"

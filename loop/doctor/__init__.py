@@ -1,0 +1,1 @@
+"""Looks at the machine for what breaks runs: versions, devices, programs, disk, adapters."""
