@@ -44,7 +44,8 @@ from selfwright.core.files import write_json
 from selfwright.core.hosting.pool import Worlds, open_worlds
 from selfwright.core.models.tokens import PAD
 from selfwright.core.play.draw import draw, starts
-from selfwright.core.play.rollout import PolicyPlayer, rollouts
+from selfwright.core.play.players import PolicyPlayer
+from selfwright.core.play.rollout import rollouts
 from selfwright.core.recipe import read
 from selfwright.core.types import Completion, Sampling, Stop
 from selfwright.loop.progress import Progress

@@ -43,7 +43,8 @@ from selfwright.core.config import Config, Fleet
 from selfwright.core.files import write_json
 from selfwright.core.hosting.pool import Worlds, open_worlds
 from selfwright.core.play.draw import draw, starts
-from selfwright.core.play.rollout import PolicyPlayer, rollouts
+from selfwright.core.play.players import PolicyPlayer
+from selfwright.core.play.rollout import rollouts
 from selfwright.core.types import (
     Message,
     Observation,

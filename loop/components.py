@@ -8,7 +8,8 @@ from ..core.config import JudgeConfig, PolicyConfig
 from ..core.hosting.pool import Worlds, open_worlds
 from ..core.play.asking import with_deadline
 from ..core.play.judging import judged
-from ..core.play.rollout import ExpertPlayer, Player, rollouts
+from ..core.play.players import ExpertPlayer, Player
+from ..core.play.rollout import rollouts
 from ..core.protocols import (
     Agent,
     AsksPolicies,

@@ -22,13 +22,8 @@ from ..core.models.origin import ADAPTER, found_base, parts_of
 from ..core.play.asking import with_deadline
 from ..core.play.draw import draw, starts
 from ..core.play.judging import judged
-from ..core.play.rollout import (
-    ExpertPlayer,
-    Player,
-    PolicyPlayer,
-    RandomPlayer,
-    rollouts,
-)
+from ..core.play.players import ExpertPlayer, Player, PolicyPlayer, RandomPlayer
+from ..core.play.rollout import rollouts
 from ..core.protocols import AsksPolicies, Judge, Policy
 from ..core.recipe import Section, section
 from ..core.seeds import derive, identify

@@ -22,7 +22,9 @@ from ..core.errors import LearnerError, RecipeError, StoreError, WorldError
 from ..core.files import DRAFT, check_writable, read_json, write_json
 from ..core.hosting.pool import Worlds
 from ..core.play.draw import draw, starts
-from ..core.play.rollout import ExpertPlayer, PolicyPlayer, rollouts, turn_seed
+from ..core.play.episode import turn_seed
+from ..core.play.players import ExpertPlayer, PolicyPlayer
+from ..core.play.rollout import rollouts
 from ..core.protocols import Agent, Learner, LearnerFactory, Policy, make_learner
 from ..core.recipe import Recipe
 from ..core.seeds import derive

@@ -13,7 +13,7 @@ from selfwright.agents.chat import Chat, ChatConfig
 from selfwright.commands.console import Display
 from selfwright.core.hosting.pool import open_worlds
 from selfwright.core.metrics import described
-from selfwright.core.play.rollout import sharing
+from selfwright.core.play.players import sharing
 from selfwright.core.protocols import Context
 from selfwright.core.recipe import read
 from selfwright.core.types import (

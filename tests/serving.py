@@ -14,7 +14,7 @@ from selfwright.agents.serving.app import make_app
 from selfwright.agents.serving.limits import Limits
 from selfwright.agents.serving.room import Served
 from selfwright.core.models.tokens import ChatTokens
-from selfwright.core.play.rollout import PolicyPlayer
+from selfwright.core.play.players import PolicyPlayer
 from selfwright.core.types import Completion, Prompt, Sampling
 from selfwright.loop.serve import Server, bound
 

@@ -30,7 +30,8 @@ from selfwright.core.errors import TooManyFailures, WorldError
 from selfwright.core.hosting.pool import open_worlds
 from selfwright.core.play.asking import ask, with_deadline
 from selfwright.core.play.judging import BROKEN, judged
-from selfwright.core.play.rollout import ExpertPlayer, Player, PolicyPlayer, RandomPlayer, rollouts
+from selfwright.core.play.players import ExpertPlayer, Player, PolicyPlayer, RandomPlayer
+from selfwright.core.play.rollout import rollouts
 from selfwright.core.recipe import section
 from selfwright.core.store import read_trajectories, write_trajectories
 from selfwright.core.types import (

@@ -9,7 +9,7 @@ import pytest
 
 from selfwright.commands.words import evaluation_words, table_words
 from selfwright.core.hosting.pool import open_worlds
-from selfwright.core.play.rollout import ExpertPlayer, Player, RandomPlayer
+from selfwright.core.play.players import ExpertPlayer, Player, RandomPlayer
 from selfwright.core.recipe import section
 from selfwright.core.statistics import Introspection
 from selfwright.core.types import Trajectory

@@ -17,7 +17,9 @@ from selfwright.agents.engines.transformers import TransformersConfig, Transform
 from selfwright.core.config import Fleet, Rollout
 from selfwright.core.hosting.pool import World, Worlds, open_worlds
 from selfwright.core.play.draw import draw, starts
-from selfwright.core.play.rollout import PolicyPlayer, rollouts, turn_seed
+from selfwright.core.play.episode import turn_seed
+from selfwright.core.play.players import PolicyPlayer
+from selfwright.core.play.rollout import rollouts
 from selfwright.core.store import read_trajectories
 from selfwright.core.types import (
     Action,

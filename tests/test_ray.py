@@ -27,7 +27,8 @@ from selfwright.core.hosting.pool import open_worlds
 from selfwright.core.hosting.process import LOSSES, RemoteWorld
 from selfwright.core.hosting.ray import Cluster, RayWorker
 from selfwright.core.hosting.world import World
-from selfwright.core.play.rollout import ExpertPlayer, rollouts
+from selfwright.core.play.players import ExpertPlayer
+from selfwright.core.play.rollout import rollouts
 from selfwright.core.tasks import StoredTask
 from selfwright.core.types import (
     Action,

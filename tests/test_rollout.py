@@ -19,15 +19,8 @@ from selfwright.core.errors import TooManyFailures
 from selfwright.core.hosting.pool import open_worlds
 from selfwright.core.images import STORE
 from selfwright.core.play.draw import draw, starts
-from selfwright.core.play.rollout import (
-    ExpertPlayer,
-    Player,
-    PolicyPlayer,
-    RandomPlayer,
-    failures_by_name,
-    rollouts,
-    sharing,
-)
+from selfwright.core.play.players import ExpertPlayer, Player, PolicyPlayer, RandomPlayer, sharing
+from selfwright.core.play.rollout import failures_by_name, rollouts
 from selfwright.core.types import (
     Action,
     Completion,

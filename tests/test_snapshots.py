@@ -18,7 +18,8 @@ from selfwright.core.config import Fleet
 from selfwright.core.errors import RecipeError, WorldError
 from selfwright.core.hosting.pool import open_worlds
 from selfwright.core.hosting.snapshots import Snapshots
-from selfwright.core.play.rollout import RandomPlayer, rollouts
+from selfwright.core.play.players import RandomPlayer
+from selfwright.core.play.rollout import rollouts
 from selfwright.core.protocols import Tasks
 from selfwright.core.recipe import read
 from selfwright.core.store import read_trajectories

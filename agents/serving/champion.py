@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from ...core.errors import DiskError, SelfwrightError
 from ...core.models.origin import ADAPTER
-from ...core.play.rollout import deadline
+from ...core.play.waiting import deadline
 from ...core.protocols import Policy
 from ...core.statistics import Comparison
 from .adapter_cache import AdapterCache

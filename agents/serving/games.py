@@ -9,7 +9,9 @@ from typing import Literal, TypeAlias
 from ...core.errors import WorldError
 from ...core.hosting.pool import Worlds
 from ...core.hosting.world import World
-from ...core.play.rollout import PolicyPlayer, deadline, executed
+from ...core.play.episode import executed
+from ...core.play.players import PolicyPlayer
+from ...core.play.waiting import deadline
 from ...core.seeds import derive
 from ...core.types import Action, Observation, Step, Task, TimeStep
 from .limits import Refusal

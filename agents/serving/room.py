@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ...core.models.tokens import ChatTokens
-from ...core.play.rollout import PolicyPlayer, deadline
+from ...core.play.players import PolicyPlayer
+from ...core.play.waiting import deadline
 from ...core.types import (
     Action,
     Completion,

@@ -13,7 +13,7 @@ from ..errors import PolicyError
 from ..protocols import HasEmbeddings, Policy
 from ..seeds import derive
 from ..types import Completion, Prompt, Sampling
-from .rollout import Failures, deadline
+from .waiting import Failures, deadline
 
 
 @dataclass(frozen=True)

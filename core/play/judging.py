@@ -9,7 +9,7 @@ from ..config import JudgeConfig
 from ..errors import JudgeError
 from ..protocols import Judge
 from ..types import Judged, Trajectory, Verdict
-from .rollout import Failures, deadline
+from .waiting import Failures, deadline
 
 BROKEN = "broken"
 """What stands for the judge's name in a verdict that it failed to give."""

@@ -8,7 +8,7 @@ from typing import Any
 from ...core.errors import WorldError
 from ...core.hosting.pool import launch_of
 from ...core.hosting.worker import LocalWorker
-from ...core.play.rollout import unlike
+from ...core.play.episode import unlike
 from ...core.types import Observation, TimeStep
 from .episodes import (
     Broken,
