@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from itertools import chain, count
 
 from ..core.types import Step
 from .events import (
@@ -20,6 +21,8 @@ class Progress:
     def __init__(self, listener: Listener = ignore) -> None:
         self.tell = listener
         self._noted: set[str] = set()
+        self._open: set[str] = set()
+        """The stages that are."""
 
     def say(self, text: str) -> None:
         self.tell(Message(text))
@@ -32,11 +35,18 @@ class Progress:
 
     @contextmanager
     def stage(self, name: str, total: int = 0, unit: str = "episodes") -> "Generator[Stage]":
-        """``total``: how many units it has; 0: nobody counts."""
+        """``total``: how many units it has; 0: nobody counts.
+
+        Of several of one name at a time, the later ones are numbered.
+        """
+        several = (f"{name} ({number})" for number in count(2))
+        name = next(one for one in chain([name], several) if one not in self._open)
+        self._open.add(name)
         self.tell(StageBegan(name, total, unit))
         try:
             yield Stage(name, self.tell)
         finally:
+            self._open.remove(name)
             self.tell(StageEnded(name))
 
 

@@ -68,6 +68,28 @@ def test_a_terminal_shows_all_stages_that_are_open() -> None:
     assert "playing: 3/8 episodes" in out.getvalue() and "learning" in out.getvalue()
 
 
+def test_stages_of_one_name_are_told_apart() -> None:
+    heard: list[Event] = []
+    progress = Progress(heard.append)
+    with progress.stage("playing on", 2) as first:
+        with progress.stage("playing on", 3) as second:
+            second.advance(3)
+        first.advance(1)
+    with progress.stage("playing on", 4):
+        pass
+    told = [(type(e).__name__, getattr(e, "name", ""), getattr(e, "done", None)) for e in heard]
+    assert told == [
+        ("StageBegan", "playing on", None),
+        ("StageBegan", "playing on (2)", None),
+        ("StageAdvanced", "playing on (2)", 3),
+        ("StageEnded", "playing on (2)", None),
+        ("StageAdvanced", "playing on", 1),
+        ("StageEnded", "playing on", None),
+        ("StageBegan", "playing on", None),
+        ("StageEnded", "playing on", None),
+    ]
+
+
 def test_text_is_shown_as_it_is_and_notes_once() -> None:
     display, out = shown()
     progress = Progress(display)
