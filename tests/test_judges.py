@@ -1,11 +1,29 @@
 """Judges: one verdict a trajectory, in order; undecided is not 0."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
-from selfwright.core.config import JudgeConfig
-from selfwright.core.store import read_trajectories, write_trajectories
+import pytest
+from components import AGENT
+
+from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
+from selfwright.core.config import Fleet, JudgeConfig
+from selfwright.core.hosting.pool import open_worlds
+from selfwright.core.play.draw import draw, starts
+from selfwright.core.play.judging import judged
+from selfwright.core.play.players import RandomPlayer
+from selfwright.core.play.rollout import rollouts
+from selfwright.core.plugins import load
+from selfwright.core.protocols import AsksPolicies, Judge, Policy
+from selfwright.core.store import (
+    judge_identity,
+    read_trajectories,
+    write_trajectories,
+    write_verdicts,
+)
 from selfwright.core.types import (
     Action,
     Completion,
@@ -83,11 +101,76 @@ def test_stored_episodes_are_judged_without_their_world(tmp_path: Path) -> None:
     ]
     unjudged = Verdict(None, "", "")
     write_trajectories(tmp_path, [Judged(one, unjudged) for one in played], tmp_path / "images")
-    stored = [judged.trajectory for judged in read_trajectories(tmp_path)]
+    stored = [one.trajectory for one in read_trajectories(tmp_path)]
     for judge in (MajorityJudge(JudgeConfig()), RewardJudge(JudgeConfig())):
         assert asyncio.run(judge.judge(stored)) == asyncio.run(judge.judge(played))
     verdicts = asyncio.run(MajorityJudge(JudgeConfig()).judge(stored))
     assert [verdict.score for verdict in verdicts] == [1.0, 0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("majority", {}),
+        ("model", {}),
+        ("model", {"shows": "transcript", "answer": "points", "max_tokens": 6}),
+        ("pairwise", {}),
+    ],
+)
+def test_from_disk_a_judge_says_what_it_said_live(
+    model_folder: Callable[[str], Path], tmp_path: Path, kind: str, keys: dict[str, Any]
+) -> None:
+    """Whichever judge: it sees what was kept, and no world."""
+    plugin = load("judges", kind)
+    config = plugin.Config.model_validate(keys)
+
+    def judge_with(policy: Policy) -> Judge:
+        judge: Any = plugin(config)
+        if isinstance(judge, AsksPolicies):
+
+            async def open(name: str) -> Policy:
+                assert name == "base"
+                return policy
+
+            judge.ask_through(open)
+        return cast(Judge, judge)
+
+    async def live() -> list[Judged]:
+        policy = opened(model_folder("scratch"))
+        async with await open_worlds("countdown", {"attempts": 3}, Fleet()) as worlds:
+            begin = starts(await draw(worlds.tasks("train"), 3, 1), 4, 1)
+            played = await rollouts(RandomPlayer(AGENT), worlds, begin, 5)
+        try:
+            return await judged(judge_with(policy), played, config)
+        finally:
+            await policy.close()
+
+    async def later() -> list[Judged]:
+        policy = opened(model_folder("scratch"))
+        stored = [one.trajectory for one in read_trajectories(tmp_path)]
+        try:
+            return await judged(judge_with(policy), stored, config)
+        finally:
+            await policy.close()
+
+    given = asyncio.run(live())
+    unjudged = [replace(one, verdict=Verdict(None, "", "")) for one in given]
+    write_trajectories(tmp_path, unjudged, tmp_path / "images")
+    again = asyncio.run(later())
+    assert [one.verdict for one in again] == [one.verdict for one in given]
+    scores = {one.verdict.score for one in given}
+    assert len(scores) > 1 or "points" in keys.values()
+    # And it is kept beside what was said first.
+    identity = judge_identity(kind, config.model_dump(mode="json"))
+    write_verdicts(tmp_path, identity, {one.trajectory.id: one.verdict for one in again})
+    assert [j.verdict for j in read_trajectories(tmp_path, identity.hash)] == [
+        j.verdict for j in given
+    ]
+
+
+def opened(folder: Path) -> TransformersPolicy:
+    config = TransformersConfig.model_validate({"model": str(folder)})
+    return TransformersPolicy(config, str(folder), 0)
 
 
 def vote(*actions: str | None) -> list[float | None]:

@@ -4,7 +4,10 @@
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 # pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
 
+import asyncio
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,9 @@ from selfwright.core.store import (
     write_verdicts,
 )
 from selfwright.core.types import Image, Prompt, Task, Verdict
+from selfwright.evidence.compare import compare
+from selfwright.evidence.report import report
+from selfwright.loop.evaluate import evaluate_checkpoint
 
 RUN = Path(__file__).parent / "data" / "run-schema-2"
 FILES = sorted(RUN.rglob(TRAJECTORIES))
@@ -123,3 +129,33 @@ def test_a_damaged_file_of_schema_2_is_named(tmp_path: Path) -> None:
         read_trajectories(path, "0123")
     judged = read_trajectories(path)
     assert judged[0] != replace(judged[0], verdict=Verdict(None, "", ""))
+
+
+@pytest.fixture
+def moved(tmp_path: Path) -> Path:
+    """A copy, that may be written to."""
+    return Path(shutil.copytree(RUN, tmp_path / "run"))
+
+
+def test_a_run_of_schema_2_is_reported_and_compared(moved: Path) -> None:
+    page = report(moved).read_text()
+    result = json.loads((RUN / "result.json").read_text())
+    final = result["final"]
+    assert f"{final['successes']} of {final['tasks']}" in page
+    compared = compare(moved / "evaluations" / "base", moved / "evaluations" / "final")
+    told = result["comparison"]
+    assert (compared["difference"], compared["p_value"]) == (told["difference"], told["p_value"])
+
+
+def test_a_checkpoint_of_such_a_run_is_evaluated_as_its_recipe_says(
+    moved: Path, model_folder: Callable[[str], Path]
+) -> None:
+    folder = moved / "iterations" / "0001" / "checkpoint"
+    shutil.copytree(model_folder("scratch"), folder)  # Of a size to be kept in a repository: none.
+    told = asyncio.run(
+        evaluate_checkpoint(str(folder), None, [], "test", 4, 3, None, moved / "again")
+    )
+    recipe = json.loads((RUN / "recipe.json").read_text())
+    assert told["tasks"] == 4 and told["environment"]["largest"] == 20
+    assert told["environment"]["use"] == recipe["environment"]["use"]
+    assert len(read_trajectories(moved / "again")) == 4
