@@ -246,15 +246,15 @@ class Tasks:
         basic = [_basic(has[name], name, f"{where}.{name}") for name in BASIC]
         faults = [(name, no_unicode(has[name])) for name in BASIC[:2]]
         if any(fault for _, fault in faults):
-            said = [f"{where}.{name} is no Unicode: {fault}" for name, fault in faults if fault]
-            return [*map(escaped, basic[:2]), basic[2], "{}", "; ".join(said)]
+            words = [f"{where}.{name} is no Unicode: {fault}" for name, fault in faults if fault]
+            return [*map(escaped, basic[:2]), basic[2], "{}", "; ".join(words)]
         if self._typed:
             return [*basic, self._typed.task_data(task), ""]
         rest = {key: plain(one, where + "." + key) for key, one in has.items() if key not in BASIC}
         data = json.dumps(rest, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
         return [*basic, data, ""]
 
-    def made(self, sent: Sequence[Any]) -> Any:
+    def received(self, sent: Sequence[Any]) -> Any:
         """The task again."""
         if self._typed:
             return self._typed.task_of(self._kind, *sent[:4])
@@ -338,8 +338,8 @@ class FarEnd:
 
     async def on_hello(self, protocol: int, **_: Any) -> Any:
         if protocol != PROTOCOL:
-            said = f"protocol {protocol!r} is asked for; this end speaks {PROTOCOL}"
-            raise WorldError(said)
+            fault = f"protocol {protocol!r} is asked for; this end speaks {PROTOCOL}"
+            raise WorldError(fault)
         speaks = "Python " + sys.version.split()[0]
         return {"protocol": PROTOCOL, "frame_mb": FRAME_MB, "speaks": speaks}
 
@@ -356,8 +356,8 @@ class FarEnd:
         validate = getattr(getattr(plugin, "Config", None), "model_validate_json", None)
 
         def make() -> Any:
-            made = plugin(validate(config)) if validate else plugin(**settings)
-            return offered(made, "without_oracle", world)() if without_oracle else made
+            instance = plugin(validate(config)) if validate else plugin(**settings)
+            return offered(instance, "without_oracle", world)() if without_oracle else instance
 
         self._make = make
         able = [name for name in ABILITIES if callable(getattr(self._any(), name, None))]
@@ -376,15 +376,15 @@ class FarEnd:
 
     async def on_answer(self, task: list[Any], action: str) -> Any:
         world = self._any()
-        return await self._answer_of(world, self._tasks.made(task), action)
+        return await self._answer_of(world, self._tasks.received(task), action)
 
     async def on_add(self, instance: int) -> Any:
         self._instances[instance] = self._spare.pop() if self._spare else self._make()
 
     async def on_reset(self, instance: int, task: list[Any], seed: int) -> Any:
         world = self._instances[instance]
-        self._played[instance] = made = self._tasks.made(task)
-        return observation(await done(world.reset(made, seed)), self._world)
+        self._played[instance] = played = self._tasks.received(task)
+        return observation(await done(world.reset(played, seed)), self._world)
 
     async def on_step(self, instance: int, action: str, snapshot: bool = False) -> Any:
         world = self._instances[instance]
@@ -406,8 +406,8 @@ class FarEnd:
         return self._text(await self._asked(instance, "snapshot"), "snapshot")
 
     async def on_restore(self, instance: int, task: list[Any], state: str) -> Any:
-        self._played[instance] = made = self._tasks.made(task)
-        return observation(await self._asked(instance, "restore", made, state), self._world)
+        self._played[instance] = played = self._tasks.received(task)
+        return observation(await self._asked(instance, "restore", played, state), self._world)
 
     async def on_cancel(self, number: int) -> Any:
         if number in self._calls:
@@ -443,8 +443,8 @@ class FarEnd:
         if split not in self._splits:
             tasks = await done(self._any().tasks(split))
             if not hasattr(tasks, "__len__"):
-                said = f"{self._world}: {split} is {shown(tasks)}; wanted a sequence of tasks"
-                raise WorldError(said)
+                fault = f"{self._world}: {split} is {shown(tasks)}; wanted a sequence of tasks"
+                raise WorldError(fault)
             self._splits[split] = tasks
         return self._splits[split]
 

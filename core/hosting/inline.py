@@ -125,7 +125,9 @@ class InlineHost:
     def own(self, task: Task) -> Any:
         """``task`` as the world makes them. Raises: WorldError: it cannot be played."""
         task = readable(task)
-        return own_task(self.spec.task, task) if self._typed else self._codec.made(task_to(task))
+        return (
+            own_task(self.spec.task, task) if self._typed else self._codec.received(task_to(task))
+        )
 
     async def add(self) -> World:
         world = InlineWorld(self, self._make())

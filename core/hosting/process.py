@@ -113,17 +113,17 @@ class ProcessHost:
         self._workers: list[Worker] = []
         self._asked: Worker | None = None
         self._open = True
-        self._made = 0
+        self._added = 0
 
     @property
     def processes(self) -> list[int]:
         return [worker.pid for worker in self._living() if worker.pid is not None]
 
     async def open(self) -> None:
-        told = await self._question("open")
-        self.abilities = frozenset(told["abilities"])
+        opened = await self._question("open")
+        self.abilities = frozenset(opened["abilities"])
         if self._away:
-            self.spec = spec_from(told["spec"], self.name)
+            self.spec = spec_from(opened["spec"], self.name)
             self._per_process = min(self.spec.per_process or 1, self._fleet.parallel)
 
     async def size(self, split: str) -> int:
@@ -145,12 +145,12 @@ class ProcessHost:
     async def add(self) -> World:
         worker = next((w for w in self._living() if self._has_room(w)), None) or self._start()
         worker.instances += 1  # at once: others are asking, too
-        self._made += 1
-        world = RemoteWorld(worker, self._made, self)
+        self._added += 1
+        world = RemoteWorld(worker, self._added, self)
         try:
             await self._opened(worker)
-            made = worker.ask("add", instance=world.number)
-            await self._in_time(made, f"no instance of {self.name} was made")
+            adding = worker.ask("add", instance=world.number)
+            await self._in_time(adding, f"no instance of {self.name} was made")
         except BaseException as error:
             worker.instances -= 1
             worker.tell("drop", instance=world.number)

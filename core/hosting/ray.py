@@ -154,8 +154,8 @@ class RayWorker:
             self._handle.lose(cause)
             answer, error = {}, WorkerLost(self._handle.lost)
         except Exception as cause:
-            said = self._dead or f"Ray could not ask {self._name}: {cause}"
-            answer, error = {}, WorldError(said)
+            message = self._dead or f"Ray could not ask {self._name}: {cause}"
+            answer, error = {}, WorldError(message)
         # Its process may die while the host lives on; before the answer, so that whoever asks
         # again finds another one.
         if dead := answer.get("dead"):
@@ -181,7 +181,7 @@ class Cluster:
         """How many hosts there are at most, once it is joined."""
         self._name = name
         self._handles: list[RayHandle] = []
-        self._made = 0
+        self._started = 0
         self._open = True
 
     def join(self, parallel: int) -> None:
@@ -200,9 +200,9 @@ class Cluster:
         self._handles = [handle for handle in self._handles if not handle.lost]
         if len(self._handles) < self.hosts:
             self._handles.append(RayHandle(self._name))
-        self._made += 1
+        self._started += 1
         fewest = min(self._handles, key=lambda handle: len(handle.workers))
-        return RayWorker(fewest, self._made, launch)
+        return RayWorker(fewest, self._started, launch)
 
     async def close(self) -> None:
         if self._open:

@@ -179,11 +179,11 @@ class LocalWorker:
 
     def _greeted(self, hello: asyncio.Future[Reply]) -> None:
         error = None if hello.cancelled() else hello.exception()
-        said = str(error) if error else ""
+        fault = str(error) if error else ""
         if not error and (spoken := hello.result()[0].get("protocol")) != far_end.PROTOCOL:
-            said = f"it speaks protocol {spoken!r}; wanted {far_end.PROTOCOL}"
-        if said and self.dead is None:
-            self.kill(f"{self._name} cannot be spoken to: {said}")
+            fault = f"it speaks protocol {spoken!r}; wanted {far_end.PROTOCOL}"
+        if fault and self.dead is None:
+            self.kill(f"{self._name} cannot be spoken to: {fault}")
 
     def _speak(self) -> None:
         """Send what the pipe has room for; what hangs at the other end keeps nobody here."""
@@ -272,8 +272,8 @@ def _started(launch: Launch) -> tuple[subprocess.Popen[bytes], int, int]:
         )
     except OSError as error:
         program = launch.arguments[0]
-        said = f"{launch.opening.world} cannot be started: {program!r}: {error.strerror}"
-        raise WorldError(f"{said}; wanted a program that can be run") from None
+        fault = f"{launch.opening.world} cannot be started: {program!r}: {error.strerror}"
+        raise WorldError(f"{fault}; wanted a program that can be run") from None
     assert process.stdin and process.stdout
     ends = os.dup(process.stdin.fileno()), os.dup(process.stdout.fileno())
     process.stdin.close()

@@ -22,7 +22,7 @@ class WithDeadline:
 
     policy: Policy
     timeout_s: float
-    told: Callable[[Completion], None] | None = None
+    heard: Callable[[Completion], None] | None = None
     """Hears of every completion."""
 
     @property
@@ -34,15 +34,15 @@ class WithDeadline:
 
     async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
         async with deadline(self.timeout_s, "the policy's completion"):
-            said = await self.policy.complete(prompt, sampling, seed)
-        checked_completion(said, self.checkpoint)
-        if self.told:
-            self.told(said)
-        return said
+            completion = await self.policy.complete(prompt, sampling, seed)
+        checked_completion(completion, self.checkpoint)
+        if self.heard:
+            self.heard(completion)
+        return completion
 
-    async def score(self, prompt: Prompt, said: Completion) -> Completion:
+    async def score(self, prompt: Prompt, completion: Completion) -> Completion:
         async with deadline(self.timeout_s, "the policy's log-probabilities"):
-            scored = await self.policy.score(prompt, said)
+            scored = await self.policy.score(prompt, completion)
         return checked_completion(scored, self.checkpoint)
 
     async def load(self, checkpoint: Path | None) -> None:
@@ -63,11 +63,11 @@ class EmbedderWithDeadline(WithDeadline):
 
 
 def with_deadline(
-    policy: Policy, timeout_s: float, told: Callable[[Completion], None] | None = None
+    policy: Policy, timeout_s: float, heard: Callable[[Completion], None] | None = None
 ) -> WithDeadline:
     """``policy``, whose answers have that deadline; it can do what it could."""
     kind = EmbedderWithDeadline if isinstance(policy, HasEmbeddings) else WithDeadline
-    return kind(policy, timeout_s, told)
+    return kind(policy, timeout_s, heard)
 
 
 async def yes_share(policy: Policy, prompt: Prompt, yes: str = "yes", no: str = "no") -> float:
@@ -95,9 +95,9 @@ async def score_all(
         len(questions), max_failures, PolicyError, "texts could not be scored", "max_failures"
     )
 
-    async def one(prompt: Prompt, said: Completion) -> Completion | None:
+    async def one(prompt: Prompt, completion: Completion) -> Completion | None:
         try:
-            return await policy.score(prompt, said)
+            return await policy.score(prompt, completion)
         except Exception as cause:
             failures.add(cause)
             return None

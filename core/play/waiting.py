@@ -113,8 +113,8 @@ PATIENT = Rollout.model_validate({})
 def grouped(starts: Sequence[Start], patience: Rollout) -> list[Group]:
     """The group of each start: those of one task with one seed share it."""
     keys = [(start.task.id, start.seed) for start in starts]
-    made = {
+    groups = {
         key: Group(size, math.ceil(patience.enough * size), patience.group_timeout_s)
         for key, size in Counter(keys).items()
     }
-    return [made[key] for key in keys]
+    return [groups[key] for key in keys]

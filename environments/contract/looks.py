@@ -193,13 +193,13 @@ async def _same_words(worlds: Worlds, wrong: Episode, right: Episode) -> int:
         if None in answers or one.reward >= other.reward:
             continue
         # Either answer may stand in either text: the right one is often part of the task.
-        said = [one.observation.text, other.observation.text]
+        shown = [one.observation.text, other.observation.text]
         for answer in sorted(map(str, answers), key=len, reverse=True):
-            said = [text.replace(answer, "...") for text in said]
-        if said[0] != said[1]:
+            shown = [text.replace(answer, "...") for text in shown]
+        if shown[0] != shown[1]:
             raise Broken(
-                f"without its oracle {wrong.task.id!r} answers a wrong attempt {said[0]!r} "
-                f"and a right one {said[1]!r}; wanted the same but for the answer itself"
+                f"without its oracle {wrong.task.id!r} answers a wrong attempt {shown[0]!r} "
+                f"and a right one {shown[1]!r}; wanted the same but for the answer itself"
             )
         compared += 1
     return compared

@@ -28,10 +28,10 @@ async def same_process(exam: Examination) -> str:
     rule = rule_of(exam)
     async with exam.here.lease() as one, exam.here.lease() as other:
         for episode in exam.played:
-            told = episode.task, episode.seed, replay(episode)
-            _alike(episode, await exam.watch.play(one, *told), rule)
+            played = episode.task, episode.seed, replay(episode)
+            _alike(episode, await exam.watch.play(one, *played), rule)
             for again in await asyncio.gather(
-                exam.watch.play(one, *told), exam.watch.play(other, *told)
+                exam.watch.play(one, *played), exam.watch.play(other, *played)
             ):
                 _alike(episode, again, rule)
     return f"{len(exam.played)} episodes, each played three times more, two of them side by side"
@@ -56,8 +56,8 @@ async def snapshots(exam: Examination) -> str:
         for episode in exam.played:
             for half in sorted({1, len(episode.steps) // 2} - {0, len(episode.steps)}):
                 one.snapshots = True
-                told = episode.task, episode.seed, replay(episode)
-                await exam.watch.play(one, *told, longest=half)
+                played = episode.task, episode.seed, replay(episode)
+                await exam.watch.play(one, *played, longest=half)
                 restored = other.restore(episode.task, one.snapshot)
                 first = await exam.watch.timed("reset", restored)
                 rest = Episode(
