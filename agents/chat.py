@@ -39,8 +39,10 @@ class Chat:
         opening = f"{task.instruction}\n{self._shown(seen[0])}".strip()
         messages.append(Message("user", (*seen[0].images, opening)))
         for k in range(first, len(history)):
-            said = history[k].action.completion
-            messages.append(Message("assistant", (said.text,), said.token_ids, said.tokenizer))
+            completion = history[k].action.completion
+            messages.append(
+                Message("assistant", (completion.text,), completion.token_ids, completion.tokenizer)
+            )
             messages.append(Message("user", (*seen[k + 1].images, self._shown(seen[k + 1]))))
         return Prompt(tuple(messages))
 
@@ -49,5 +51,5 @@ class Chat:
             return observation.text
         return f"{observation.text}\nActions: {'; '.join(observation.actions)}".strip()
 
-    def parse(self, said: str, observation: Observation) -> Parsed:
-        return Parsed(said.strip())
+    def parse(self, text: str, observation: Observation) -> Parsed:
+        return Parsed(text.strip())

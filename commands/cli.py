@@ -50,8 +50,8 @@ def call(arguments: Sequence[str]) -> int:
     try:
         code = app(list(arguments) or ["--help"], "selfwright", standalone_mode=False)
     except typer.TyperException as error:
-        said = error.format_message().replace("Value error, ", "").rstrip(".")
-        print(f"selfwright: {said}; selfwright --help tells more", file=sys.stderr)
+        message = error.format_message().replace("Value error, ", "").rstrip(".")
+        print(f"selfwright: {message}; selfwright --help tells more", file=sys.stderr)
         return error.exit_code
     except SelfwrightError as error:
         rank, size = processes()

@@ -20,8 +20,8 @@ def list_(
     from ..core.plugins import KINDS, names, nearest
 
     if kind not in (*KINDS, "recipes"):
-        said = f"nothing to list is called {kind!r}; {nearest(kind, (*KINDS, 'recipes'))}"
-        raise PluginError(said)
+        message = f"nothing to list is called {kind!r}; {nearest(kind, (*KINDS, 'recipes'))}"
+        raise PluginError(message)
     found: dict[str, Any]
     if kind == "recipes":
         found = {name: {"about": _about(file)} for name, file in _shipped().items()}

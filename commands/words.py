@@ -42,32 +42,33 @@ def run_words(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def evaluation_words(told: Mapping[str, Any]) -> str:
+def evaluation_words(summary: Mapping[str, Any]) -> str:
     """An evaluation without its results, as ``evaluate`` returns it."""
-    low, high = told["interval"]
+    (low, high), invalid = summary["interval"], summary["invalid_share"]
     lines = [
-        f"{told['checkpoint']} in {told['environment']['use']}, {told['split']}: "
-        f"{told['successes']} of {told['tasks']} solved, {told['success_rate']:.1%} "
+        f"{summary['checkpoint']} in {summary['environment']['use']}, {summary['split']}: "
+        f"{summary['successes']} of {summary['tasks']} solved, {summary['success_rate']:.1%} "
         f"[{low:.1%}, {high:.1%}]",
-        f"{told['failed']} failed{names(told['failures'])}, {told['undecided']} undecided, "
-        f"{told['mean_steps']:.1f} steps and a reward of {told['mean_reward']:.3f} on average"
-        + (f", {told['invalid_share']:.1%} of steps no action" if told["invalid_share"] else ""),
+        f"{summary['failed']} failed{names(summary['failures'])}, "
+        f"{summary['undecided']} undecided, "
+        f"{summary['mean_steps']:.1f} steps and a reward of {summary['mean_reward']:.3f} on average"
+        + (f", {invalid:.1%} of steps no action" if invalid else ""),
     ]
-    within: Sequence[float] = told["success_by_turn"]
+    within: Sequence[float] = summary["success_by_turn"]
     if len(within) > 1:
         step = -(-len(within) // TURNS)
         shown = [*range(step, len(within), step), len(within)]
         lines.append("turns          " + "".join(f"{turn:>8}" for turn in shown))
         lines.append("solved within  " + "".join(f"{within[t - 1]:>8.1%}" for t in shown))
-    if told["introspection"]:
-        lines += table_words([("", told["introspection"])])
-    if told["agreement"]:
-        lines.append(agreement_words(told["judge"], told["mean_score"], told["agreement"]))
-    return "\n".join([*lines, f"in {told['folder']}"])
+    if summary["introspection"]:
+        lines += table_words([("", summary["introspection"])])
+    if summary["agreement"]:
+        lines.append(agreement_words(summary["judge"], summary["mean_score"], summary["agreement"]))
+    return "\n".join([*lines, f"in {summary['folder']}"])
 
 
-def agreement_words(judge: str, score: float | None, told: Mapping[str, int]) -> str:
-    one = Agreement(**told)
+def agreement_words(judge: str, score: float | None, counts: Mapping[str, int]) -> str:
+    one = Agreement(**counts)
 
     def shown(value: float | None) -> str:
         return "undefined" if value is None else f"{value:.2f}"
@@ -78,11 +79,11 @@ def agreement_words(judge: str, score: float | None, told: Mapping[str, int]) ->
     )
 
 
-def rate_words(told: Mapping[str, Any]) -> str:
-    low, high = told["interval"]
-    failed = f", {told['failed']} failed" if told["failed"] else ""
+def rate_words(summary: Mapping[str, Any]) -> str:
+    low, high = summary["interval"]
+    failed = f", {summary['failed']} failed" if summary["failed"] else ""
     return (
-        f"{told['successes']} of {told['tasks']} solved, {told['success_rate']:.1%} "
+        f"{summary['successes']} of {summary['tasks']} solved, {summary['success_rate']:.1%} "
         f"[{low:.1%}, {high:.1%}]{failed}"
     )
 

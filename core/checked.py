@@ -81,8 +81,8 @@ def checked_task(value: object, where: str) -> Task:
             f"{where}.max_steps is {_short(steps)}; wanted an int of at least 1, below 2**31"
         )
     if faults:
-        told = (mended(value.id), mended(value.instruction), steps)
-        return UnreadableTask(*told, fault="; ".join(faults))
+        arguments = (mended(value.id), mended(value.instruction), steps)
+        return UnreadableTask(*arguments, fault="; ".join(faults))
     return value
 
 

@@ -16,20 +16,20 @@ with sync_playwright() as playwright:
 def chromiums() -> list[str]:
     """The paths of those that are there, first choice first. One may still not start."""
     # In a process of its own: Playwright's blocking half refuses to work beside an event loop.
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", PLAYWRIGHTS], capture_output=True, text=True, timeout=DEADLINE_S
     )
-    names = [*told.stdout.split("\n")[:1], *SYSTEM]
+    names = [*result.stdout.split("\n")[:1], *SYSTEM]
     return list(dict.fromkeys(filter(None, map(shutil.which, names))))
 
 
 def starts(program: str) -> bool:
     """Whether it finds all that it is linked to."""
     try:
-        told = subprocess.run([program, "--version"], capture_output=True, timeout=DEADLINE_S)
+        result = subprocess.run([program, "--version"], capture_output=True, timeout=DEADLINE_S)
     except (OSError, subprocess.TimeoutExpired):
         return False
-    return told.returncode == 0
+    return result.returncode == 0
 
 
 def chromium() -> str:

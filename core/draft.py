@@ -53,8 +53,8 @@ class Draft:
         document = strict_yaml.parse(text)
         places = {path: (line, f"{file}:{line}") for path, line in document.lines.items()}
         draft = cls({}, {(): (1, f"{file}:1"), **places})
-        for path, line, said in document.faults:
-            draft.faults.append(((line, f"{file}:{line}"), named(path, said)))
+        for path, line, message in document.faults:
+            draft.faults.append(((line, f"{file}:{line}"), named(path, message)))
             draft.spoiled.add(path)
         values = mapping(document.value)
         if values is not None:
@@ -66,34 +66,34 @@ class Draft:
             draft.stop_if_faulty()  # What else is missing would only be noise.
         return draft
 
-    def fault(self, path: KeyPath, said: str) -> None:
+    def fault(self, path: KeyPath, message: str) -> None:
         if path not in self.spoiled:
-            self.faults.append((self._place(path), named(path, said)))
+            self.faults.append((self._place(path), named(path, message)))
 
     def fit(self, policy: Section, learner: Section) -> None:
         """What the learner makes, the policy has to be able to load."""
         unfit = getattr(policy.plugin, "unfit", None)
-        if unfit and (said := unfit(policy.config, learner.dump())):
-            self.fault(("learner",), f"policy.use is {policy.use}: {said}")
+        if unfit and (message := unfit(policy.config, learner.dump())):
+            self.fault(("learner",), f"policy.use is {policy.use}: {message}")
 
     def replayable(self, world: Section, phases: Sequence[Phase]) -> None:
         """A trainer that replays needs a world that can be replayed."""
         if world.plugin is Elsewhere:
             return  # It is asked when it is opened.
         for number, phase in enumerate(phases):
-            if said := unreplayable(phase.trainer, spec_of(world.plugin), world.use):
+            if message := unreplayable(phase.trainer, spec_of(world.plugin), world.use):
                 alone = ("trainer",) if len(phases) == 1 else ("phases", number, "trainer")
-                self.fault(alone, said)
+                self.fault(alone, message)
 
     def installed(self, trackers: Sequence[str]) -> None:
         for name in trackers:
             if find_spec(name) is None:
-                said = f"{name} is not installed: pip install 'selfwright[{name}]'"
-                self.fault(("report_to",), said)
+                message = f"{name} is not installed: pip install 'selfwright[{name}]'"
+                self.fault(("report_to",), message)
 
     def stop_if_faulty(self) -> None:
         if self.faults:
-            lines = [f"{label}: {said}" for (_, label), said in sorted(self.faults)]
+            lines = [f"{label}: {message}" for (_, label), message in sorted(self.faults)]
             raise RecipeError("\n".join(dict.fromkeys(lines)))
 
     def override(self, overrides: Sequence[str]) -> None:
@@ -104,13 +104,13 @@ class Draft:
             path, place = tuple(name.split(".")), late(index, text)
             document = strict_yaml.parse(raw)
             if not equals or not all(part and part == part.strip() for part in path):
-                said = f"wanted key.path=value, such as trainer.use=rise, got {text!r}"
-                self.faults.append((place, said))
+                message = f"wanted key.path=value, such as trainer.use=rise, got {text!r}"
+                self.faults.append((place, message))
             elif document.faults:
                 self.faults.append((place, f"{name}: {document.faults[0][2]}; try quotes"))
             elif path == ("extends",):
-                said = "extends: is for files; name that recipe in place of this one"
-                self.faults.append((place, said))
+                message = "extends: is for files; name that recipe in place of this one"
+                self.faults.append((place, message))
             else:
                 parsed.append((path, document.value, place))
         for path, value, place in sorted(parsed, key=lambda one: rank(one[0])):
@@ -167,12 +167,12 @@ class Draft:
                 self.fault((key,), f"stands in each of the phases; leave {key} out here")
         given: Any = self.values["phases"]
         if not isinstance(given, list) or not given:
-            said = "wanted a list of phases {trainer: {use: NAME, ...}, iterations: N}"
-            self.fault(("phases",), f"{said}, got {show(given)}")
+            message = "wanted a list of phases {trainer: {use: NAME, ...}, iterations: N}"
+            self.fault(("phases",), f"{message}, got {show(given)}")
             return ()
         items = cast("list[Any]", given)
-        made = [self._phase(k, item, judge) for k, item in enumerate(items)]
-        found = tuple(phase for phase in made if phase)
+        phases = [self._phase(k, item, judge) for k, item in enumerate(items)]
+        found = tuple(phase for phase in phases if phase)
         return found if len(found) == len(items) else ()
 
     def _phase(self, index: int, item: Any, judge: Section | None) -> Phase | None:
@@ -220,20 +220,20 @@ class Draft:
         came: Any = self.values.get("policies", {})
         given = mapping(came)
         if given is None:
-            said = f"wanted a mapping {{NAME: {{use: NAME, ...}}}}, got {show(came)}"
-            self.fault(("policies",), said)
+            message = f"wanted a mapping {{NAME: {{use: NAME, ...}}}}, got {show(came)}"
+            self.fault(("policies",), message)
             return {}
         found: dict[str, Section] = {}
         for name, value in given.items():
             if name in OWN:
-                said = f"{name} has a meaning already; call it something else"
-                self.fault(("policies", name), said)
+                message = f"{name} has a meaning already; call it something else"
+                self.fault(("policies", name), message)
             elif one := self.plugged("policy", value, ("policies", name)):
                 found[name] = one
                 assert isinstance(one.config, PolicyConfig)
                 if one.config.warm_start or one.config.model.startswith("scratch:"):
-                    said = "only the policy in training is made here; give a model that is there"
-                    self.fault(("policies", name), said)
+                    message = "only the policy in training is made here; give a model that is there"
+                    self.fault(("policies", name), message)
         return found
 
     def plugged(self, key: str, came: Any, here: KeyPath) -> Section | None:
@@ -241,9 +241,9 @@ class Draft:
         given = mapping(came)
         name = here[-1]
         if given is None:
-            said = f"wanted a mapping {{use: NAME, ...}}, got {show(came)}"
+            message = f"wanted a mapping {{use: NAME, ...}}, got {show(came)}"
             near = f"; did you mean {name}: {{use: {came}}}?" if isinstance(came, str) else ""
-            self.fault(here, said + near)
+            self.fault(here, message + near)
             return None
         use: Any = given.get("use", DEFAULTS.get(key))
         if not isinstance(use, str):
@@ -272,8 +272,8 @@ class Draft:
         also: set[str] | frozenset[str] = frozenset(),
     ) -> C | None:
         config, faults = validate(model, values, also)
-        for path, said in faults:
-            self.fault((*at, *path), said)
+        for path, message in faults:
+            self.fault((*at, *path), message)
         return config
 
     def _place(self, path: KeyPath) -> Place:
@@ -296,10 +296,10 @@ class Draft:
                     holder = items
                     continue
             if not isinstance(inner, dict):
-                said = f"{'.'.join(map(str, path[:depth]))} is {show(inner)}, not a mapping"
+                message = f"{'.'.join(map(str, path[:depth]))} is {show(inner)}, not a mapping"
                 if depth == 1 and part in SECTIONS:
-                    said += " {use: NAME, ...}"
-                self.faults.append((place, named(path, said)))
+                    message += " {use: NAME, ...}"
+                self.faults.append((place, named(path, message)))
                 return
             holder = cast("dict[str, Any]", inner)
         holder[path[-1]] = value
@@ -398,8 +398,8 @@ def shipped() -> dict[str, Path]:
     }
 
 
-def named(path: KeyPath, said: str) -> str:
-    return f"{'.'.join(map(str, path))}: {said}" if path else said
+def named(path: KeyPath, message: str) -> str:
+    return f"{'.'.join(map(str, path))}: {message}" if path else message
 
 
 def late(index: int, override: str) -> Place:

@@ -193,12 +193,12 @@ def _check(evaluation: EvaluationResult, path: Path) -> None:
     faults += [f"{len(both)} tasks both succeeded and failed, as {both[0]!r}"] if both else []
     odd = [result.task for result in results if not math.isfinite(result.reward)]
     faults += [f"{len(odd)} rewards are not finite numbers, as that of {odd[0]!r}"] if odd else []
-    for key, said, found in (
+    for key, stated, found in (
         ("tasks", evaluation.tasks, len(results)),
         ("successes", evaluation.successes, sum(result.success for result in results)),
         ("failed", evaluation.failed, sum(result.failed for result in results)),
     ):
-        if said != found:
-            faults.append(f"{key} is {said}, but its results say {found}")
+        if stated != found:
+            faults.append(f"{key} is {stated}, but its results say {found}")
     if faults:
         raise StoreError(f"{path} contradicts itself: {'; '.join(faults)}")

@@ -108,8 +108,8 @@ def _say(
         known = {*_fields(path[:-1], model), *(also if len(path) == 1 else ())}
         return f"unknown key; {nearest(str(path[-1]), known)}"
     if error["type"] in ("value_error", "assertion_error"):
-        said = error["msg"].split(", ", 1)[-1]
-        return said if isinstance(got, Mapping) else f"{said}, got {show(got)}"
+        message = error["msg"].split(", ", 1)[-1]
+        return message if isinstance(got, Mapping) else f"{message}, got {show(got)}"
     wanted = " or ".join(dict.fromkeys(_wanted(one) for one in errors))
     return f"wanted {wanted}, got {_came(error)}{_advice(wanted, got)}"
 

@@ -38,8 +38,8 @@ def atomic_write(path: Path, sync: bool = True) -> Generator[IO[bytes]]:
             sync_folder(path.parent)
     except OSError as error:
         # Arrow's errors have a number, but words of its own.
-        said = os.strerror(error.errno) if error.errno else str(error)
-        raise DiskError(f"cannot write {path}: {said}") from error
+        message = os.strerror(error.errno) if error.errno else str(error)
+        raise DiskError(f"cannot write {path}: {message}") from error
     finally:
         with suppress(OSError):  # it is renamed if all went well
             draft.unlink()

@@ -139,8 +139,8 @@ class Agent(Protocol):
     """How a model reads and acts: two pure functions, no I/O."""
 
     def prompt(self, task: Task, history: Sequence[Step], observation: Observation) -> Prompt: ...
-    def parse(self, said: str, observation: Observation) -> Parsed:
-        """What was said, as an action; ``observation`` is what it was said to."""
+    def parse(self, text: str, observation: Observation, /) -> Parsed:
+        """A completion's text as an action; ``observation`` is what it answers."""
         ...
 
 
@@ -158,8 +158,8 @@ class Policy(Protocol):
         ...
 
     async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion: ...
-    async def score(self, prompt: Prompt, said: Completion) -> Completion:
-        """``said`` with this policy's own log-probabilities of it.
+    async def score(self, prompt: Prompt, completion: Completion, /) -> Completion:
+        """``completion`` with this policy's own log-probabilities of it.
 
         Its ids are kept if they are of this policy's vocabulary, else they are those of its text.
         """

@@ -155,8 +155,8 @@ def section(
     for text in overrides:
         path = text.partition("=")[0]
         if text not in mine or path == f"{key}.use":
-            said = f"{path}: only {key}.KEY=VALUE can be set here"
-            draft.faults.append((late(len(overrides), text), said))
+            message = f"{path}: only {key}.KEY=VALUE can be set here"
+            draft.faults.append((late(len(overrides), text), message))
     draft.override([text for text in mine if not text.startswith(f"{key}.use=")])
     if key != "environment" or not elsewhere(draft.values[key]):
         load(SECTIONS[key], use)

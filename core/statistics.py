@@ -85,13 +85,13 @@ def bootstrap_mean(
     data = _finite(values)
     random = np.random.default_rng(seed)
     rows = max(1, CELLS // len(data))
-    means = np.empty(resamples)
+    resampled = np.empty(resamples)
     for start in range(0, resamples, rows):
         count = min(rows, resamples - start)
         picks = random.integers(0, len(data), size=(count, len(data)))
-        means[start : start + count] = data[picks].mean(axis=1)
+        resampled[start : start + count] = data[picks].mean(axis=1)
     tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
+    low, high = np.quantile(resampled, [tail, 1 - tail])
     return Interval(float(low), float(high))
 
 

@@ -33,8 +33,8 @@ def parse(text: str) -> Document:
             document.value = _build(node, (), document)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        said = ", ".join(part for part in (error.context, error.problem) if part)
-        document.faults.append(((), mark.line + 1 if mark else 1, f"not valid YAML: {said}"))
+        message = ", ".join(part for part in (error.context, error.problem) if part)
+        document.faults.append(((), mark.line + 1 if mark else 1, f"not valid YAML: {message}"))
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         document.faults.append(((), line, f"not valid YAML: {error.reason}"))
@@ -51,11 +51,11 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            said = "anchors and aliases are not supported; write the value out"
-            raise ComposerError(None, None, said, event.start_mark)
+            message = "anchors and aliases are not supported; write the value out"
+            raise ComposerError(None, None, message, event.start_mark)
         if getattr(event, "tag", None) is not None:
-            said = f"the tag {event.tag!r} is not supported; leave it out"
-            raise ComposerError(None, None, said, event.start_mark)
+            message = f"the tag {event.tag!r} is not supported; leave it out"
+            raise ComposerError(None, None, message, event.start_mark)
         return super().compose_node(parent, index)
 
 

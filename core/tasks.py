@@ -41,15 +41,15 @@ def task_data(task: Task) -> str:
     if not values:
         return "{}"
     where = f"tasks {task.id!r}"
-    told = {name: _plain(value, f"{where}.{name}") for name, value in values.items()}
-    made = _made(type(task), task.id, task.instruction, task.max_steps, told)
+    payload = {name: _plain(value, f"{where}.{name}") for name, value in values.items()}
+    instance = _instance(type(task), task.id, task.instruction, task.max_steps, payload)
     for name, value in values.items():
-        if (back := getattr(made, name)) != value:
+        if (back := getattr(instance, name)) != value:
             raise WorldError(
                 f"{where}.{name}: {value!r} comes back from JSON as {back!r}; "
                 "its type as declared does not say what it is"
             )
-    return canonical_json(told)
+    return canonical_json(payload)
 
 
 def task_of(cls: type[T], id: str, instruction: str, max_steps: int, data: str) -> T:
@@ -59,11 +59,11 @@ def task_of(cls: type[T], id: str, instruction: str, max_steps: int, data: str) 
         WorldError: ``cls`` has other fields; the message has the path.
     """
     where = f"tasks {id!r}"
-    told = _read(where, data)
-    made = _made(cls, id, instruction, max_steps, told)
-    if lost := _lost(told, _plain(made, where), where):
+    payload = _read(where, data)
+    instance = _instance(cls, id, instruction, max_steps, payload)
+    if lost := _lost(payload, _plain(instance, where), where):
         raise WorldError(f"{lost} is nothing that {cls.__name__} has")
-    return made
+    return instance
 
 
 def own_task(cls: type[Task], task: Task) -> Task:
@@ -73,14 +73,16 @@ def own_task(cls: type[Task], task: Task) -> Task:
     return task_of(cls, task.id, task.instruction, task.max_steps, task.data)
 
 
-def _made(cls: type[T], id: str, instruction: str, max_steps: int, told: dict[str, Any]) -> T:
+def _instance(
+    cls: type[T], id: str, instruction: str, max_steps: int, payload: dict[str, Any]
+) -> T:
     where = f"tasks {id!r}"
-    if strange := told.keys() - ({field.name for field in fields(cls)} - _OWN):
+    if strange := payload.keys() - ({field.name for field in fields(cls)} - _OWN):
         raise WorldError(
             f"{where}.{min(strange)}: {cls.__name__} has no such field of its own; "
             "a world's spec names the class of its tasks: WorldSpec(task=...)"
         )
-    whole = told | {"id": id, "instruction": instruction, "max_steps": max_steps}
+    whole = payload | {"id": id, "instruction": instruction, "max_steps": max_steps}
     try:
         return cast("T", _adapter(cls).validate_json(json.dumps(whole), strict=True))
     except ValidationError as error:
@@ -89,16 +91,16 @@ def _made(cls: type[T], id: str, instruction: str, max_steps: int, told: dict[st
         raise WorldError(f"{where}.{path}: {first['msg']}, got {first['input']!r}") from None
 
 
-def _lost(told: Any, made: Any, path: str) -> str:
-    """Which of the keys in ``told`` is not in ``made``; empty if all are."""
-    if isinstance(told, dict) and isinstance(made, dict):
-        pairs, have = cast("dict[str, Any]", told), cast("dict[str, Any]", made)
+def _lost(payload: Any, kept: Any, path: str) -> str:
+    """Which of the keys in ``payload`` is not in ``kept``; empty if all are."""
+    if isinstance(payload, dict) and isinstance(kept, dict):
+        pairs, have = cast("dict[str, Any]", payload), cast("dict[str, Any]", kept)
         found = (
             _lost(value, have[key], f"{path}.{key}") if key in have else f"{path}.{key}"
             for key, value in pairs.items()
         )
-    elif isinstance(told, list) and isinstance(made, list):
-        both = zip(cast("list[Any]", told), cast("list[Any]", made), strict=False)
+    elif isinstance(payload, list) and isinstance(kept, list):
+        both = zip(cast("list[Any]", payload), cast("list[Any]", kept), strict=False)
         found = (_lost(one, other, f"{path}[{k}]") for k, (one, other) in enumerate(both))
     else:
         return ""
@@ -119,12 +121,12 @@ def stored_task(id: str, instruction: str, max_steps: int, data: str) -> Task:
 
 def _read(where: str, data: str) -> dict[str, Any]:
     try:
-        told: Any = json.loads(data)
+        payload: Any = json.loads(data)
     except ValueError as error:
         raise WorldError(f"{where}: its fields are no JSON ({error})") from None
-    if not isinstance(told, dict):
+    if not isinstance(payload, dict):
         raise WorldError(f"{where}: its fields are {data[:80]}, wanted a JSON object")
-    return cast("dict[str, Any]", told)
+    return cast("dict[str, Any]", payload)
 
 
 @lru_cache(maxsize=64)

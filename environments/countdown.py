@@ -225,12 +225,12 @@ class Puzzles(Sequence[CountdownTask]):
         rng = random.Random(f"countdown/{self._split}/{index}")
         for _ in range(DRAWS):
             numbers = tuple(sorted(rng.randint(1, config.largest) for _ in range(config.numbers)))
-            made = guess(numbers, config.operators, rng)
-            if not 1 <= made.value <= config.target:
+            expression = guess(numbers, config.operators, rng)
+            if not 1 <= expression.value <= config.target:
                 continue
-            target = made.value
+            target = expression.value
             if split_of(name_of(numbers, target)) == self._split:
-                return puzzle(numbers, target, made.text, config)
+                return puzzle(numbers, target, expression.text, config)
         raise ValueError(
             f"countdown finds no puzzle for {self._split} with {config.numbers} numbers up to "
             f"{config.largest} and targets up to {config.target}; allow more or larger ones"
@@ -288,11 +288,11 @@ class Countdown:
         try:
             value = evaluate(action, task.numbers, self._config.operators)
             solved = value == task.target
-            said = f"That makes {value}, wanted {task.target}. Try again."
+            text = f"That makes {value}, wanted {task.target}. Try again."
         except Illegal as fault:
-            solved, said = False, f"Not legal: {fault}. Try again."
+            solved, text = False, f"Not legal: {fault}. Try again."
         over = solved and self._oracle
-        self._seen = "Solved." if over else said
+        self._seen = "Solved." if over else text
         return TimeStep(
             Observation(self._seen),
             reward=float(solved),

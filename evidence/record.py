@@ -127,10 +127,10 @@ class RunRecord:
 
     @property
     def introspection(self) -> dict[str, Introspection]:
-        said = self.result.introspection or {}
+        stored = self.result.introspection or {}
         sides = {"base": self.base, "final": self.final}
         tables = {name: (side.introspection if side else None) for name, side in sides.items()}
-        return {name: found for name in sides if (found := tables[name] or said.get(name))}
+        return {name: found for name in sides if (found := tables[name] or stored.get(name))}
 
 
 def load(folder: Path) -> RunRecord:

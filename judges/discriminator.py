@@ -83,5 +83,5 @@ def _fault(trajectory: Trajectory) -> str:
 
 def _files(run: Path) -> list[Path]:
     """The discriminators of a run's iterations, in order."""
-    made = [folder / "trainer" / DISCRIMINATOR for folder in iterations(run)]
-    return [file for file in made if file.is_file()]
+    candidates = [folder / "trainer" / DISCRIMINATOR for folder in iterations(run)]
+    return [file for file in candidates if file.is_file()]

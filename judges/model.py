@@ -128,16 +128,16 @@ class ModelJudge(Asks):
         heat = 0.0 if config.samples == 1 else 1.0
         sampling = Sampling(heat, max_tokens=config.max_tokens)
         scores: list[float] = []
-        said = Completion("")
+        completion = Completion("")
         for k in range(config.samples):
             with policy.batch_slot():
-                said = await policy.complete(prompt, sampling, derive("judge", text, k))
-            score = read_verdict(said.text) if config.answer == "verdict" else None
+                completion = await policy.complete(prompt, sampling, derive("judge", text, k))
+            score = read_verdict(completion.text) if config.answer == "verdict" else None
             if config.answer == "points":
-                score = read_points(said.text, config.scale)
+                score = read_points(completion.text, config.scale)
             if score is not None:
                 scores.append(score)
-        return (sum(scores) / len(scores) if scores else None), said.text
+        return (sum(scores) / len(scores) if scores else None), completion.text
 
 
 def _request(config: ModelJudgeConfig) -> str:

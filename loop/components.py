@@ -227,8 +227,8 @@ class Components:
                     self.blind.keep_snapshots()
             return await self.attempt(self.player(), begin, "playing on", self.blind)
 
-        def count(said: Completion) -> None:
-            self.asked += len(said.token_ids)
+        def count(completion: Completion) -> None:
+            self.asked += len(completion.token_ids)
 
         async def find(name: str) -> Policy:
             return with_deadline(self.find(name), self.config(name).timeout_s, count)

@@ -243,11 +243,11 @@ async def evaluate_checkpoint(
     result = replace(result, checkpoint=checkpoint)
     write_trajectories(folder, episodes, folder / IMAGES, judge_of(spec.judge))
     path = files.write(folder, result)
-    told: dict[str, Any] = read_json(path)
-    told.pop("results")
+    summary: dict[str, Any] = read_json(path)
+    summary.pop("results")
     scores = [one.score for one in result.results if one.score is not None]
     mean = sum(scores) / len(scores) if scores else None
-    return told | {"folder": str(folder), "mean_score": mean, "tasks_asked": spec.tasks}
+    return summary | {"folder": str(folder), "mean_score": mean, "tasks_asked": spec.tasks}
 
 
 def read_card(checkpoint: str) -> dict[str, Any] | None:
@@ -270,8 +270,8 @@ def _iteration_card(folder: Path) -> dict[str, Any] | None:
     if not any((folder / name).is_file() for name in (ADAPTER, "config.json")):
         return None
     base = found_base(folder) or str(folder)
-    told: dict[str, Any] = {"base": base, "base_inside": False, "folder": str(folder)}
-    return card_of(read_json(recipe)) | told
+    origin: dict[str, Any] = {"base": base, "base_inside": False, "folder": str(folder)}
+    return card_of(read_json(recipe)) | origin
 
 
 def settle(
@@ -300,10 +300,10 @@ def settle(
     kept = {k: v for k, v in world.items() if k != "use"} if use == world.get("use") else {}
     played, fleet = section("environment", use, mine["environment"], kept)
     agent = agent_of(card, mine["agent"])
-    told: dict[str, Any] = card.get("judge", {"use": "reward"})
-    if judged_by and judged_by != told["use"]:
-        told = {"use": judged_by}
-    judge, _ = section("judge", told["use"], mine["judge"], _rest(told))
+    judge_settings: dict[str, Any] = card.get("judge", {"use": "reward"})
+    if judged_by and judged_by != judge_settings["use"]:
+        judge_settings = {"use": judged_by}
+    judge, _ = section("judge", judge_settings["use"], mine["judge"], _rest(judge_settings))
     count = settings.tasks if tasks is None else tasks
     temperature = settings.temperature if heat is None else heat
     spec = EvalSpec(played, agent, fleet, split, count, seed, temperature, settings.turns, judge)
@@ -339,23 +339,23 @@ def by_section(
 
 def agent_of(card: Mapping[str, Any], overrides: Sequence[str]) -> Section:
     """How the checkpoint reads and acts."""
-    told: dict[str, Any] = card.get("agent", {"use": "chat"})
-    return section("agent", told["use"], overrides, _rest(told))[0]
+    settings: dict[str, Any] = card.get("agent", {"use": "chat"})
+    return section("agent", settings["use"], overrides, _rest(settings))[0]
 
 
 def engine_of(
     card: Mapping[str, Any], checkpoint: str, overrides: Sequence[str], engine: str | None = None
 ) -> Section:
     """What the checkpoint is run by; of another ``engine``, what all engines know is kept."""
-    told: dict[str, Any] = card.get("policy", {"use": "transformers", "model": checkpoint})
-    if engine is not None and engine != told["use"]:
-        told = {key: told[key] for key in PolicyConfig.model_fields if key in told}
-        told["use"] = engine
-    return section("policy", told["use"], overrides, _rest(told))[0]
+    settings: dict[str, Any] = card.get("policy", {"use": "transformers", "model": checkpoint})
+    if engine is not None and engine != settings["use"]:
+        settings = {key: settings[key] for key in PolicyConfig.model_fields if key in settings}
+        settings["use"] = engine
+    return section("policy", settings["use"], overrides, _rest(settings))[0]
 
 
-def _rest(told: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in told.items() if key != "use"}
+def _rest(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key != "use"}
 
 
 async def player_from(
@@ -396,8 +396,8 @@ def weights_of(checkpoint: str, card: Mapping[str, Any] | None) -> tuple[str, Pa
 def base_of(card: Mapping[str, Any]) -> str:
     """The model that a run's checkpoint began with."""
     folder = Path(card["folder"])
-    told = str(folder / card["base"]) if card["base_inside"] else card["base"]
-    return found_base(folder) or told
+    noted = str(folder / card["base"]) if card["base_inside"] else card["base"]
+    return found_base(folder) or noted
 
 
 def opener(
@@ -468,5 +468,5 @@ def default_output(checkpoint: str, spec: EvalSpec, overrides: Sequence[str]) ->
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", checkpoint.strip("/.")) or "model"
     world = re.sub(r"[^A-Za-z0-9_.-]+", "-", spec.environment.use)
     mark = hashlib.sha256(asked(checkpoint, spec, overrides).encode()).hexdigest()[:6]
-    told = (world, spec.split, str(spec.tasks), str(spec.seed), name, mark)
-    return Path("runs") / "evaluations" / "-".join(told)
+    parts = (world, spec.split, str(spec.tasks), str(spec.seed), name, mark)
+    return Path("runs") / "evaluations" / "-".join(parts)

@@ -173,10 +173,10 @@ class ProcessGroup:
         # The launcher may have taken the store away, and what is done is done.
         with suppress(dist.DistError, LearnerError):
             if error is not None:
-                told = str(error) or type(error).__name__
+                message = str(error) or type(error).__name__
                 if not isinstance(error, SelfwrightError):
-                    told = f"{type(error).__name__}: {told}"
-                self._store.set(f"word/{self.rank}", told)
+                    message = f"{type(error).__name__}: {message}"
+                self._store.set(f"word/{self.rank}", message)
             elif self.rank:
                 self._store.set(f"left/{self.rank}", "")
             else:
@@ -248,8 +248,8 @@ class ProcessGroup:
         if not self._over.wait(GRACE_S):
             self._end(self.trouble)
 
-    def _end(self, said: str) -> NoReturn:
-        print(said, file=sys.stderr, flush=True)
+    def _end(self, message: str) -> NoReturn:
+        print(message, file=sys.stderr, flush=True)
         os._exit(1)
 
 

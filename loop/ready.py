@@ -57,8 +57,8 @@ def _policies(recipe: Recipe, model: str) -> Iterator[str]:
         if hasattr(judge.plugin, "ask_through") and asked and asked not in known:
             named.append(("judge.model", recipe.policy, asked))
     for key, section, wanted in named:
-        if said := _unready(section, wanted):
-            yield f"{key}: {said}"
+        if fault := _unready(section, wanted):
+            yield f"{key}: {fault}"
 
 
 def _unready(section: Section, model: str) -> str:

@@ -70,8 +70,8 @@ def keep_checkpoint(recipe: Recipe, base_model: str, learned: int, kept: RunFold
             ignore = shutil.ignore_patterns(BASE, CARD, NOTE)  # If it is a run's checkpoint.
             shutil.copytree(base_model, folder / BASE, copy_function=put, ignore=ignore)
         note_base(folder, base_model)
-        told = {"base": BASE if inside else base_model, "base_inside": inside}
-        write_card(folder, card_of(recipe.dump()) | told)
+        origin = {"base": BASE if inside else base_model, "base_inside": inside}
+        write_card(folder, card_of(recipe.dump()) | origin)
 
 
 def warm_start_of(kept: RunFolder) -> dict[str, Any] | None:
@@ -184,13 +184,13 @@ def phases(recipe: Recipe, kept: RunFolder) -> list[dict[str, Any]]:
     if len(ends) == 2:
         return []
     names = ["base", *(phase_name(number) for number in range(len(recipe.phases) - 1)), "final"]
-    told: list[dict[str, Any]] = []
+    summaries: list[dict[str, Any]] = []
     for number, (first, last) in enumerate(pairwise(ends)):
         if kept.finished <= first:
             break
         after = names[number + 1] if kept.has(f"evaluations/{names[number + 1]}") else "final"
         sides = [files.read(kept.path(f"evaluations/{n}")) for n in (names[number], after)]
-        told.append(
+        summaries.append(
             {
                 "trainer": recipe.phases[number].trainer.use,
                 "iterations": min(last, kept.finished) - first,
@@ -198,7 +198,7 @@ def phases(recipe: Recipe, kept: RunFolder) -> list[dict[str, Any]]:
                 "comparison": comparison(*sides),
             }
         )
-    return told
+    return summaries
 
 
 def comparison(before: files.EvaluationResult, after: files.EvaluationResult) -> dict[str, Any]:

@@ -94,8 +94,8 @@ async def run(
                 progress.say(f"report: {report(output)}")
             return read_json(kept.path("result.json"))
         check(recipe, str(kept.path(BASE)) if kept.has(BASE) else policy_of(recipe).model)
-        told = (recipe.dump(), recipe.report_to, recipe.iterations, kept.finished)
-        listener(RunBegan(recipe.name, output, *told))
+        details = (recipe.dump(), recipe.report_to, recipe.iterations, kept.finished)
+        listener(RunBegan(recipe.name, output, *details))
         result: dict[str, Any] | None = None
         try:
             result = await whole(recipe, kept, progress, learner_factory)
@@ -113,8 +113,8 @@ async def whole(
     async with await open_worlds(recipe.environment.use, settings, recipe.fleet) as worlds:
         for phase in recipe.phases:
             # Of a world elsewhere it is known only now.
-            if said := unreplayable(phase.trainer, worlds.spec, recipe.environment.use):
-                raise RecipeError(said)
+            if fault := unreplayable(phase.trainer, worlds.spec, recipe.environment.use):
+                raise RecipeError(fault)
         await look_at_tasks(recipe, worlds, progress)
         judge: Judge = recipe.judge.make()
         base = await begun(recipe, worlds, kept, progress, learner_factory)
@@ -163,15 +163,15 @@ async def begun(
     if kept.has(BASE) and made_anew and made_as(kept.path(BASE)) != key_of(recipe):
         kept.discard(BASE)  # Of a world that was another one then.
     if not kept.has(BASE):
-        made = await prepare(recipe, worlds, progress, learner_factory)
-        plain, adapters = layers_of(made)
+        model = await prepare(recipe, worlds, progress, learner_factory)
+        plain, adapters = layers_of(model)
         if not adapters and not made_here(policy_of(recipe)):
             return plain
         with kept.draft(BASE) as folder:
             if adapters:
-                save_merged(made, folder, trusting(recipe))
+                save_merged(model, folder, trusting(recipe))
             else:
-                shutil.copytree(made, folder, dirs_exist_ok=True)
+                shutil.copytree(model, folder, dirs_exist_ok=True)
     return str(kept.path(BASE).resolve())
 
 

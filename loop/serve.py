@@ -277,7 +277,7 @@ def limits_of(overrides: Sequence[str]) -> Limits:
             faults.append(f"-o {override}: wanted limits.KEY=VALUE, such as limits.sessions=64")
         values[key], places[key] = document.value, override
     limits, more = validate(Limits, values)
-    faults += [f"-o {places[str(path[0])]}: {said}" for path, said in more]
+    faults += [f"-o {places[str(path[0])]}: {message}" for path, message in more]
     if faults or limits is None:
         raise RecipeError("\n".join(faults))
     return limits

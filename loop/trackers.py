@@ -110,8 +110,8 @@ class Tracker:
             if tracker is not None:
                 tracker.finish()
         except BaseException as error:
-            said = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            self._note(f"broke and is left out from here on: {said}")
+            message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            self._note(f"broke and is left out from here on: {message}")
 
 
 def opened(name: str, run: RunBegan) -> Any:

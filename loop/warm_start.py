@@ -149,7 +149,7 @@ def key_of(recipe: Recipe) -> str:
     config = recipe.policy.config
     assert isinstance(config, PolicyConfig)
     played = {"environment": recipe.environment.dump(), "agent": recipe.agent.dump()}
-    told = {
+    payload = {
         "version": [__version__, MADE],
         "model": config.model,
         "files": _contents(Path(config.model)),
@@ -162,7 +162,7 @@ def key_of(recipe: Recipe) -> str:
         "elsewhere": uuid.uuid4().hex if recipe.fleet.elsewhere else "",
         "seed": recipe.seed,
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
+    return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _contents(folder: Path) -> dict[str, str]:
@@ -240,8 +240,8 @@ async def _make(
                 f"policy.warm_start.updates={warm.updates} does"
             )
         learner = learner_factory(*_cloner(recipe, warm), model, recipe.seed)
-        told = (config, warm, model, worlds, examples, folder, progress)
-        story |= await _clone(recipe, learner, *told)
+        arguments = (config, warm, model, worlds, examples, folder, progress)
+        story |= await _clone(recipe, learner, *arguments)
     write_json(folder / STORY, story | {"wall_s": round(time.monotonic() - began, 1)})
     progress.say(f"base model: {story_of(folder)}")
     _warn(folder, progress)
@@ -260,8 +260,8 @@ def _examples(
 
 def _texts(trajectory: Trajectory) -> list[str]:
     seen = [step.observation.text for step in trajectory.steps]
-    said = [step.action.text for step in trajectory.steps]
-    return [trajectory.task.instruction, *seen, *said, trajectory.final.text]
+    actions = [step.action.text for step in trajectory.steps]
+    return [trajectory.task.instruction, *seen, *actions, trajectory.final.text]
 
 
 def _cloner(recipe: Recipe, warm: WarmStart) -> tuple[type[Any], Config]:
@@ -310,8 +310,8 @@ async def _clone(
             while done < warm.updates:
                 count = min(warm.check_every, warm.updates - done)
                 batch = _cycle(examples, done * warm.batch_size, count * warm.batch_size)
-                told = await loop.run_in_executor(None, learner.update, Batch(NLL(), batch), 0.0)
-                tokens += told["train/tokens"]
+                metrics = await loop.run_in_executor(None, learner.update, Batch(NLL(), batch), 0.0)
+                tokens += metrics["train/tokens"]
                 done += count
                 stage.advance(done)
                 if warm.skill is None:

@@ -46,7 +46,7 @@ class Echo:
         last = prompt.messages[-1]
         return Completion(f"{last.text}|{len(last.images)}|{sampling.max_tokens}", finish="stop")
 
-    async def score(self, prompt: Prompt, said: Completion) -> Completion:
+    async def score(self, prompt: Prompt, completion: Completion) -> Completion:
         raise NotImplementedError
 
     async def load(self, checkpoint: Path | None) -> None:

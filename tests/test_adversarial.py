@@ -48,8 +48,8 @@ class Stage:
 
         return teach
 
-    async def score(self, prompt: Prompt, said: Completion) -> Completion:
-        return replace(said, token_ids=(7,), logprobs=(-2.0,))
+    async def score(self, prompt: Prompt, completion: Completion) -> Completion:
+        return replace(completion, token_ids=(7,), logprobs=(-2.0,))
 
 
 STILL: dict[str, Any] = {"epochs": 0, "pretrain": 0}
@@ -217,10 +217,10 @@ def test_what_a_teacher_did_not_say_or_the_policy_cannot_score_is_left_out(
 
             return teach
 
-        async def score(self, prompt: Prompt, said: Completion) -> Completion:
-            if said.text == "expert 2":
+        async def score(self, prompt: Prompt, completion: Completion) -> Completion:
+            if completion.text == "expert 2":
                 raise ValueError("too long")
-            return await Stage.score(self, prompt, said)
+            return await Stage.score(self, prompt, completion)
 
     trainer, _ = made(model_folder("scratch"), Hesitant(), discriminator=STILL)
     (batch,) = fed(trainer, students(1, 0, 0, 0))

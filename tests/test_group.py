@@ -159,8 +159,8 @@ def test_without_step_weight_gigpo_is_grpo() -> None:
 class Reference:
     """A base that finds what "a" says as likely as it was, all else less so by 2 nats."""
 
-    async def score(self, prompt: Prompt, said: Completion) -> Completion:
-        return replace(said, logprobs=(-1.0 if said.text == "a" else -3.0,))
+    async def score(self, prompt: Prompt, completion: Completion) -> Completion:
+        return replace(completion, logprobs=(-1.0 if completion.text == "a" else -3.0,))
 
 
 def test_a_divergence_in_the_reward_is_paid_before_advantages_are_made() -> None:

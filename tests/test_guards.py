@@ -174,8 +174,8 @@ def test_the_recipes_of_srt_are_the_papers(name: str) -> None:
     class Base:
         """Finds what the first attempt says less likely, by a nat."""
 
-        async def score(self, prompt: Prompt, said: Completion) -> Completion:
-            return replace(said, logprobs=(-2.0 if said.text == "t0a0" else -1.0,))
+        async def score(self, prompt: Prompt, completion: Completion) -> Completion:
+            return replace(completion, logprobs=(-2.0 if completion.text == "t0a0" else -1.0,))
 
     async def opened(asked: str) -> Any:
         assert asked == "base"

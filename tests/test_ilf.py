@@ -57,9 +57,9 @@ class Refiner:
         word = prompt.messages[-1].text.split("say ")[-1].split()[0]
         return Completion(f"{word} {self.said}", (self.said,), (-1.0,))
 
-    async def score(self, prompt: Prompt, said: Completion) -> Completion:
+    async def score(self, prompt: Prompt, completion: Completion) -> Completion:
         chosen = next((p for text, p in self.sure.items() if text in prompt.messages[-1].text), 0.0)
-        return replace(said, logprobs=(chosen if said.text == "yes" else 0.0,))
+        return replace(completion, logprobs=(chosen if completion.text == "yes" else 0.0,))
 
     async def load(self, checkpoint: Path | None) -> None: ...
     async def close(self) -> None: ...
@@ -303,8 +303,8 @@ def test_a_deadline_takes_no_ability_away() -> None:
 def test_the_share_of_yes(yes: float, no: float) -> None:
     @dataclass
     class Two:
-        async def score(self, prompt: Prompt, said: Completion) -> Completion:
-            return replace(said, logprobs=({"yes": yes, "no": no}[said.text],))
+        async def score(self, prompt: Prompt, completion: Completion) -> Completion:
+            return replace(completion, logprobs=({"yes": yes, "no": no}[completion.text],))
 
     policy: Any = Two()
     share = asyncio.run(yes_share(policy, Prompt()))

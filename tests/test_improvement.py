@@ -92,14 +92,16 @@ class Friend:
     async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
         raise PolicyError("it only scores")
 
-    async def score(self, prompt: Prompt, said: Completion) -> Completion:
+    async def score(self, prompt: Prompt, completion: Completion) -> Completion:
         lines = prompt.messages[-1].text.splitlines()
         wanted = next(right_for(line, 1) for line in lines if line.startswith("Task: "))
         right = [lines[k + 1] == wanted for k, line in enumerate(lines) if line == "<<<"]
         # Alone, how likely yes is; of two, how likely A.
         chance = (0.1 + 0.8 * right[0]) if len(right) == 1 else (1 + right[0] - right[1]) / 2
         chance = min(max(chance, 0.1), 0.9)
-        return replace(said, logprobs=(log(chance if said.text in ("yes", "A") else 1 - chance),))
+        return replace(
+            completion, logprobs=(log(chance if completion.text in ("yes", "A") else 1 - chance),)
+        )
 
     async def load(self, checkpoint: Path | None) -> None:
         raise PolicyError("nobody trains it")

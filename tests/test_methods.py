@@ -127,10 +127,10 @@ class Outsider:
         numbers = tuple(map(int, found[2].split()))
         return Completion(solutions(numbers, "+-*")[int(found[1])])
 
-    async def score(self, prompt: Prompt, said: Completion) -> Completion:
+    async def score(self, prompt: Prompt, completion: Completion) -> Completion:
         task, answer = re.findall(r"Make (\d+) from|<<<\n(.*)\n>>>", prompt.messages[0].text)
         right = task[0] == answer[1]
-        return replace(said, logprobs=(0.0 if right == (said.text == "yes") else -9.0,))
+        return replace(completion, logprobs=(0.0 if right == (completion.text == "yes") else -9.0,))
 
     async def load(self, checkpoint: Path | None) -> None:
         raise AssertionError("nobody trains it")

@@ -40,9 +40,11 @@ class Oracle:
         self.shown.append(prompt.messages[0].text)
         return Completion(self.answer(prompt.messages[0].text))
 
-    async def score(self, prompt: Prompt, said: Completion) -> Completion:
+    async def score(self, prompt: Prompt, completion: Completion) -> Completion:
         self.shown.append(prompt.messages[0].text)
-        return replace(said, logprobs=(self.liking(prompt.messages[0].text, said.text), 0.0))
+        return replace(
+            completion, logprobs=(self.liking(prompt.messages[0].text, completion.text), 0.0)
+        )
 
 
 def judge_of(kind: Any, oracle: Oracle, **keys: Any) -> Any:

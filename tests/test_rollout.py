@@ -88,10 +88,10 @@ def test_too_many_failures_say_the_first() -> None:
 class Picky(Chat):
     """Takes one word for an action, and nothing else."""
 
-    def parse(self, said: str, observation: Observation) -> Parsed:
-        if len(said.split()) == 1:
-            return Parsed(said)
-        return Parsed("", f"Say one word, not {said!r}. You saw {observation.text!r}.")
+    def parse(self, text: str, observation: Observation) -> Parsed:
+        if len(text.split()) == 1:
+            return Parsed(text)
+        return Parsed("", f"Say one word, not {text!r}. You saw {observation.text!r}.")
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Script:
         turn = sum(message.role == "assistant" for message in prompt.messages)
         return Completion(self.words[min(turn, len(self.words) - 1)])
 
-    async def score(self, prompt: Prompt, said: Completion) -> Completion:
+    async def score(self, prompt: Prompt, completion: Completion) -> Completion:
         raise NotImplementedError
 
     async def load(self, checkpoint: Path | None) -> None: ...

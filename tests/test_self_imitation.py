@@ -146,9 +146,9 @@ def test_the_queue_drops_whole_iterations_oldest_first() -> None:
     replay.observe(0, [0.1, 0.2])
     replay.observe(1, [0.3, 0.4])
     # Over by one: that much it may be.
-    assert [step for step, _ in replay.means] == [0, 1]
+    assert [step for step, _ in replay.mean_rewards] == [0, 1]
     replay.observe(2, [0.5])
-    assert [step for step, _ in replay.means] == [1, 2]
+    assert [step for step, _ in replay.mean_rewards] == [1, 2]
     assert replay.median == 0.4
 
 

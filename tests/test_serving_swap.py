@@ -183,6 +183,7 @@ def test_a_trial_that_fails_or_never_ends_changes_nothing(tmp_path: Path) -> Non
         async with running(what, limits(trial_s=0.3)) as client:
             told = await settled(client, "new")
             assert (told["status"], told["said"]) == ("failed", "RuntimeError")
+            assert (await client.get("/v1/adapters")).json()["data"] == [told]
             told = await settled(client, "slow")
             assert told["status"] == "failed" and "took longer than 0.3 s" in told["said"]
             assert policy.checkpoint == "base"

@@ -71,14 +71,14 @@ def trouble(answer: Any) -> bool | None:
 
 def may_pass(error: Any) -> bool:
     """By its status code, else by its names, else by its words; what tells nothing is final."""
-    said = [*names(error)]
-    if any(map(SPENT.search, said)):
+    kinds = [*names(error)]
+    if any(map(SPENT.search, kinds)):
         return False
-    codes = [int(one) for one in said if re.fullmatch(r"[45]\d\d", one)]
-    if codes or any(map(FINAL.search, said)):
+    codes = [int(one) for one in kinds if re.fullmatch(r"[45]\d\d", one)]
+    if codes or any(map(FINAL.search, kinds)):
         return any(map(passes, codes))
     words = error if isinstance(error, str) else str(fields(error).get("message") or "")
-    return any(map(BUSY.search, [*said, words]))
+    return any(map(BUSY.search, [*kinds, words]))
 
 
 def passes(status: int) -> bool:
@@ -110,9 +110,9 @@ def text_of(choice: Any) -> str:
         raise ValueError(f"no message: {shown(choice)}")
     content = message.get("content")
     texts, refusals, thought = parts_of(content)
-    said = "".join(texts)
-    if said:
-        return valid(said)
+    text = "".join(texts)
+    if text:
+        return valid(text)
     refusals += [str(message["refusal"])] if message.get("refusal") else []
     if refusals:
         raise ValueError(f"a refusal: {shown(' '.join(refusals))}")
@@ -128,7 +128,7 @@ def text_of(choice: Any) -> str:
         raise ValueError(f"thoughts and no text (finish_reason {finish!r}){cut}")
     if not texts:
         raise ValueError(f"no text: {shown(message)}")
-    return said
+    return text
 
 
 def parts_of(content: Any) -> tuple[list[str], list[str], bool]:

@@ -62,12 +62,12 @@ def sample(
     """
     if attends_only(model):
         return _sample(model, wants, ends, memory)
-    made: dict[int, Sampled] = {}
+    samples: dict[int, Sampled] = {}
     for length in dict.fromkeys(len(want.prompt) for want in wants):
         group = [k for k, want in enumerate(wants) if len(want.prompt) == length]
         found = _sample(model, [wants[k] for k in group], ends, None)
-        made |= zip(group, found, strict=True)
-    return [made[k] for k in range(len(wants))]
+        samples |= zip(group, found, strict=True)
+    return [samples[k] for k in range(len(wants))]
 
 
 def _sample(

@@ -123,7 +123,7 @@ class OpenAIPolicy:
             text, finish="length" if choice.get("finish_reason") == "length" else "stop"
         )
 
-    async def score(self, prompt: Prompt, said: Completion) -> Completion:
+    async def score(self, prompt: Prompt, completion: Completion) -> Completion:
         """Only single words, such as yes or no: among the likeliest first tokens of an answer.
 
         A word that is not among them gets what probability they leave.
@@ -131,23 +131,25 @@ class OpenAIPolicy:
         Raises:
             PolicyError: it is more than a word, or the endpoint tells no log-probabilities.
         """
-        word = said.text.strip().casefold()
+        word = completion.text.strip().casefold()
         if not word or len(word.split()) != 1:
-            raise PolicyError(f"an endpoint scores single words only, got {said.text[:40]!r}")
+            raise PolicyError(f"an endpoint scores single words only, got {completion.text[:40]!r}")
         asked = {"temperature": 0.0, "logprobs": True, "top_logprobs": TOP}
         choice = await self._ask(prompt, asked | {self._config.limit_name: 1})
         try:
             first = choice["logprobs"]["content"][0]["top_logprobs"]
-            told = [(str(one["token"]), float(one["logprob"])) for one in first]
+            alternatives = [(str(one["token"]), float(one["logprob"])) for one in first]
         except (KeyError, IndexError, TypeError, ValueError):
             raise PolicyError(
                 f"{self._config.url} tells no log-probabilities of {self._model}, so it cannot "
                 "score; as a judge let it answer in words: answer: verdict"
             ) from None
-        mine = [math.exp(logprob) for token, logprob in told if token.strip().casefold() == word]
-        rest = 1.0 - sum(math.exp(logprob) for _, logprob in told)
+        mine = [
+            math.exp(logprob) for token, logprob in alternatives if token.strip().casefold() == word
+        ]
+        rest = 1.0 - sum(math.exp(logprob) for _, logprob in alternatives)
         logprob = math.log(max(sum(mine) if mine else rest, 1e-9))
-        return Completion(said.text, logprobs=(min(0.0, logprob),))
+        return Completion(completion.text, logprobs=(min(0.0, logprob),))
 
     async def load(self, checkpoint: Path | None) -> None:
         if checkpoint is not None:
@@ -176,7 +178,7 @@ class OpenAIPolicy:
         return cast("dict[str, Any]", choice)
 
     async def _tried(self, body: dict[str, Any]) -> Any:
-        config, said, wait = self._config, "", 0.0
+        config, message, wait = self._config, "", 0.0
         for number in range(config.tries):
             if number:
                 await asyncio.sleep(wait)
@@ -185,19 +187,21 @@ class OpenAIPolicy:
             try:
                 response = await self._client.post(f"{config.url}/chat/completions", json=body)
             except httpx2.RequestError as error:
-                said = self._shown(f"{type(error).__name__}: {error}")
+                message = self._shown(f"{type(error).__name__}: {error}")
                 continue
             self._calls += 1
             answer = read(response.status_code, response.content)
             if not isinstance(answer, Failure):
                 self._count(answer)
                 return answer
-            said = f"{response.status_code} {self._shown(answer.came)}"
+            message = f"{response.status_code} {self._shown(answer.came)}"
             if not answer.passing:
                 hint = self._hint(response.status_code, answer)
-                raise PolicyError(f"{config.url} {answer.how}: {said}{hint}")
+                raise PolicyError(f"{config.url} {answer.how}: {message}{hint}")
             wait = max(wait, asked_wait(response.headers.get("retry-after", "")))
-        raise PolicyError(f"{config.url} did not answer in {config.tries} tries; the last: {said}")
+        raise PolicyError(
+            f"{config.url} did not answer in {config.tries} tries; the last: {message}"
+        )
 
     def _hint(self, status: int, failure: Failure) -> str:
         config, other = self._config, "max_completion_tokens"

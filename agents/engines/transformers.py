@@ -119,12 +119,14 @@ class TransformersPolicy:
         self._kick()
         return await answer
 
-    async def score(self, prompt: Prompt, said: Completion) -> Completion:
-        before, ids = self.tokens.prompt(prompt), self.tokens.answer(said)
+    async def score(self, prompt: Prompt, completion: Completion) -> Completion:
+        before, ids = self.tokens.prompt(prompt), self.tokens.answer(completion)
         self._fit(len(before), len(ids))
         loop = asyncio.get_running_loop()
         logprobs = await loop.run_in_executor(self._thread, self._score, before, ids)
-        return Completion(said.text, ids, logprobs, said.finish, self.tokens.fingerprint)
+        return Completion(
+            completion.text, ids, logprobs, completion.finish, self.tokens.fingerprint
+        )
 
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:
         """(H,) each: the mean over the text's tokens of the last layer's hidden states."""
@@ -230,7 +232,7 @@ class TransformersPolicy:
             )
             for request in requests
         ]
-        made = sample(self.model, wants, tokens.ends, self._memory)
+        samples = sample(self.model, wants, tokens.ends, self._memory)
         return [
             Completion(
                 self._text(request, tuple(one.ids)),
@@ -239,7 +241,7 @@ class TransformersPolicy:
                 "stop" if one.finish == "stop" else "length",
                 tokens.fingerprint,
             )
-            for request, one in zip(requests, made, strict=True)
+            for request, one in zip(requests, samples, strict=True)
         ]
 
     def _text(self, request: Request, ids: tuple[int, ...]) -> str:
@@ -262,8 +264,8 @@ class TransformersPolicy:
                 return True
             # What was settled before was looked at then.
             begin = max(0, text.settled - longest)
-            said = text(ids) if stops else ""
-            return any(said.find(stop, begin) >= 0 for stop in stops)
+            decoded = text(ids) if stops else ""
+            return any(decoded.find(stop, begin) >= 0 for stop in stops)
 
         return stopped
 

@@ -204,9 +204,9 @@ class VLLMPolicy:
         await self._fit(len(ids), most)
         how = self._sampling(sampling, seed, most)
         answer = await self._ask(prompt, ids, how, heard)
-        said = self._completion(answer, sampling)
+        completion = self._completion(answer, sampling)
         # Held to choices, it tells the log-probabilities that are left after all else is ruled out.
-        return await self.score(prompt, said) if sampling.choices else said
+        return await self.score(prompt, completion) if sampling.choices else completion
 
     def _sampling(self, sampling: Sampling, seed: int, most: int) -> dict[str, Any]:
         asked: dict[str, Any] = {
@@ -235,12 +235,14 @@ class VLLMPolicy:
         finish = "stop" if answer.finish == "stop" else "length"
         return Completion(text, ids, logprobs, finish, self.tokens.fingerprint)
 
-    async def score(self, prompt: Prompt, said: Completion) -> Completion:
-        before, ids = self.tokens.prompt(prompt), self.tokens.answer(said)
+    async def score(self, prompt: Prompt, completion: Completion) -> Completion:
+        before, ids = self.tokens.prompt(prompt), self.tokens.answer(completion)
         await self._fit(len(before), len(ids) + 1)  # It has to sample one more.
         answer = await self._ask(prompt, (*before, *ids), SCORING)
         logprobs = scores(answer, ids)
-        return Completion(said.text, ids, logprobs, said.finish, self.tokens.fingerprint)
+        return Completion(
+            completion.text, ids, logprobs, completion.finish, self.tokens.fingerprint
+        )
 
     async def _fit(self, prompt: int, more: int) -> None:
         await self._ready()
@@ -447,10 +449,10 @@ class VLLMPolicy:
 def home(prompt: Prompt) -> int:
     """The same number for all that begins alike, up to what the user says first."""
     messages = prompt.messages
-    said = next((k for k, message in enumerate(messages) if message.role == "user"), 0)
-    parts = [part for message in messages[: said + 1] for part in message.parts]
-    told = [part if isinstance(part, str) else part.sha256 for part in parts]
-    return zlib.crc32("\0".join(told).encode())
+    first_user = next((k for k, message in enumerate(messages) if message.role == "user"), 0)
+    parts = [part for message in messages[: first_user + 1] for part in message.parts]
+    keys = [part if isinstance(part, str) else part.sha256 for part in parts]
+    return zlib.crc32("\0".join(keys).encode())
 
 
 def scores(answer: Answer, ids: Sequence[int]) -> tuple[float, ...]:

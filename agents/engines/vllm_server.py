@@ -69,7 +69,7 @@ class Replica:
         self.generation = 0
         """How often it was mended."""
         self.mending = asyncio.Lock()
-        self._made: float | None = None
+        self._token_count: float | None = None
         """Tokens it had read and made when it was last looked at."""
         self._moved = 0.0
         """When it was last known to have done something, on the monotonic clock."""
@@ -103,10 +103,10 @@ class Replica:
                 f"{self.url} did not come up within start_timeout_s={self._start_timeout_s:g}"
                 + self.words()
             ) from None
-        told = await self._get("/v1/models")
-        first = next((one for one in told["data"] if not one.get("parent")), None)
+        payload = await self._get("/v1/models")
+        first = next((one for one in payload["data"] if not one.get("parent")), None)
         if first is None:
-            raise PolicyError(f"{self.url} serves no model: {str(told)[:SHOWN]}")
+            raise PolicyError(f"{self.url} serves no model: {str(payload)[:SHOWN]}")
         self.model, self.context = str(first["id"]), int(first["max_model_len"])
         self.generates = await self._has(GENERATE)
 
@@ -156,8 +156,8 @@ class Replica:
                     f"{self.url} takes no images beside ids; start it with --enable-scale-out"
                 )
             asked = {"prompt": list(ids), "return_token_ids": True, **sampling}
-            told = await self.post(COMPLETIONS, {"model": model, **asked}, first)
-            choice = self._choice(told)
+            payload = await self.post(COMPLETIONS, {"model": model, **asked}, first)
+            choice = self._choice(payload)
             before, kept = choice["prompt_logprobs"], choice["logprobs"]
             logprobs = kept["token_logprobs"] if kept else ()
         else:
@@ -169,21 +169,21 @@ class Replica:
                 asked["content_parts"] = parts
             if heard is not None:
                 return await self._streamed({"model": model, **asked}, heard)
-            told = await self.post(GENERATE, {"model": model, **asked}, first)
-            choice = self._choice(told)
-            before, kept = told["prompt_logprobs"], choice["logprobs"]
+            payload = await self.post(GENERATE, {"model": model, **asked}, first)
+            choice = self._choice(payload)
+            before, kept = payload["prompt_logprobs"], choice["logprobs"]
             logprobs = [one["logprob"] for one in kept["content"]] if kept else ()
         sampled = tuple(choice["token_ids"])
         return Answer(sampled, tuple(map(float, logprobs)), choice["finish_reason"], before or ())
 
-    def _choice(self, told: Any) -> dict[str, Any]:
+    def _choice(self, payload: Any) -> dict[str, Any]:
         """The first one. Raises: PolicyError: what answered was no vLLM, but a gateway, say."""
-        match told:
+        match payload:
             case {"choices": [{"token_ids": [*_]} as choice, *_]}:
                 return cast("dict[str, Any]", choice)
             case _:
-                said = told if isinstance(told, str) else json.dumps(told)
-                raise PolicyError(f"{self.url} answered otherwise than vLLM: {said[:SHOWN]}")
+                text = payload if isinstance(payload, str) else json.dumps(payload)
+                raise PolicyError(f"{self.url} answered otherwise than vLLM: {text[:SHOWN]}")
 
     async def _streamed(
         self, asked: Mapping[str, Any], heard: Callable[[Sequence[int]], None]
@@ -194,15 +194,15 @@ class Replica:
 
         def line(text: str) -> None:
             nonlocal finish
-            told: Any = json.loads(text[5:]) if text.startswith("data: {") else {}
-            if told.get("error"):  # Its status line was sent long before.
+            payload: Any = json.loads(text[5:]) if text.startswith("data: {") else {}
+            if payload.get("error"):  # Its status line was sent long before.
                 words = f"{self.url} broke off: {text[:SHOWN]}{self.words()}"
-                match told["error"]:
+                match payload["error"]:
                     case {"code": int(code)} if 400 <= code < 500:
                         raise PolicyError(words)
                     case _:
                         raise Gone(words)
-            for choice in told.get("choices", ()):
+            for choice in payload.get("choices", ()):
                 ids.extend(choice["token_ids"])
                 logprobs.extend(float(one["logprob"]) for one in choice["logprobs"]["content"])
                 finish = choice["finish_reason"] or ""
@@ -293,9 +293,9 @@ class Replica:
             async with self._client.get(f"{self.url}/metrics", timeout=within) as response:
                 text = await response.text()
             names = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total")
-            made = sum(metric(text, name) for name in names)
-            if made != self._made:
-                self._made, self._moved = made, time.monotonic()
+            tokens = sum(metric(text, name) for name in names)
+            if tokens != self._token_count:
+                self._token_count, self._moved = tokens, time.monotonic()
 
     async def _has(self, path: str) -> bool:
         """Whether something may be posted there."""
@@ -378,8 +378,8 @@ class Launched(Replica):
             raise PolicyError(f"the vLLM server ended before it answered{hint}{self.words()}")
 
     def words(self) -> str:
-        said = "\n".join([*self.process.errors(), self.process.last_words()]).strip()
-        return f"; its last words:\n{said}" if said else ""
+        text = "\n".join([*self.process.errors(), self.process.last_words()]).strip()
+        return f"; its last words:\n{text}" if text else ""
 
     async def again(self, gone: Gone) -> bool:
         if self.process.alive and "hung up" in str(gone) and await self.healthy():

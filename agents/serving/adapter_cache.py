@@ -42,8 +42,8 @@ class AdapterCache:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 draft.rename(kept)
         except OSError as error:
-            said = f"cannot copy the adapter {folder.name}: {error.strerror or error}"
-            raise DiskError(said) from error
+            message = f"cannot copy the adapter {folder.name}: {error.strerror or error}"
+            raise DiskError(message) from error
         return kept
 
     def clear(self, but: Path | None) -> None:

@@ -98,14 +98,14 @@ class Admission:
         if scope["path"] not in OPEN:
             self._check_token(headers)
         if counted and self._busy > self._limits.parallel:
-            said = f"{self._limits.parallel} requests are in flight already; try again"
-            raise Refusal(429, said, "busy", retry_s=1)
+            message = f"{self._limits.parallel} requests are in flight already; try again"
+            raise Refusal(429, message, "busy", retry_s=1)
         try:
             async with asyncio.timeout(self._limits.body_s):
                 body = await self._body(headers, receive, counted)
         except TimeoutError:
-            said = f"the request did not arrive within {self._limits.body_s:g} s"
-            raise Refusal(408, said, "too_slow") from None
+            message = f"the request did not arrive within {self._limits.body_s:g} s"
+            raise Refusal(408, message, "too_slow") from None
         replayed = False
 
         async def replay() -> Message:
@@ -120,8 +120,8 @@ class Admission:
     def _check_place(self, headers: Headers) -> None:
         host = headers.get("host", "")
         if self._hosts and _name(host) not in self._hosts:
-            said = f"this server does not go by the name {host[:80]!r}"
-            raise Refusal(403, said, "wrong_host")
+            message = f"this server does not go by the name {host[:80]!r}"
+            raise Refusal(403, message, "wrong_host")
         origin = headers.get("origin")
         if origin is not None and _place(origin) != host.lower():
             raise Refusal(403, "pages from elsewhere may not ask here", "wrong_origin")
@@ -133,13 +133,13 @@ class Admission:
         # Starlette reads headers as Latin-1, which gives back the bytes that were sent.
         right = hmac.compare_digest(given.encode("latin-1").strip(), self._token)
         if kind.lower() != "bearer" or not right:
-            said = "wanted the header Authorization: Bearer TOKEN, with this server's token"
-            raise Refusal(401, said, "wrong_token")
+            message = "wanted the header Authorization: Bearer TOKEN, with this server's token"
+            raise Refusal(401, message, "wrong_token")
 
     async def _body(self, headers: Headers, receive: Receive, counted: bool) -> bytes:
         most = int(self._limits.body_mb * 1e6) if counted else 0
-        said = f"the request is larger than {self._limits.body_mb:g} MB"
-        refusal = Refusal(413, said if counted else "this path takes no body", "body_too_large")
+        fault = f"the request is larger than {self._limits.body_mb:g} MB"
+        refusal = Refusal(413, fault if counted else "this path takes no body", "body_too_large")
         announced = headers.get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > DRAINED * most:
             raise refusal

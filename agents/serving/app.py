@@ -78,45 +78,47 @@ def make_app(
 def _tell_errors(app: FastAPI, metrics: Metrics) -> None:
     """Every error as JSON of one form, and none with a word about the inside."""
 
-    def told(refusal: Refusal) -> JSONResponse:
+    def response_to(refusal: Refusal) -> JSONResponse:
         metrics.refusals.labels(refusal.code).inc()
         return JSONResponse(refusal.body, refusal.status, refusal.headers)
 
     @app.exception_handler(Refusal)
     async def _(request: Request, error: Refusal) -> JSONResponse:
-        return told(error)
+        return response_to(error)
 
     @app.exception_handler(RequestValidationError)
     async def _(request: Request, error: RequestValidationError) -> JSONResponse:
         faults: Sequence[Any] = error.errors()
         places = [".".join(map(str, one["loc"][1:])) or str(one["loc"][0]) for one in faults]
-        said = "; ".join(
+        message = "; ".join(
             f"{where}: {one['msg']}" for where, one in zip(places[:5], faults, strict=False)
         )
         # Their own text may come back in it, and may be half of an emoji.
-        said = said.encode("utf-8", "replace").decode()[:1000]
-        return told(Refusal(400, said, "invalid_request", places[0][:200] if places else None))
+        message = message.encode("utf-8", "replace").decode()[:1000]
+        return response_to(
+            Refusal(400, message, "invalid_request", places[0][:200] if places else None)
+        )
 
     @app.exception_handler(HTTPException)
     async def _(request: Request, error: HTTPException) -> JSONResponse:
         words = {404: "there is nothing here", 405: "not with this method"}
-        said = words.get(error.status_code, str(error.detail))
-        refusal = Refusal(error.status_code, said, f"http_{error.status_code}")
+        message = words.get(error.status_code, str(error.detail))
+        refusal = Refusal(error.status_code, message, f"http_{error.status_code}")
         refusal.headers.update(error.headers or {})
-        return told(refusal)
+        return response_to(refusal)
 
     @app.exception_handler(PromptError)
     async def _(request: Request, error: PromptError) -> JSONResponse:
-        return told(Refusal(400, str(error), "prompt", "messages"))
+        return response_to(Refusal(400, str(error), "prompt", "messages"))
 
     @app.exception_handler(TimeoutError)
     async def _(request: Request, error: TimeoutError) -> JSONResponse:
-        return told(Refusal(504, str(error) or "it took too long", "too_long"))
+        return response_to(Refusal(504, str(error) or "it took too long", "too_long"))
 
     @app.exception_handler(PolicyError)
     async def _(request: Request, error: PolicyError) -> JSONResponse:
         log.error("the policy failed: %s", error)
-        return told(Refusal(503, "the policy could not answer", "policy_failed", retry_s=5))
+        return response_to(Refusal(503, "the policy could not answer", "policy_failed", retry_s=5))
 
 
 def _add_status(app: FastAPI, room: Room) -> None:
@@ -139,7 +141,7 @@ def _add_status(app: FastAPI, room: Room) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        one = {"id": name, "object": "model", "created": room.made, "owned_by": "selfwright"}
+        one = {"id": name, "object": "model", "created": room.created, "owned_by": "selfwright"}
         return {"object": "list", "data": [one]}
 
 
@@ -150,12 +152,12 @@ def _add_sessions(app: FastAPI, room: Room) -> None:
     async def begin(asked: bodies.NewSession) -> bodies.SessionCreated:
         wanted = asked.task
         if len(wanted.instruction) > limits.prompt_chars:
-            said = f"wanted an instruction of at most {limits.prompt_chars:,} characters"
-            raise Refusal(400, said, "context_length_exceeded", "task.instruction")
+            message = f"wanted an instruction of at most {limits.prompt_chars:,} characters"
+            raise Refusal(400, message, "context_length_exceeded", "task.instruction")
         steps = limits.steps if wanted.max_steps is None else wanted.max_steps
         if steps > limits.steps:
-            said = f"wanted at most {limits.steps} steps, got {steps}"
-            raise Refusal(400, said, "too_many_steps", "task.max_steps")
+            message = f"wanted at most {limits.steps} steps, got {steps}"
+            raise Refusal(400, message, "too_many_steps", "task.max_steps")
         session = SessionState(Task(wanted.id, wanted.instruction, steps), asked.seed)
         id = room.sessions.add(session)
         return bodies.SessionCreated(
@@ -177,18 +179,18 @@ def _add_sessions(app: FastAPI, room: Room) -> None:
             action = await room.player.answer(session.task, session.steps, seen, seed)
             session.steps.append(Step(seen, action, 0.0))
             session.size = size
-        said = action.completion
+        completion = action.completion
         return bodies.Acted(
             action=action.text,
-            completion=said.text,
+            completion=completion.text,
             valid=valid(action, seen),
             invalid=action.invalid,
             step=turn + 1,
             checkpoint=room.served.player.policy.checkpoint,
-            finish=said.finish,
-            token_ids=list(said.token_ids),
-            logprobs=list(said.logprobs),
-            tokenizer=said.tokenizer,
+            finish=completion.finish,
+            token_ids=list(completion.token_ids),
+            logprobs=list(completion.logprobs),
+            tokenizer=completion.tokenizer,
         )
 
     @app.delete("/v1/sessions/{id}", status_code=204)
@@ -204,7 +206,7 @@ def _add_adapters(app: FastAPI, room: Room) -> None:
         """What was offered, and what answers now."""
         return {
             "checkpoint": room.served.player.policy.checkpoint,
-            "data": [offer.told() for offer in champion.offers],
+            "data": [offer.payload() for offer in champion.offers],
         }
 
     @app.post("/v1/adapters", status_code=202)

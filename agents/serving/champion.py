@@ -6,9 +6,11 @@ import secrets
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field, TypeAdapter
 
 from ...core.errors import DiskError, SelfwrightError
 from ...core.models.origin import ADAPTER
@@ -81,13 +83,14 @@ class Offer:
     """Below the folder of adapters."""
     forced: bool
     status: Literal["running", "swapped", "kept", "failed"] = "running"
-    said: str = ""
+    message: Annotated[str, Field(serialization_alias="said")] = ""
     """Why it failed."""
     comparison: Comparison | None = None
     """With the weights that answered before; None if it was forced, or is still running."""
 
-    def told(self) -> dict[str, Any]:
-        return asdict(self)
+    def payload(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return TypeAdapter(Offer).dump_python(self, mode="json", by_alias=True)
 
 
 class Champion:
@@ -121,8 +124,8 @@ class Champion:
     def check(self) -> None:
         """Raises: Refusal: what is loaded is anybody's guess, so it may not answer."""
         if self._broken:
-            said = "neither the new weights nor the old ones could be loaded; offer others"
-            raise Refusal(503, said, "no_weights")
+            message = "neither the new weights nor the old ones could be loaded; offer others"
+            raise Refusal(503, message, "no_weights")
 
     @asynccontextmanager
     async def answering(self) -> AsyncGenerator[None]:
@@ -150,8 +153,10 @@ class Champion:
         """
         found = self._found(path)
         if not force and self._trial is None:
-            said = "there is no world to compare adapters in; name one at the start, or use force"
-            raise Refusal(400, said, "no_trial", "force")
+            message = (
+                "there is no world to compare adapters in; name one at the start, or use force"
+            )
+            raise Refusal(400, message, "no_trial", "force")
         if self._copying or self._running is not None:
             raise Refusal(409, "another adapter is being tried; one at a time", "trial_running")
         self._copying = True
@@ -180,8 +185,8 @@ class Champion:
 
     def _found(self, path: str) -> Path:
         if self._folder is None:
-            said = "this server takes no adapters; start it with --adapters DIR"
-            raise Refusal(403, said, "no_adapters")
+            message = "this server takes no adapters; start it with --adapters DIR"
+            raise Refusal(403, message, "no_adapters")
         try:
             found = (self._folder / path).resolve()
             inside = found.is_relative_to(self._folder)
@@ -190,8 +195,8 @@ class Champion:
             there, found = False, self._folder
         if not there:
             # The same words for what is elsewhere and what is nowhere: paths are not to be probed.
-            said = "there is no adapter of that path in the folder of adapters"
-            raise Refusal(404, said, "no_adapter", "path")
+            message = "there is no adapter of that path in the folder of adapters"
+            raise Refusal(404, message, "no_adapter", "path")
         return found
 
     async def _try(self, offer: Offer, path: Path) -> None:
@@ -204,13 +209,13 @@ class Champion:
             else:
                 offer.status = "kept"
         except asyncio.CancelledError:
-            offer.status, offer.said = "failed", "the server is stopping"
+            offer.status, offer.message = "failed", "the server is stopping"
             raise
         except Exception as cause:
             offer.status = "failed"
             # What we did not foresee may hold anything: its name must do.
             known = isinstance(cause, SelfwrightError | TimeoutError)
-            offer.said = f"{type(cause).__name__}: {cause}" if known else type(cause).__name__
+            offer.message = f"{type(cause).__name__}: {cause}" if known else type(cause).__name__
         finally:
             self._running = None
             self._adapter_cache.clear(but=self.weights)

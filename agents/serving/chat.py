@@ -38,8 +38,8 @@ def add_chat(app: FastAPI, room: Room) -> None:
     async def chat(asked: bodies.Chat) -> Response:
         _refuse_unsupported(asked)
         if asked.model not in ("", name):
-            said = f"there is no model {asked.model[:80]!r} here; there is {name!r}"
-            raise Refusal(404, said, "model_not_found", "model")
+            fault = f"there is no model {asked.model[:80]!r} here; there is {name!r}"
+            raise Refusal(404, fault, "model_not_found", "model")
         sampling = _sampling(asked, room.player.sampling, room.limits)
         prompt = await _prompt(asked, room)
         seed = secrets.randbits(62) if asked.seed is None else derive(asked.seed)
@@ -55,11 +55,11 @@ def add_chat(app: FastAPI, room: Room) -> None:
             read = room.policy.length(prompt) if counted else None
             events = _events(head, first, spoken, read)
             return StreamingResponse(events, media_type="text/event-stream")
-        said = await room.complete(prompt, sampling, seed)
-        usage = _usage(room.policy.length(prompt), said)
-        message = {"role": "assistant", "content": said.text}
+        completion = await room.complete(prompt, sampling, seed)
+        usage = _usage(room.policy.length(prompt), completion)
+        message = {"role": "assistant", "content": completion.text}
         choice: dict[str, Any] = {"index": 0, "message": message, "logprobs": None}
-        choice["finish_reason"] = said.finish or "stop"
+        choice["finish_reason"] = completion.finish or "stop"
         return JSONResponse(
             {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
         )
@@ -74,8 +74,8 @@ async def _prompt(asked: bodies.Chat, room: Room) -> Prompt:
         for part in one.content
     )
     if pictured > room.limits.images:
-        said = f"wanted at most {room.limits.images} images, got {pictured}"
-        raise Refusal(400, said, "too_many_images", "messages")
+        fault = f"wanted at most {room.limits.images} images, got {pictured}"
+        raise Refusal(400, fault, "too_many_images", "messages")
     messages = [await _message(one, k, room) for k, one in enumerate(asked.messages)]
     return Prompt(tuple(messages))
 
@@ -92,8 +92,8 @@ def _refuse_unsupported(asked: bodies.Chat) -> None:
         ("presence_penalty", bool(asked.presence_penalty), "no penalty"),
     ):
         if there:
-            said = f"{param} is not supported here; wanted {wanted}"
-            raise Refusal(400, said, "unsupported", param)
+            message = f"{param} is not supported here; wanted {wanted}"
+            raise Refusal(400, message, "unsupported", param)
 
 
 def _sampling(asked: bodies.Chat, usual: Sampling, limits: Limits) -> Sampling:
@@ -102,8 +102,8 @@ def _sampling(asked: bodies.Chat, usual: Sampling, limits: Limits) -> Sampling:
     top_p = usual.top_p if asked.top_p is None else asked.top_p
     most = asked.max_completion_tokens or asked.max_tokens
     if most is not None and most > limits.tokens:
-        said = f"wanted at most {limits.tokens} tokens, got {most}"
-        raise Refusal(400, said, "too_many_tokens", "max_tokens")
+        message = f"wanted at most {limits.tokens} tokens, got {most}"
+        raise Refusal(400, message, "too_many_tokens", "max_tokens")
     stop = usual.stop
     if asked.stop is not None:
         stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop)
@@ -119,16 +119,16 @@ async def _message(given: bodies.ChatMessage, index: int, room: Room) -> Message
     param = f"messages[{index}].content"
     pictures = [part for part in given.content if isinstance(part, bodies.ImagePart)]
     if not all(part.image_url.url.startswith(DATA_URL) for part in pictures):
-        said = f"wanted an image as {DATA_URL}...; nothing is fetched from elsewhere"
-        raise Refusal(400, said, "bad_image", param)
+        fault = f"wanted an image as {DATA_URL}...; nothing is fetched from elsewhere"
+        raise Refusal(400, fault, "bad_image", param)
     urls = [part.image_url.url.removeprefix(DATA_URL) for part in pictures]
     images = iter(await room.images(urls, param))
     parts = (p.text if isinstance(p, bodies.TextPart) else next(images) for p in given.content)
     return Message(role, tuple(parts))
 
 
-def _usage(read: int, said: Completion) -> dict[str, int]:
-    wrote = len(said.token_ids)
+def _usage(read: int, completion: Completion) -> dict[str, int]:
+    wrote = len(completion.token_ids)
     return {"prompt_tokens": read, "completion_tokens": wrote, "total_tokens": read + wrote}
 
 
@@ -140,19 +140,19 @@ async def _spoken(
 
     completing = asyncio.create_task(room.complete(prompt, sampling, seed, heard.put_nowait))
     completing.add_done_callback(lambda _: heard.put_nowait(None))
-    told = ""
+    sent = ""
     try:
         while (text := await heard.get()) is not None:
             # An answer that was begun anew, as its server was lost, is at first shorter.
-            if text.startswith(told) and text != told:
-                yield text[len(told) :]
-                told = text
-        said = await completing
-        if not said.text.startswith(told):
+            if text.startswith(sent) and text != sent:
+                yield text[len(sent) :]
+                sent = text
+        completion = await completing
+        if not completion.text.startswith(sent):
             raise PolicyError("the answer was begun anew, and became another one")
-        if said.text != told:
-            yield said.text[len(told) :]
-        yield said
+        if completion.text != sent:
+            yield completion.text[len(sent) :]
+        yield completion
     finally:
         completing.cancel()
 

@@ -24,7 +24,7 @@ from ...core.images import STORE
 from ...core.types import Action, Completion, Observation, Step, Task
 from . import bodies
 
-Told = TypeVar("Told", bound=BaseModel)
+Answered = TypeVar("Answered", bound=BaseModel)
 LONGEST_WAIT_S = 30.0
 """Between two tries of a server that is busy."""
 SHOWN = 200
@@ -68,10 +68,10 @@ class Client:
         task = {"instruction": instruction, "max_steps": max_steps, "id": id}
         body = {"task": task, "seed": seed}
         return RemoteSession(
-            self, (await self.told(bodies.SessionCreated, "/v1/sessions", body)).id
+            self, (await self.post(bodies.SessionCreated, "/v1/sessions", body)).id
         )
 
-    async def told(self, kind: type[Told], path: str, body: Any) -> Told:
+    async def post(self, kind: type[Answered], path: str, body: Any) -> Answered:
         """What a path answers to what is posted there, read as ``kind``.
 
         Raises:
@@ -98,11 +98,11 @@ class Client:
             async with asyncio.timeout(self._timeout_s):
                 response = await self._answer(method, path, body)
         except TimeoutError:
-            said = f"{self._url}{path} did not answer within {self._timeout_s:g} s"
-            raise PolicyError(said) from None
+            message = f"{self._url}{path} did not answer within {self._timeout_s:g} s"
+            raise PolicyError(message) from None
         except httpx2.HTTPError as error:
-            said = f"{self._url} cannot be reached: {type(error).__name__}: {error}"
-            raise PolicyError(said) from None
+            message = f"{self._url} cannot be reached: {type(error).__name__}: {error}"
+            raise PolicyError(message) from None
         if response.is_success and not response.content:
             return None
         try:
@@ -112,12 +112,12 @@ class Client:
         if response.is_success and answer is not None:
             return answer
         match answer:
-            case {"error": {"message": str(said)}}:
+            case {"error": {"message": str(message)}}:
                 pass
             case _:
-                said = response.text[:SHOWN]
+                message = response.text[:SHOWN]
         how = "answered with no JSON" if response.is_success else "refused"
-        raise PolicyError(f"{self._url}{path} {how}: {response.status_code} {said}")
+        raise PolicyError(f"{self._url}{path} {how}: {response.status_code} {message}")
 
     async def _answer(self, method: str, path: str, body: Any) -> httpx2.Response:
         until = time.monotonic() + self._timeout_s
@@ -186,19 +186,19 @@ class RemoteSession:
             "actions": list(actions),
         }
         body = {"observation": seen, "reward": reward, "seed": seed}
-        told = await self.client.told(bodies.Acted, f"/v1/sessions/{self.id}/act", body)
-        said = Completion(
-            told.completion,
-            tuple(told.token_ids),
-            tuple(told.logprobs),
-            told.finish,
-            told.tokenizer,
+        answer = await self.client.post(bodies.Acted, f"/v1/sessions/{self.id}/act", body)
+        completion = Completion(
+            answer.completion,
+            tuple(answer.token_ids),
+            tuple(answer.logprobs),
+            answer.finish,
+            answer.tokenizer,
         )
-        checked_completion(said, "the server")
-        if fault := no_text(told.action):
+        checked_completion(completion, "the server")
+        if fault := no_text(answer.action):
             raise PolicyError(f"the server's action is {fault}; wanted a str")
-        action = Action(told.action, said, invalid=told.invalid)
-        return Acted(action, told.valid, told.checkpoint, told.step)
+        action = Action(answer.action, completion, invalid=answer.invalid)
+        return Acted(action, answer.valid, answer.checkpoint, answer.step)
 
     async def end(self) -> None:
         await self.client.ask("DELETE", f"/v1/sessions/{self.id}")

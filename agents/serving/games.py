@@ -73,8 +73,8 @@ class Arena:
     async def worlds(self, name: str) -> Worlds:
         """Raises: Refusal: none of that name is on this playground."""
         if name not in self._openers:
-            said = f"there is no world {name!r} here; there is {', '.join(self.names) or 'none'}"
-            raise Refusal(404, said, "no_world", "world")
+            message = f"there is no world {name!r} here; there is {', '.join(self.names) or 'none'}"
+            raise Refusal(404, message, "no_world", "world")
         async with self._opening:
             if name not in self._open:
                 self._open[name] = await self._openers[name]()
@@ -92,8 +92,8 @@ class Arena:
         worlds = await self.worlds(name)
         size, found = await self.tasks(name, split, index, 1)
         if not found:
-            said = f"{split} has {size} tasks, no {index}"
-            raise Refusal(404, said, "no_task", "index")
+            message = f"{split} has {size} tasks, no {index}"
+            raise Refusal(404, message, "no_task", "index")
         lease = AsyncExitStack()
         limit = worlds.fleet.reset_timeout_s
         async with deadline(limit, "a free instance of the world"):

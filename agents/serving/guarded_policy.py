@@ -55,13 +55,13 @@ class GuardedPolicy:
         self._check(prompt)
         sampling = replace(sampling, max_tokens=min(sampling.max_tokens, self._limits.tokens))
         async with self._champion.answering():
-            said = await self._said(prompt, sampling, seed, heard)
-        checked_completion(said, self.checkpoint)
-        self._metrics.tokens.labels("completion").inc(len(said.token_ids))
+            completion = await self._completed(prompt, sampling, seed, heard)
+        checked_completion(completion, self.checkpoint)
+        self._metrics.tokens.labels("completion").inc(len(completion.token_ids))
         self._metrics.tokens.labels("prompt").inc(self.length(prompt))
-        return said
+        return completion
 
-    async def _said(
+    async def _completed(
         self,
         prompt: Prompt,
         sampling: Sampling,
@@ -79,7 +79,7 @@ class GuardedPolicy:
 
         return await policy.stream(prompt, sampling, seed, sampled)
 
-    async def score(self, prompt: Prompt, said: Completion) -> Completion:
+    async def score(self, prompt: Prompt, completion: Completion) -> Completion:
         raise NotImplementedError("a server is asked for completions only")
 
     async def load(self, checkpoint: Path | None) -> None:
@@ -98,23 +98,23 @@ class GuardedPolicy:
         limits = self._limits
         size = sum(len(message.text) for message in prompt.messages)
         if size > limits.prompt_chars:
-            said = f"the prompt has {size:,} characters, more than {limits.prompt_chars:,}"
-            raise Refusal(400, said, "context_length_exceeded")
+            fault = f"the prompt has {size:,} characters, more than {limits.prompt_chars:,}"
+            raise Refusal(400, fault, "context_length_exceeded")
         if self._tokens is None:
             return
         for message in prompt.messages:
             # What the policy itself has sampled goes in as the ids that it sampled.
             found = "" if message.token_ids else self._tokens.control(message.text)
             if found:
-                said = (
+                fault = (
                     f"the {message.role}'s text holds {found!r}, which ends or begins a message "
                     "to this model; leave it out, or write it another way"
                 )
-                raise Refusal(400, said, "control_token", "messages")
+                raise Refusal(400, fault, "control_token", "messages")
         length = self.length(prompt)
         if length > limits.prompt_tokens:
-            said = f"the prompt has {length:,} tokens, more than {limits.prompt_tokens:,}"
-            raise Refusal(400, said, "context_length_exceeded")
+            fault = f"the prompt has {length:,} tokens, more than {limits.prompt_tokens:,}"
+            raise Refusal(400, fault, "context_length_exceeded")
 
 
 def certain(text: str, stops: Sequence[str]) -> str:

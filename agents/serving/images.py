@@ -23,16 +23,16 @@ def checked_images(given: list[str], limits: Limits, param: str) -> tuple[Image,
         Refusal: too many, too large, or no such file.
     """
     if len(given) > limits.images:
-        said = f"wanted at most {limits.images} images, got {len(given)}"
-        raise Refusal(400, said, "too_many_images", param)
+        message = f"wanted at most {limits.images} images, got {len(given)}"
+        raise Refusal(400, message, "too_many_images", param)
     return tuple(_checked(text, limits, f"{param}[{k}]") for k, text in enumerate(given))
 
 
 def _checked(text: str, limits: Limits, param: str) -> Image:
     most = int(limits.image_mb * 1e6)
     if len(text) * 3 // 4 > most + 3:
-        said = f"{param} is larger than {limits.image_mb:g} MB"
-        raise Refusal(413, said, "image_too_large", param)
+        message = f"{param} is larger than {limits.image_mb:g} MB"
+        raise Refusal(413, message, "image_too_large", param)
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
@@ -40,12 +40,12 @@ def _checked(text: str, limits: Limits, param: str) -> Image:
     try:
         pixels = _pixels(data)
         if pixels > limits.image_pixels:
-            said = f"{param} has {pixels:,} pixels, more than {limits.image_pixels:,}"
-            raise Refusal(413, said, "image_too_large", param)
+            message = f"{param} has {pixels:,} pixels, more than {limits.image_pixels:,}"
+            raise Refusal(413, message, "image_too_large", param)
         _whole(data)
     except (ValueError, struct.error, zlib.error) as error:
-        said = f"{param} is no whole PNG: {error}"
-        raise Refusal(400, said, "bad_image", param) from None
+        message = f"{param} is no whole PNG: {error}"
+        raise Refusal(400, message, "bad_image", param) from None
     return picture(data)
 
 

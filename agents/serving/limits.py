@@ -47,12 +47,12 @@ class Refusal(Exception):
     def __init__(
         self,
         status: int,
-        said: str,
+        message: str,
         code: str,
         param: str | None = None,
         retry_s: int | None = None,
     ) -> None:
-        super().__init__(said)
+        super().__init__(message)
         self.status = status
         self.code = code
         """Which of our refusals it is: a word for programs, and for the metrics."""

@@ -88,8 +88,8 @@ def add_playground(app: FastAPI, room: Room) -> None:
 
 def _world_failed(name: str, error: BaseException) -> Refusal:
     log.error("%s failed: %s", name, error)
-    said = f"{name} failed; its game is over, begin another"
-    return Refusal(502, said, "world_failed")
+    message = f"{name} failed; its game is over, begin another"
+    return Refusal(502, message, "world_failed")
 
 
 def _stage(id: str, game: Game, action: Action | None = None, valid: bool = True) -> bodies.Stage:

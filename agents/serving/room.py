@@ -66,7 +66,7 @@ class Room:
         )
         self.games: Keeper[Game] = Keeper("game", limits.games, limits.idle_s, clock, self._leave)
         self.arena = Arena(served.worlds)
-        self.made = int(time.time())
+        self.created = int(time.time())
         self._leaving: set[asyncio.Task[None]] = set()
 
     def _leave(self, game: Game) -> None:

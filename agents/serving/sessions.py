@@ -49,8 +49,8 @@ class Keeper(Generic[K]):
         if len(self) >= self._most:
             oldest = min(one.used for one in self._kept.values()) if self._kept else 0.0
             wait = max(1, min(60, int(oldest + self._idle_s - self._clock())))
-            said = f"{self._most} {self._what}s are open, which is the most; close one, or wait"
-            raise Refusal(429, said, f"too_many_{self._what}s", retry_s=wait)
+            message = f"{self._most} {self._what}s are open, which is the most; close one, or wait"
+            raise Refusal(429, message, f"too_many_{self._what}s", retry_s=wait)
 
     def add(self, one: K) -> str:
         """Its id. Raises: Refusal: there is no room."""
@@ -96,11 +96,11 @@ class Keeper(Generic[K]):
         self.sweep()
         one = self._kept.get(name)
         if one is None:
-            said = f"there is no such {self._what}; it may have ended, or was idle for too long"
-            raise Refusal(404, said, f"no_{self._what}")
+            message = f"there is no such {self._what}; it may have ended, or was idle for too long"
+            raise Refusal(404, message, f"no_{self._what}")
         if one.busy:
-            said = f"this {self._what} is busy with an earlier request; one at a time"
-            raise Refusal(409, said, f"{self._what}_busy")
+            message = f"this {self._what} is busy with an earlier request; one at a time"
+            raise Refusal(409, message, f"{self._what}_busy")
         return one
 
     def sweep(self) -> None:
@@ -125,11 +125,11 @@ class SessionState:
     def check(self, observation: Observation, limits: Limits) -> int:
         """The session's size with the observation. Raises: Refusal: it may not be acted on."""
         if len(self.steps) >= self.task.max_steps:
-            said = f"this session's {self.task.max_steps} actions are used up; open another"
-            raise Refusal(409, said, "session_over")
+            message = f"this session's {self.task.max_steps} actions are used up; open another"
+            raise Refusal(409, message, "session_over")
         parts = (observation.text, *observation.actions)
         size = self.size + sum(map(len, parts)) + sum(len(i.png) for i in observation.images)
         if size > limits.history_mb * 1e6:
-            said = f"this session was shown more than {limits.history_mb:g} MB; open another"
-            raise Refusal(413, said, "session_too_large")
+            message = f"this session was shown more than {limits.history_mb:g} MB; open another"
+            raise Refusal(413, message, "session_too_large")
         return size

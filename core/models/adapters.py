@@ -130,14 +130,14 @@ def _settings(folder: Path) -> Any:
         or settings.bias != "none"
         or any(getattr(settings, key, None) for key in more)
     ):
-        said = "only LoRA on weights is read, no biases or modules_to_save"
-        raise _unfit(folder, ValueError(said))
+        message = "only LoRA on weights is read, no biases or modules_to_save"
+        raise _unfit(folder, ValueError(message))
     begun: Any = settings.init_lora_weights
     if begun not in UNTOUCHED:
-        said = (
+        message = (
             f"init_lora_weights {begun!r} changes the base's own weights too; have peft convert it"
         )
-        raise _unfit(folder, ValueError(said))
+        raise _unfit(folder, ValueError(message))
     settings.inference_mode = True
     settings.base_model_name_or_path = None  # peft warns of other names; we know better.
     return settings

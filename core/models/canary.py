@@ -33,9 +33,9 @@ class Canary:
         """That of a checkpoint; None if it has none. Raises: StoreError: it is damaged."""
         if not (folder / FILE).is_file():
             return None
-        told = read_json(folder / FILE)
+        payload = read_json(folder / FILE)
         try:
-            found = Canary(tuple(map(int, told["ids"])), tuple(map(float, told["logprobs"])))
+            found = Canary(tuple(map(int, payload["ids"])), tuple(map(float, payload["logprobs"])))
         except (KeyError, TypeError, ValueError) as cause:
             raise StoreError(f"{folder / FILE} is damaged: {cause!r}") from None
         if len(found.ids) != len(found.logprobs) + 1:

@@ -69,14 +69,14 @@ def found_base(folder: Path) -> str | None:
     Of several places where it may be, the first with the content that was noted: a folder may have
     been moved, and something else have taken its place.
     """
-    told, named = _note(folder), None
+    note, named = _note(folder), None
     if (folder / ADAPTER).is_file():
         named = _mapping(folder / ADAPTER).get("base_model_name_or_path")
-    named = named or told.get("model")
-    home, weights = folder.resolve(), told.get("weights")
+    named = named or note.get("model")
+    home, weights = folder.resolve(), note.get("weights")
     there = [
         str(place)
-        for place in _places(home, told.get("path"), named)
+        for place in _places(home, note.get("path"), named)
         if place.resolve() != home
         and any((place / name).is_file() for name in ("config.json", ADAPTER))
     ]
@@ -107,16 +107,16 @@ def note_base(folder: Path, base: str) -> None:
 
     peft notes the plain model at the bottom, even where that had an adapter already.
     """
-    told: dict[str, Any] = {"model": base, "weights": digest(base)}
+    note: dict[str, Any] = {"model": base, "weights": digest(base)}
     if Path(base).is_dir():
-        told["model"] = str(Path(base).resolve())
+        note["model"] = str(Path(base).resolve())
         inside = (folder / INSIDE).is_dir()
-        told["path"] = INSIDE if inside else os.path.relpath(told["model"], folder.resolve())
-    write_json(folder / NOTE, told)
+        note["path"] = INSIDE if inside else os.path.relpath(note["model"], folder.resolve())
+    write_json(folder / NOTE, note)
     if (folder / ADAPTER).is_file():
         settings = read_json(folder / ADAPTER)
-        if settings["base_model_name_or_path"] != told["model"]:
-            write_json(folder / ADAPTER, settings | {"base_model_name_or_path": told["model"]})
+        if settings["base_model_name_or_path"] != note["model"]:
+            write_json(folder / ADAPTER, settings | {"base_model_name_or_path": note["model"]})
 
 
 def belongs(folder: Path, base: str) -> None:
@@ -137,17 +137,17 @@ def belongs(folder: Path, base: str) -> None:
 def _note(folder: Path) -> dict[str, Any]:
     if not (folder / NOTE).is_file():
         return {}
-    told = _mapping(folder / NOTE)
-    if not all(isinstance(told.get(key), str | None) for key in ("model", "path", "weights")):
+    note = _mapping(folder / NOTE)
+    if not all(isinstance(note.get(key), str | None) for key in ("model", "path", "weights")):
         raise StoreError(f"{folder / NOTE} is damaged: model, path and weights are texts")
-    return told
+    return note
 
 
 def _mapping(file: Path) -> dict[str, Any]:
-    told: Any = read_json(file)
-    if not isinstance(told, dict):
+    payload: Any = read_json(file)
+    if not isinstance(payload, dict):
         raise StoreError(f"{file} is damaged: wanted a mapping")
-    return cast("dict[str, Any]", told)
+    return cast("dict[str, Any]", payload)
 
 
 def digest(model: str) -> str | None:
@@ -220,11 +220,11 @@ def _tensors(file: Path) -> dict[str, str]:
         if length > file.stat().st_size:
             raise ValueError("its header is longer than the file")
         header: dict[str, Any] = json.loads(opened.read(length))
-        for name, told in header.items():
+        for name, entry in header.items():
             if name == "__metadata__":
                 continue
-            begin, end = told["data_offsets"]
-            seen = hashlib.sha256(f"{told['dtype']} {told['shape']}".encode())
+            begin, end = entry["data_offsets"]
+            seen = hashlib.sha256(f"{entry['dtype']} {entry['shape']}".encode())
             for offset, size in blocks(end - begin):
                 opened.seek(8 + length + begin + offset)
                 seen.update(opened.read(size))

@@ -55,8 +55,8 @@ class ScalarModel:
         self.updates = 0
 
     def ids(self, text: Text) -> list[int]:
-        prompt, said = text
-        answer = self._tokens.answer(said) if said.text or said.token_ids else ()
+        prompt, completion = text
+        answer = self._tokens.answer(completion) if completion.text or completion.token_ids else ()
         return [*self._tokens.prompt(prompt), *answer]
 
     def values(self, texts: Sequence[Text]) -> list[float]:
@@ -68,8 +68,8 @@ class ScalarModel:
         order = sorted(range(len(rows)), key=lambda k: len(rows[k]))
         with torch.no_grad():
             for part in self.parts(order, rows):
-                made: list[float] = self.forward([rows[k] for k in part]).tolist()
-                for k, value in zip(part, made, strict=True):
+                outputs: list[float] = self.forward([rows[k] for k in part]).tolist()
+                for k, value in zip(part, outputs, strict=True):
                     found[k] = value
         return found
 

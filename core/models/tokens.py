@@ -117,9 +117,9 @@ class ChatTokens:
         self.breaks += rendered.broken
         return rendered.ids
 
-    def sampled(self, said: Message | Completion) -> bool:
+    def sampled(self, answer: Message | Completion) -> bool:
         """Whether it holds ids as sampled, and of this vocabulary."""
-        return bool(said.token_ids) and said.tokenizer in ("", self.fingerprint)
+        return bool(answer.token_ids) and answer.tokenizer in ("", self.fingerprint)
 
     def answer(self, completion: Completion) -> tuple[int, ...]:
         """Its ids as sampled; those of its text if it was not sampled, or by another tokenizer."""
@@ -176,9 +176,9 @@ class ChatTokens:
                 begin = k + 1
                 break
         for k in range(begin, len(cuts)):
-            said = messages[cuts[k - 1]] if k else None
+            answer = messages[cuts[k - 1]] if k else None
             part = replace(prompt, messages=messages[: cuts[k]])
-            rendered = self._rendered(part, rendered, said)
+            rendered = self._rendered(part, rendered, answer)
             self._keep(part, rendered)
         assert rendered is not None, "there is always a last cut"
         return rendered
@@ -189,25 +189,27 @@ class ChatTokens:
         while self._remembered > self._remember and len(self._known) > 1:
             self._remembered -= len(self._known.popitem(last=False)[1].ids)
 
-    def _rendered(self, prompt: Prompt, before: Rendered | None, said: Message | None) -> Rendered:
-        """``before`` is the prompt that ``said`` answered; both None if nothing was sampled yet."""
+    def _rendered(
+        self, prompt: Prompt, before: Rendered | None, answer: Message | None
+    ) -> Rendered:
+        """``before`` is the prompt that ``answer`` is to; both None if nothing was sampled yet."""
         whole = self._render(prompt, add_generation_prompt=True)
-        if before is None or said is None:
+        if before is None or answer is None:
             return Rendered(whole, self._encode(whole), False)
-        since = self._since(whole[len(before.text) :], said)
+        since = self._since(whole[len(before.text) :], answer)
         if since is None or not whole.startswith(before.text):
             return Rendered(whole, self._encode(whole), True)
-        ids = (*before.ids, *said.token_ids)
+        ids = (*before.ids, *answer.token_ids)
         return Rendered(whole, (*ids, *self._encode(since, ids[-1])), False)
 
-    def _since(self, rest: str, said: Message) -> str | None:
-        """What comes after ``said`` and its end in ``rest``; None if that begins otherwise."""
-        bare = said.text.strip()
+    def _since(self, rest: str, answer: Message) -> str | None:
+        """What comes after ``answer`` and its end in ``rest``; None if that begins otherwise."""
+        bare = answer.text.strip()
         # Many templates trim what was said, or write spaces around it; the tokens are those
         # sampled all the same.
-        for whole, text in ((rest, said.text), (rest, bare), (rest.lstrip(), bare)):
+        for whole, text in ((rest, answer.text), (rest, bare), (rest.lstrip(), bare)):
             if whole.startswith(text):
-                since, end = whole[len(text) :], self._spelt(said.token_ids[-1])
+                since, end = whole[len(text) :], self._spelt(answer.token_ids[-1])
                 ended = (one for one in (since, since.lstrip()) if end and one.startswith(end))
                 return next(ended, end + since)[len(end) :]
         return None

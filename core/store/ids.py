@@ -10,5 +10,5 @@ def derived_id(
     task: str, seed: int, attempt: int, policy: str, actions: Iterable[str], place: int
 ) -> str:
     """32 hexadecimal digits, the same for the same episode at the same place of its file."""
-    told = canonical_json([task, seed, attempt, policy, list(actions), place])
-    return hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()[:32]
+    payload = canonical_json([task, seed, attempt, policy, list(actions), place])
+    return hashlib.sha256(payload.encode("utf-8", "backslashreplace")).hexdigest()[:32]

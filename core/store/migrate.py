@@ -112,10 +112,10 @@ class _Album:
             if hashlib.sha256(png).hexdigest() != name:
                 raise StoreError(f"the image {path} is damaged: its content is not what it was")
             try:
-                made = picture(png)
+                opened = picture(png)
             except ValueError as error:
                 raise StoreError(f"cannot use the image {path}: {error}") from error
-            self._known[name] = Image(name, made.width, made.height)
+            self._known[name] = Image(name, opened.width, opened.height)
         return self._known[name]
 
     def observation(self, row: dict[str, Any]) -> Observation:
@@ -154,14 +154,14 @@ def _add_2(rows: Rows, row: dict[str, Any], album: _Album) -> None:
         )
     )
     for turn, step in enumerate(steps):
-        action, said = step["action"], step["action"]["completion"]
+        action, stored = step["action"], step["action"]["completion"]
         completion = Completion(
-            said["text"],
-            tuple(said["token_ids"]),
-            tuple(said["logprobs"]),
-            said["finish"],
-            said["tokenizer"],
-            said["version"],
+            stored["text"],
+            tuple(stored["token_ids"]),
+            tuple(stored["logprobs"]),
+            stored["finish"],
+            stored["tokenizer"],
+            stored["version"],
         )
         observation = album.observation(step["observation"])
         rows.steps.append(

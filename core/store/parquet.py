@@ -31,14 +31,14 @@ def writing(path: Path, schema: Any, metadata: Mapping[str, Any]) -> Generator[A
         StoreError: ``metadata`` is not for JSON. DiskError: the file cannot be written.
     """
     try:
-        told = {_KEY: canonical_json({"schema": VERSION} | dict(metadata)).encode()}
+        header = {_KEY: canonical_json({"schema": VERSION} | dict(metadata)).encode()}
     except (TypeError, ValueError) as error:
         raise StoreError(f"cannot write {path}: its metadata, {error}") from error
     # Arrow gets the name, not the file: its threads would call Python while the interpreter ends.
     with (
         atomic_write(path) as file,
         pq.ParquetWriter(
-            file.name, schema.with_metadata(told), compression="zstd", write_page_checksum=True
+            file.name, schema.with_metadata(header), compression="zstd", write_page_checksum=True
         ) as writer,
     ):
         yield writer
@@ -98,10 +98,10 @@ def reading(path: Path, shape: Record | None = None) -> Generator[Reader]:
         raise damaged(path, error) from error
     with file:
         try:
-            told: Any = json.loads((file.schema_arrow.metadata or {}).get(_KEY, b"{}"))
+            payload: Any = json.loads((file.schema_arrow.metadata or {}).get(_KEY, b"{}"))
         except ValueError as error:
             raise damaged(path, error) from error
-        metadata = cast("dict[str, Any]", told) if isinstance(told, dict) else {}
+        metadata = cast("dict[str, Any]", payload) if isinstance(payload, dict) else {}
         reader = Reader(path, file, metadata)
         if shape:
             if reader.version != VERSION:

@@ -93,8 +93,8 @@ class PartShape:
 
     def decode(self, array: Any) -> list[Part]:
         texts, images = array.field(0), array.field(1)
-        made = zip(self._text.decode(texts), self._image.decode(images), strict=True)
-        parts = [image if text is None else text for text, image in made]
+        pairs = zip(self._text.decode(texts), self._image.decode(images), strict=True)
+        parts = [image if text is None else text for text, image in pairs]
         if None in parts or len(array) - texts.null_count != images.null_count:
             raise ValueError("a part that is not either a text or an image")
         return parts

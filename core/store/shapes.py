@@ -122,13 +122,13 @@ class Record:
 
     def columns(self, values: Sequence[Any]) -> list[Any]:
         """A list of arrays, one a field."""
-        made: list[Any] = []
+        arrays: list[Any] = []
         for name, shape in self.fields.items():
             try:
-                made.append(shape.encode(list(map(attrgetter(name), values))))
+                arrays.append(shape.encode(list(map(attrgetter(name), values))))
             except FAULTS as error:
                 raise ValueError(f"{name}: {error}") from error
-        return made
+        return arrays
 
     def objects(self, columns: Sequence[Any]) -> list[Any]:
         decoded: list[list[Any]] = []

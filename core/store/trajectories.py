@@ -34,13 +34,13 @@ def read_trajectories(path: Path, judge: str | None = None) -> list[Judged]:
     folder, old = _located(path)
     if old:
         return _migrated(old, judge)
-    told, metadata = read_rows(folder / EPISODES, EPISODE)
+    episodes, metadata = read_rows(folder / EPISODES, EPISODE)
     _register_images(folder, metadata)
     verdicts = _verdicts(folder, metadata, judge)
     with reading(folder / STEPS, STEP) as reader:
         groups = (decoded(reader, STEP, reader.group(k)) for k in reader.groups)
         rows = (row for group in groups for row in group)
-        return _assembled(folder, told, rows, verdicts)
+        return _assembled(folder, episodes, rows, verdicts)
 
 
 def read_episode(path: Path, id: str, judge: str | None = None) -> Judged:

@@ -29,9 +29,9 @@ class JudgeIdentity:
     @property
     def hash(self) -> str:
         """16 hexadecimal digits."""
-        return hashlib.sha256(canonical_json(self.told()).encode()).hexdigest()[:16]
+        return hashlib.sha256(canonical_json(self.payload()).encode()).hexdigest()[:16]
 
-    def told(self) -> dict[str, Any]:
+    def payload(self) -> dict[str, Any]:
         """As JSON has it."""
         config = json.loads(self.config)
         return {"use": self.use, "config": config, "content": dict(self.content)}
@@ -96,10 +96,10 @@ def read_verdicts(folder: Path, judge_hash: str) -> dict[str, Verdict]:
         known = ", ".join(f"{one.hash} ({one.use or 'unknown'})" for one in judges_of(folder))
         raise StoreError(f"{path} is missing; judges of these episodes: {known or 'none'}")
     rows = cast("list[VerdictRow]", read_rows(path, VERDICT)[0])
-    said = {row.episode: Verdict(row.score, row.feedback, row.judge, row.steps) for row in rows}
-    if len(said) < len(rows):
+    verdicts = {row.episode: Verdict(row.score, row.feedback, row.judge, row.steps) for row in rows}
+    if len(verdicts) < len(rows):
         raise damaged(path, "it judges an episode twice")
-    return said
+    return verdicts
 
 
 def judges_of(folder: Path) -> list[JudgeIdentity]:
@@ -112,10 +112,10 @@ def judges_of(folder: Path) -> list[JudgeIdentity]:
     for path in sorted((folder / VERDICTS).glob("*.json")):
         if not path.with_suffix(".parquet").exists():
             continue
-        told: Any = read_json(path)
+        payload: Any = read_json(path)
         try:
-            content = tuple(sorted(told["content"].items()))
-            one = JudgeIdentity(told["use"], canonical_json(told["config"]), content)
+            content = tuple(sorted(payload["content"].items()))
+            one = JudgeIdentity(payload["use"], canonical_json(payload["config"]), content)
         except (*FAULTS, LookupError) as error:
             raise damaged(path, error) from error
         if one.hash != path.stem:
@@ -138,7 +138,7 @@ def save(folder: Path, judge: JudgeIdentity, verdicts: Iterable[tuple[str, Verdi
         sync_folder(folder)
     except OSError as error:
         raise DiskError(f"cannot write {inside}: {error.strerror}") from error
-    write_json(inside / f"{judge.hash}.json", judge.told() | {"hash": judge.hash})
+    write_json(inside / f"{judge.hash}.json", judge.payload() | {"hash": judge.hash})
     path = inside / f"{judge.hash}.parquet"
     with writing(path, VERDICT.schema, {"judge": judge.hash}) as file:
         file.write_table(table)
@@ -164,6 +164,6 @@ def _lengths(folder: Path) -> dict[str, int]:
     found: dict[str, int] = {}
     with reading(folder / EPISODES, EPISODE) as reader:
         for k in reader.groups:
-            told = reader.group(k, ["id", "steps"]).to_pydict()
-            found |= zip(told["id"], told["steps"], strict=True)
+            columns = reader.group(k, ["id", "steps"]).to_pydict()
+            found |= zip(columns["id"], columns["steps"], strict=True)
     return found

@@ -87,8 +87,8 @@ def _named(judged: Sequence[Judged]) -> list[Judged]:
         t = one.trajectory
         if not t.id:
             actions = [step.action.text for step in t.steps]
-            made = derived_id(t.task.id, t.seed, t.attempt, t.policy, actions, place)
-            one = replace(one, trajectory=replace(t, id=made))
+            new_id = derived_id(t.task.id, t.seed, t.attempt, t.policy, actions, place)
+            one = replace(one, trajectory=replace(t, id=new_id))
         if other := places.get(one.trajectory.id):
             raise StoreError(
                 f"{label(one)} has the id {one.trajectory.id!r}, but so has {label(other)}; "
@@ -100,13 +100,13 @@ def _named(judged: Sequence[Judged]) -> list[Judged]:
 
 
 def _episode_rows(trajectories: Sequence[Trajectory]) -> list[EpisodeRow]:
-    told: dict[int, tuple[Task, str]] = {}  # attempts share their task
+    tasks: dict[int, tuple[Task, str]] = {}  # attempts share their task
     rows: list[EpisodeRow] = []
     first = 0
     for t in trajectories:
         reward = t.reward
-        if id(t.task) not in told:
-            told[id(t.task)] = (t.task, task_data(t.task))
+        if id(t.task) not in tasks:
+            tasks[id(t.task)] = (t.task, task_data(t.task))
         rows.append(
             EpisodeRow(
                 id=t.id,
@@ -114,7 +114,7 @@ def _episode_rows(trajectories: Sequence[Trajectory]) -> list[EpisodeRow]:
                 task_id=t.task.id,
                 instruction=t.task.instruction,
                 max_steps=t.task.max_steps,
-                task_data=told[id(t.task)][1],
+                task_data=tasks[id(t.task)][1],
                 seed=t.seed,
                 attempt=t.attempt,
                 policy=t.policy,

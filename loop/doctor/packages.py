@@ -82,9 +82,9 @@ def requirements() -> Iterator[Finding]:
     for extra in own.metadata.get_all("Provides-Extra") or []:
         short = list(unmet(requires, extra=extra))
         if missing := [wish.name for wish, found in short if found is None]:
-            said = f"not installed: {', '.join(missing)}"
+            summary = f"not installed: {', '.join(missing)}"
             remedy = f"for what needs it: pip install 'selfwright[{extra}]'"
-            yield Finding(f"requirements/[{extra}]", "absent", said, remedy)
+            yield Finding(f"requirements/[{extra}]", "absent", summary, remedy)
         for wish, found in short:
             if found:
                 yield at_odds("requirements", f"selfwright[{extra}]", wish, found, "warning")
@@ -94,11 +94,13 @@ def at_odds(
     probe: str, who: str, wish: "Requirement", found: str | None, status: Status
 ) -> Finding:
     wanted = f"{wish.name}{wish.specifier}"
-    said = f"{who} wants {wanted}, found {wish.name} {found}" if found else f"{who} lacks {wanted}"
+    summary = (
+        f"{who} wants {wanted}, found {wish.name} {found}" if found else f"{who} lacks {wanted}"
+    )
     remedy = f"pip install '{wanted}'"
     if found and probe == "conflicts":
         remedy += f", or another version of {who.split()[0]}"
-    return Finding(f"{probe}/{wish.name}", status, said, remedy)
+    return Finding(f"{probe}/{wish.name}", status, summary, remedy)
 
 
 def conflicts() -> Iterator[Finding]:
@@ -120,8 +122,8 @@ def conflicts() -> Iterator[Finding]:
             status: Status = "failed" if found and name in CONCERN else "warning"
             yield at_odds("conflicts", f"{name} {one.version}", wish, found, status)
     if quiet:
-        said = f"{len(seen) - 2} packages looked at; none is at odds with {', '.join(CONCERN)}"
-        yield Finding("conflicts", "ok", said)
+        summary = f"{len(seen) - 2} packages looked at; none is at odds with {', '.join(CONCERN)}"
+        yield Finding("conflicts", "ok", summary)
 
 
 def known() -> Iterator[Finding]:

@@ -14,10 +14,10 @@ def example(trajectory: Trajectory, turn: int, weight: float) -> Example:
     The log-probabilities of sampling are left out: imitation does not compare with the past.
     """
     action = trajectory.steps[turn].action
-    said = action.completion
+    completion = action.completion
     return Example(
         asked(trajectory, turn),
-        Completion(said.text, said.token_ids, tokenizer=said.tokenizer),
+        Completion(completion.text, completion.token_ids, tokenizer=completion.tokenizer),
         weight,
     )
 

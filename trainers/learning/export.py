@@ -59,8 +59,8 @@ def to_messages(trajectories: Sequence[Trajectory]) -> "datasets.Dataset":
     for trajectory in trajectories:
         if trajectory.steps:
             last = len(trajectory.steps) - 1
-            said = _answer(trajectory.steps[last].action.completion)
-            rows.append({"messages": _chat(asked(trajectory, last)) + said})
+            answer = _answer(trajectory.steps[last].action.completion)
+            rows.append({"messages": _chat(asked(trajectory, last)) + answer})
     return _dataset(rows)
 
 

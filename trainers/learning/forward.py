@@ -158,8 +158,8 @@ def only(head: Any, last: Any, rows: Tensor, at: Tensor) -> Generator[list[Tenso
         shape.append(args[0].shape)
         return (args[0][rows, at][None],)
 
-    def put_back(_: Any, __: Any, made: Tensor) -> Tensor:
-        return made.new_zeros(shape.pop()).index_put((rows, at), made[0])
+    def put_back(_: Any, __: Any, output: Tensor) -> Tensor:
+        return output.new_zeros(shape.pop()).index_put((rows, at), output[0])
 
     read: list[Tensor] = []
     shape: list[torch.Size] = []

@@ -320,8 +320,8 @@ class PlainLearner:
         with torch.no_grad():
             for group in self._mine(rows):
                 # Rows come back one after another, as the spans inside each.
-                made = self._forward.arrays([rows[k] for k in group], loss)
-                both = (made.logprobs, made.reference_logprobs)
+                computed = self._forward.arrays([rows[k] for k in group], loss)
+                both = (computed.logprobs, computed.reference_logprobs)
                 at = 0
                 for k in group:
                     for where, values in zip(found, both, strict=True):
@@ -334,8 +334,10 @@ class PlainLearner:
         arrays = self._forward.given(rows, found[0])
         if Need.REFERENCE in loss.needs:
             arrays = replace(arrays, reference_logprobs=found[1])
-        said = iter(loss.weigh(arrays, derive(self._seed, "weigh", self._updates)).tolist())
-        return [[[w * next(said) for w in span] for span in row] for row in weights]
+        token_weights = iter(
+            loss.weigh(arrays, derive(self._seed, "weigh", self._updates)).tolist()
+        )
+        return [[[w * next(token_weights) for w in span] for span in row] for row in weights]
 
     def _challenge(
         self, mine: Sequence[tuple[list[Row], list[list[list[float]]]]], loss: AdversarialLoss
@@ -411,17 +413,17 @@ class PlainLearner:
     def export(self, folder: Path) -> None:
         lora = self._config.method == "lora"
         canary = self._canary()  # By everybody, as each may hold a part of the model.
-        told: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
         if self._mesh is not None:
             named = self._trained if lora else self._model.state_dict()
-            told["state_dict"] = {
+            arguments["state_dict"] = {
                 name: optimizer.whole(value).detach() for name, value in named.items()
             }
         if self._accelerator.is_main_process:
             if lora:
                 # Embeddings are not trained, and to ask whether they were resized peft may phone.
-                told["save_embedding_layers"] = False
-            self._model.save_pretrained(folder, **told)
+                arguments["save_embedding_layers"] = False
+            self._model.save_pretrained(folder, **arguments)
             if lora:
                 note_base(folder, self._base)
             else:

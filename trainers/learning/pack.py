@@ -60,9 +60,9 @@ def pack(examples: Sequence[Example], tokens: ChatTokens) -> list[Row]:
         row.images = images
         begin = len(row.ids)
         row.ids += completion
-        said = examples[k].completion
+        answer = examples[k].completion
         # Those of another tokenizer's ids are of no use here.
-        logprobs = said.logprobs if tokens.sampled(said) else ()
+        logprobs = answer.logprobs if tokens.sampled(answer) else ()
         if logprobs and len(logprobs) != len(completion):
             raise LearnerError(
                 f"example {k} has {len(completion)} tokens and {len(logprobs)} log-probabilities; "
@@ -95,7 +95,7 @@ def _row_to_extend(
 
 def units(rows: Sequence[Row]) -> list[list[Row]]:
     """The rows, in order, those together that share a group."""
-    made: list[list[Row]] = []
+    merged: list[list[Row]] = []
     known: dict[int, list[Row]] = {}
     for row in rows:
         groups = {span.group for span in row.spans if span.group >= 0}
@@ -104,14 +104,14 @@ def units(rows: Sequence[Row]) -> list[list[Row]]:
         )
         unit = joined[0] if joined else []
         if not joined:
-            made.append(unit)
+            merged.append(unit)
         for other in joined[1:]:
             unit += other
-            made = [one for one in made if one is not other]
+            merged = [one for one in merged if one is not other]
             known |= {group: unit for group, one in known.items() if one is other}
         unit.append(row)
         known |= dict.fromkeys(groups, unit)
-    return made
+    return merged
 
 
 def token_weights(

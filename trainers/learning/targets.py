@@ -39,6 +39,8 @@ def unknown_targets(targets: Sequence[str], model: Any) -> list[str]:
             near = f"{near} " if near.startswith("did") else ""
             faults.append(f"learner.targets: no layer is called {target!r}; {near}{there}")
         elif any(layer.weight is tied for layer in found):
-            said = "shares its weights with the embeddings (or they with it), which no policy loads"
-            faults.append(f"learner.targets: {target!r} {said}; leave it out")
+            message = (
+                "shares its weights with the embeddings (or they with it), which no policy loads"
+            )
+            faults.append(f"learner.targets: {target!r} {message}; leave it out")
     return faults

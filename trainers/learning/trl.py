@@ -88,7 +88,7 @@ class TRLLearner(PlainLearner):
             (self._tokens.prompt(e.prompt), self._tokens.answer(e.completion)) for e in examples
         ]
         log = self._fit(rows, batch.epochs, progress, seed)
-        trained = sum(len(prompt) + len(said) for prompt, said in rows) * batch.epochs
+        trained = sum(len(prompt) + len(completion) for prompt, completion in rows) * batch.epochs
         return {
             "train/loss": sum(entry["loss"] for entry in log) / len(log),
             "train/grad_norm": sum(entry["grad_norm"] for entry in log) / len(log),
@@ -130,8 +130,8 @@ class TRLLearner(PlainLearner):
             return self._rate(progress) / base
 
         labelled = {
-            "input_ids": [[*prompt, *said] for prompt, said in rows],
-            "labels": [[-100] * len(prompt) + list(said) for prompt, said in rows],
+            "input_ids": [[*prompt, *completion] for prompt, completion in rows],
+            "labels": [[-100] * len(prompt) + list(completion) for prompt, completion in rows],
         }
         longest = max(map(len, labelled["input_ids"]))
         # TRL replaces the forward of the model it is given, once more for every trainer.
@@ -161,8 +161,8 @@ def imitates(loss: Loss) -> bool:
     import torch
 
     logprobs, advantages = torch.tensor([-0.5, -3.0]), torch.tensor([1.0, -2.0])
-    made = loss(TokenArrays(logprobs, torch.tensor([-1.0, -2.0]), advantages))
-    return torch.allclose(made, -advantages * logprobs)
+    value = loss(TokenArrays(logprobs, torch.tensor([-1.0, -2.0]), advantages))
+    return torch.allclose(value, -advantages * logprobs)
 
 
 def weighed(examples: Sequence[Example], mode: Weights, seed: int) -> list[Example]:
@@ -316,11 +316,11 @@ def _trl() -> Any:
 
 def _padding(tokenizer: Any, model: Any) -> Any:
     """A copy whose padding token the embeddings of ``model`` have: TRL also writes to it."""
-    made = copy.deepcopy(tokenizer)
+    padded = copy.deepcopy(tokenizer)
     rows = model.get_input_embeddings().weight.shape[0]
-    if made.pad_token_id is None or made.pad_token_id >= rows:
-        made.pad_token = made.convert_ids_to_tokens(PAD)
-    return made
+    if padded.pad_token_id is None or padded.pad_token_id >= rows:
+        padded.pad_token = padded.convert_ids_to_tokens(PAD)
+    return padded
 
 
 def _arguments(

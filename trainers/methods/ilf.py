@@ -165,15 +165,17 @@ class ILF:
         prompts = [refining(item, config.layout, context) for item in items]
         asked = [prompt for item, prompt in zip(items, prompts, strict=True) if not item.refinement]
         every = [prompt for prompt in asked for _ in range(many)]
-        said = iter(await ask(policy, every, context.sampling_of(name), self._seed("refine")))
+        completions = iter(
+            await ask(policy, every, context.sampling_of(name), self._seed("refine"))
+        )
         starts: list[Start] = []
         for k, item in enumerate(items):
             if item.refinement:
-                made = [Completion(item.refinement)]
+                refinements = [Completion(item.refinement)]
             else:
-                made = [one for one in islice(said, many) if one is not None]
+                refinements = [one for one in islice(completions, many) if one is not None]
             seed = self._seed("pick", item.trajectory.task.id, item.step)
-            tried = await candidates(context, item, made, config.select, seed)
+            tried = await candidates(context, item, refinements, config.select, seed)
             for number, one in enumerate(tried):
                 starts.append(self._start(item, prompts[k], one, k * many + number))
         played = await context.attempt(starts) if starts else []
@@ -189,7 +191,7 @@ class ILF:
         return chosen
 
     def _start(self, item: Item, prompt: Prompt, refined: Completion, attempt: int) -> Start:
-        trajectory, seen = item.trajectory, item.said.observation
+        trajectory, seen = item.trajectory, item.old_step.observation
         parsed = self._context.agent.parse(refined.text, seen)
         action = Action(parsed.action, refined, prompt, parsed.invalid)
         prefix = (*trajectory.steps[: item.step], Step(seen, action, 0.0))

@@ -51,8 +51,8 @@ class Imitation:
         self._context = context
         file = config.trajectories
         self._given = stored(Path(file), context.agent) if file else []
-        said = config.conversations
-        self._said = read_conversations(Path(said)) if said else []
+        conversations = config.conversations
+        self._conversations = read_conversations(Path(conversations)) if conversations else []
 
     @property
     def plan(self) -> Plan:
@@ -63,7 +63,7 @@ class Imitation:
         return Plan(config.tasks_per_iteration, config.attempts_per_task, player=player)
 
     async def batches(self, judged: Sequence[Judged]) -> list[Batch]:
-        examples = (*self._said, *self._shown(judged))
+        examples = (*self._conversations, *self._shown(judged))
         return [Batch(self._config.nll, examples, self._config.epochs)] if examples else []
 
     def _shown(self, judged: Sequence[Judged]) -> list[Example]:

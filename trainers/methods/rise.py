@@ -147,7 +147,7 @@ class RISE:
         baseline = state_baseline(rewards, config.baseline, config.constant)
         earlier = [self._reward(one) for one in conversation]
         ranked = sorted(group, key=self._reward, reverse=True)
-        said: set[str] = set()
+        seen: set[str] = set()
         lessons: list[Lesson] = []
         for one in ranked[:1] if config.keep == "best" else ranked:
             trajectory, earned = one.trajectory, self._reward(one)
@@ -155,9 +155,9 @@ class RISE:
             before = texts(trajectory.steps[: trajectory.replayed])
             # A wrong attempt is not worth repeating; to repeat a right one is what settling is.
             repeats = action in before and not (config.settle and earned >= 1)
-            if action in said or repeats or not kept(config.filter, earned, earlier):
+            if action in seen or repeats or not kept(config.filter, earned, earlier):
                 continue
-            said.add(action)
+            seen.add(action)
             turn = len(conversation)
             lessons.append(Lesson(one, baseline, config.invalid_reward, turn, conversation))
         return lessons

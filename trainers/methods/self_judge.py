@@ -70,8 +70,8 @@ class SelfJudge(GroupRelative):
         known = [group[0].trajectory.task for group in groups]
         shape = (config.attempts_per_task, config.turns)
         seed = derive(self._context.seed, "practice", self._step)
-        more, told = await practised(self._context, known, config.practice, *shape, seed)
-        self._practised = told
+        more, findings = await practised(self._context, known, config.practice, *shape, seed)
+        self._practised = findings
         groups += by_task(more)
         self._step += 1
         groups = chosen(groups, config.vote_share, config.easiest)
@@ -100,7 +100,7 @@ class SelfJudge(GroupRelative):
 
 def chosen(groups: Sequence[list[Judged]], vote_share: float, easiest: float) -> list[list[Judged]]:
     """Groups with a mean score of ``vote_share`` or more; of those the ``easiest`` share of all."""
-    means = [statistics.fmean(map(score, group)) for group in groups]
-    ranked = sorted(range(len(groups)), key=lambda k: -means[k])
+    mean_scores = [statistics.fmean(map(score, group)) for group in groups]
+    ranked = sorted(range(len(groups)), key=lambda k: -mean_scores[k])
     kept = set(ranked[: math.ceil(easiest * len(groups))])
-    return [g for k, g in enumerate(groups) if k in kept and means[k] >= vote_share]
+    return [g for k, g in enumerate(groups) if k in kept and mean_scores[k] >= vote_share]

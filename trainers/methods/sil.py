@@ -93,19 +93,22 @@ class SIL:
         """Of new episodes: every action, by how much better it went than expected; and R - V."""
         config = self._config
         worths = [returns(one, config.gamma) for one in played]
-        made = [
+        unweighted = [
             example
             for one, mine in zip(played, worths, strict=True)
             for example in reinforce(one.trajectory, [0.0] * len(mine))
         ]
-        prompts, flat = [one.prompt for one in made], [worth for mine in worths for worth in mine]
+        prompts, flat = (
+            [one.prompt for one in unweighted],
+            [worth for mine in worths for worth in mine],
+        )
         if not self._value.net.updates:
             self._value.learn(prompts, flat, [1.0] * len(flat), "both")
         values = self._value.values(prompts)
         if self._step:
             self._value.learn(prompts, flat, [1.0] * len(flat), "both")
         above = [worth - value for worth, value in zip(flat, values, strict=True)]
-        examples = tuple(replace(a, advantage=b) for a, b in zip(made, above, strict=True))
+        examples = tuple(replace(a, advantage=b) for a, b in zip(unweighted, above, strict=True))
         loss = Clip(aggregation=config.aggregation, length=config.length)
         left = iter(above)
         gaps = [[next(left) for _ in mine] for mine in worths]
@@ -123,22 +126,22 @@ class SIL:
         size = min(config.replay_size, len(places))
         drawn = prioritised(old, size, config.priority, config.correction, seed)
         looked = sorted({place for place, _ in drawn})
-        made: dict[int, Example] = {}
+        remembered: dict[int, Example] = {}
         worth: dict[int, float] = {}
         for place in looked:
             one, turn = self._kept[places[place][0]], places[place][1]
             at = one.trajectory.replayed + turn
-            made[place] = example(one.trajectory, at, 1.0)
+            remembered[place] = example(one.trajectory, at, 1.0)
             worth[place] = returns(one, config.gamma)[turn]
-        values = self._value.values([made[place].prompt for place in looked])
+        values = self._value.values([remembered[place].prompt for place in looked])
         gaps = {place: worth[place] - v for place, v in zip(looked, values, strict=True)}
         for place, gap in gaps.items():
             self._gaps[places[place][0]][places[place][1]] = gap
         if config.value_weight:
             scaled = [config.value_weight * w for _, w in drawn]
-            prompts = [made[place].prompt for place, _ in drawn]
+            prompts = [remembered[place].prompt for place, _ in drawn]
             self._value.learn(prompts, [worth[place] for place, _ in drawn], scaled, "above")
-        better = [(made[p], w * min(1.0, gaps[p])) for p, w in drawn if gaps[p] > 0]
+        better = [(remembered[p], w * min(1.0, gaps[p])) for p, w in drawn if gaps[p] > 0]
         examples = tuple(replace(one, advantage=advantage) for one, advantage in better)
         return [Batch(NLL(config.aggregation, config.length), examples)] if examples else []
 

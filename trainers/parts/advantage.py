@@ -51,8 +51,8 @@ def step_advantages(
         for turn, step in own_turns(one):
             left = len(one.trajectory.steps) - 1 - turn
             returns.setdefault(step.observation, []).append(gamma**left * reward)
-    made = {seen: iter(advantages(those, how)) for seen, those in returns.items()}
-    return [[next(made[step.observation]) for _, step in own_turns(one)] for one in group]
+    remaining = {seen: iter(advantages(those, how)) for seen, those in returns.items()}
+    return [[next(remaining[step.observation]) for _, step in own_turns(one)] for one in group]
 
 
 def own_turns(one: Judged) -> list[tuple[int, Step]]:

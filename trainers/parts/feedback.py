@@ -43,7 +43,7 @@ class Item:
         return self.judged.trajectory
 
     @property
-    def said(self) -> Step:
+    def old_step(self) -> Step:
         """The action to be refined."""
         return self.trajectory.steps[self.step]
 
@@ -133,14 +133,14 @@ async def with_feedback(
     """The items with their feedback; those about which nothing was said are left out."""
     if source == "policy":
         prompts = [_asked(item, context) for item in items]
-        said = await ask(context.policy, prompts, context.sampling_of("policy"), seed)
-        words = ["" if one is None else one.text.strip() for one in said]
+        completions = await ask(context.policy, prompts, context.sampling_of("policy"), seed)
+        words = ["" if one is None else one.text.strip() for one in completions]
     else:
-        words = [_told(item, source) for item in items]
+        words = [_feedback(item, source) for item in items]
     return [replace(i, feedback=text) for i, text in zip(items, words, strict=True) if text]
 
 
-def _told(item: Item, source: Source) -> str:
+def _feedback(item: Item, source: Source) -> str:
     if source == "none":
         return NO_FEEDBACK
     if source == "judge":
@@ -159,14 +159,16 @@ def _continued(item: Item, text: str, context: Context) -> Prompt:
 
 
 def refining(item: Item, layout: Literal["conversation", "blocks"], context: Context) -> Prompt:
-    """The prompt that asks for something better than ``item.said``, given the feedback.
+    """The prompt that asks for something better than ``item.old_step``, given the feedback.
 
     ``conversation``: the feedback stands where the world's next words would. ``blocks``: the
     prompt as it was, then labelled blocks of the old answer and of the feedback.
     """
     if layout == "conversation":
         return _continued(item, item.feedback, context)
-    blocks = f"OLD ANSWER:\n{item.said.action.text}\n\nFEEDBACK:\n{item.feedback}\n\nNEW ANSWER:"
+    blocks = (
+        f"OLD ANSWER:\n{item.old_step.action.text}\n\nFEEDBACK:\n{item.feedback}\n\nNEW ANSWER:"
+    )
     return asking_more(asked(item.trajectory, item.step), blocks)
 
 

@@ -131,11 +131,11 @@ class Guard:
     def _doubt(self, labelled: Sequence[Judged]) -> None:
         """Is what the judge calls solved mostly not? Attempts at one task err together: they count
         as one, by the share of them that is right."""
-        called: dict[tuple[str, int], list[bool]] = {}
+        outcomes: dict[tuple[str, int], list[bool]] = {}
         for one in labelled:
             if one.verdict.score is not None and one.verdict.score >= 0.5:
-                called.setdefault(key(one), []).append(one.trajectory.success)
-        shares = [statistics.fmean(right) for right in called.values()]
+                outcomes.setdefault(key(one), []).append(one.trajectory.success)
+        shares = [statistics.fmean(right) for right in outcomes.values()]
         # Wilson's interval is for whole counts; rounding up gives the judge the benefit.
         self.judged = [*self.judged, (math.ceil(sum(shares)), len(shares))][-WINDOW:]
         right, tasks = (sum(column) for column in zip(*self.judged, strict=True))
@@ -167,8 +167,8 @@ class Guard:
         baits = [text.format(task=task.instruction) for text in CANARIES]
         config = JudgeConfig.model_validate({"max_failures": 1.0})
         # Each by itself: what is relative to others has nothing to be better than.
-        said = [_said(task, text, answer, k) for k, text in enumerate(baits)]
-        paid = await judged(judge, said, config)
+        trajectories = [_baited(task, text, answer, k) for k, text in enumerate(baits)]
+        paid = await judged(judge, trajectories, config)
         taken = [one for one in paid if (one.verdict.score or 0.0) >= 0.5]
         self.findings["guard/canaries_paid"] = float(len(taken))
         if taken:
@@ -193,7 +193,7 @@ def success(looks: Sequence[Look]) -> float:
     return sum(look.truth * look.tasks for look in looks) / tasks if tasks else 0.0
 
 
-def _said(task: Task, text: str, answer: str | None, number: int) -> Trajectory:
+def _baited(task: Task, text: str, answer: str | None, number: int) -> Trajectory:
     step = Step(Observation(""), Action(text, Completion(text)), 0.0, answer)
     return Trajectory(task, (step,), Observation(""), Stop.TRUNCATED, "canary", number)
 

@@ -36,10 +36,12 @@ async def practised(
         shown = random.Random(derive(seed, "shown", k)).sample(list(known), min(SHOWN, len(known)))
         words = "\n".join([REQUEST, *(task.id for task in shown)])
         prompts.append(Prompt((Message("user", (words,)),)))
-    said = await ask(context.policy, prompts, context.sampling_of("policy"), derive(seed, "write"))
+    completions = await ask(
+        context.policy, prompts, context.sampling_of("policy"), derive(seed, "write")
+    )
     taken = {task.id for task in known}
     valid: list[Task] = []
-    for one in said:
+    for one in completions:
         try:
             task = await context.named("" if one is None else one.text.strip())
         except ValueError:

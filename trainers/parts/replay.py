@@ -42,13 +42,15 @@ class Replay:
     tolerate: int
     """How many iterations an episode stays."""
     memories: list[ReplayEntry] = field(default_factory=list[ReplayEntry])
-    means: list[tuple[int, list[float]]] = field(default_factory=list[tuple[int, list[float]]])
+    mean_rewards: list[tuple[int, list[float]]] = field(
+        default_factory=list[tuple[int, list[float]]]
+    )
     """Per iteration, oldest first: its number, its groups' means."""
 
     @property
     def median(self) -> float | None:
         """None if there was no group yet."""
-        every = [mean for _, means in self.means for mean in means]
+        every = [mean for _, groups in self.mean_rewards for mean in groups]
         return statistics.median(every) if every else None
 
     def take(self, seed: int) -> list[tuple[ReplayEntry, float]]:
@@ -72,15 +74,18 @@ class Replay:
         """Forget what is more than ``tolerate`` iterations older than ``step``."""
         self.memories = [m for m in self.memories if step - m.step <= self.tolerate]
 
-    def observe(self, step: int, means: Sequence[float]) -> None:
+    def observe(self, step: int, mean_rewards: Sequence[float]) -> None:
         """Append an iteration's groups; before, whole iterations leave until there is room."""
-        while sum(len(some) for _, some in self.means) > self.baseline_size:
-            self.means.pop(0)
-        self.means.append((step, list(means)))
+        while sum(len(some) for _, some in self.mean_rewards) > self.baseline_size:
+            self.mean_rewards.pop(0)
+        self.mean_rewards.append((step, list(mean_rewards)))
 
     def save(self, folder: Path, images: Path) -> None:
         write_trajectories(folder, [m.judged for m in self.memories], images)
-        numbers = {"memories": [[m.reward, m.step] for m in self.memories], "means": self.means}
+        numbers = {
+            "memories": [[m.reward, m.step] for m in self.memories],
+            "means": self.mean_rewards,
+        }
         (folder / "replay.json").write_text(json.dumps(numbers))
 
     def restore(self, folder: Path) -> None:
@@ -89,7 +94,7 @@ class Replay:
         played = read_trajectories(folder)
         pairs = zip(played, numbers["memories"], strict=True)
         self.memories = [ReplayEntry(judged, reward, step) for judged, (reward, step) in pairs]
-        self.means = [(step, means) for step, means in numbers["means"]]
+        self.mean_rewards = [(step, paid) for step, paid in numbers["means"]]
 
 
 def returns(one: Judged, gamma: float) -> list[float]:

@@ -27,21 +27,21 @@ Select: TypeAlias = Literal["reward", "instruct", "embedding", "random"]
 
 
 async def candidates(
-    context: Context, item: Item, made: Sequence[Completion], select: Select, seed: int
+    context: Context, item: Item, refinements: Sequence[Completion], select: Select, seed: int
 ) -> Sequence[Completion]:
     """Refinements to be tried in the world: all, where its word decides, else the picked one."""
-    if not made:
-        return made
+    if not refinements:
+        return refinements
     match select:
         case "reward":
-            return made
+            return refinements
         case "instruct":
-            scores = await instruct(context, item, made)
+            scores = await instruct(context, item, refinements)
         case "embedding":
-            scores = await similarity(context, item, made)
+            scores = await similarity(context, item, refinements)
         case "random":
-            scores = [0.0] * len(made)
-    return [made[pick(scores, seed)]]
+            scores = [0.0] * len(refinements)
+    return [refinements[pick(scores, seed)]]
 
 
 async def instruct(context: Context, item: Item, refinements: Sequence[Completion]) -> list[float]:
@@ -59,7 +59,7 @@ async def instruct(context: Context, item: Item, refinements: Sequence[Completio
 
 def _question(item: Item, refinement: Completion, question: str) -> str:
     return (
-        f"OLD ANSWER:\n{item.said.action.text}\n\nFEEDBACK:\n{item.feedback}\n\n"
+        f"OLD ANSWER:\n{item.old_step.action.text}\n\nFEEDBACK:\n{item.feedback}\n\n"
         f"NEW ANSWER:\n{refinement.text}\n\n{question} Answer yes or no."
     )
 
@@ -75,8 +75,8 @@ async def similarity(
     policy = context.policy
     if not isinstance(policy, HasEmbeddings):
         raise PolicyError("select: embedding needs a policy that embeds texts; use another select")
-    about, *made = await policy.embed([item.feedback, *(r.text for r in refinements)])
-    return [cosine(about, one) for one in made]
+    about, *vectors = await policy.embed([item.feedback, *(r.text for r in refinements)])
+    return [cosine(about, one) for one in vectors]
 
 
 def cosine(a: Sequence[float], b: Sequence[float]) -> float:

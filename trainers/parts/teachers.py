@@ -93,12 +93,12 @@ class Teachers:
         answers = iter(await score_all(self._context.policy, questions))
         scored: list[Judged] = []
         for one in many:
-            said = [next(answers) for _ in one.trajectory.steps]
+            completions = [next(answers) for _ in one.trajectory.steps]
             steps = [
                 replace(step, action=replace(step.action, completion=text))
-                for step, text in zip(one.trajectory.steps, said, strict=True)
+                for step, text in zip(one.trajectory.steps, completions, strict=True)
                 if text is not None
             ]
-            if len(steps) == len(said):
+            if len(steps) == len(completions):
                 scored.append(replace(one, trajectory=replace(one.trajectory, steps=tuple(steps))))
         return scored
