@@ -14,10 +14,6 @@ VALUES = {"told", "said", "made", "cast", "means", "called", "seat", "hire", "cr
 CLASSES = {"Cast", "Crew", "Hire", "Ahead", "Exam", "Desk", "Shelf", "Patient", "Post", "Outpost"}
 GIVEN_UP = VALUES | CLASSES
 
-# Where old names still stand. This list only ever shrinks: whoever renames the last one of a folder
-# takes it out, and a test fails until that is done. Once it is empty, it goes, and so does this.
-NOT_YET = ("core/hosting/", "core/play/", "environments/contract/")
-
 
 def named(node: ast.AST) -> Iterator[str]:
     """The names that a node gives. Others' names are used as they are, `typing.cast` among them."""
@@ -51,11 +47,7 @@ def test_what_was_renamed_stays_so(room: str) -> None:
     files = sorted((ROOT / room).rglob("*.py"))
     assert files
     found = {str(file.relative_to(ROOT)): given_up(file.read_text()) for file in files}
-    wrong = {file: names for file, names in found.items() if names}
-    waiting = {one for one in NOT_YET if one.startswith(f"{room}/")}
-    late = {folder for folder in waiting if any(file.startswith(folder) for file in wrong)}
-    assert not {file: names for file, names in wrong.items() if not file.startswith(NOT_YET)}
-    assert late == waiting, "take out the folders in which no old name is left"
+    assert not {file: names for file, names in found.items() if names}
 
 
 @pytest.mark.parametrize(
