@@ -199,7 +199,8 @@ class Components:
     ) -> Sequence[Start]:
         """Of the episodes those that the budget still covers; ``spent``, ``like``: ``covered``."""
         asks = not isinstance(player, ExpertPlayer)
-        replays = (worlds or self.worlds).snapshots is None
+        # What was played in these worlds was not played in others: there it is replayed first.
+        replays = worlds is not None or self.worlds.snapshots is None
         kept = covered(begin, spent, self.recipe.budget, like, asks, replays)
         if len(kept) < len(begin):
             self.progress.say(f"the budget covers {len(kept)} of {len(begin)} more episodes")

@@ -26,13 +26,13 @@ from prompts import grey, png
 from selfwright.core.errors import StoreError
 from selfwright.core.files import write_json
 from selfwright.core.images import picture
-from selfwright.core.store.folder import Run, iteration_name
+from selfwright.core.store.folder import RunFolder, iteration_name
 from selfwright.core.store import write_trajectories
 from selfwright.core.types import *
 
 RECIPE = {"seed": 1, "trainer": {"use": "rise", "sizes": (1, 2)}}
 folder = Path(sys.argv[1])
-run = Run.open(folder, RECIPE, lambda stored, wanted: ["seed"] if stored != wanted else [])
+run = RunFolder.open(folder, RECIPE, lambda stored, wanted: ["seed"] if stored != wanted else [])
 
 def judged(index, count=5):
     seen = Observation("see", (grey(1, 9), grey(index % 256)))
