@@ -122,6 +122,17 @@ def test_every_plugin_of_ours_has_its_place() -> None:
                 assert f"`{name}`" in text, f"{kind}: {name}"
 
 
+def test_paths_that_are_served_are_there() -> None:
+    code = "".join(file.read_text() for file in (ROOT / "agents" / "serving").glob("*.py"))
+    routes = {
+        re.sub(r"{\w+}", "ID", path) for path in re.findall(r"@app\.\w+\(\s*\"(/.*?)\"", code)
+    }
+    text = (ROOT / "docs" / "serving.md").read_text()
+    named = {path for row in re.findall(r"^\| (`/.*?) \|", text, re.M) for path in row.split(", ")}
+    assert {path.strip("`") for path in named} - {"/openapi.json"} <= routes
+    assert "openapi_url=None" not in code
+
+
 @every_page
 def test_what_is_made_from_the_code_is_todays(page: Path) -> None:
     text = page.read_text()
