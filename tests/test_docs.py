@@ -1,8 +1,10 @@
 """What the pages say is so: links, recipes, code, commands, and the tables made of the code."""
 
 import ast
+import asyncio
 import importlib
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import made
 import pytest
 import typer.main
 import yaml
+from components import context_of, episode
 from pydantic import ValidationError
 
 from selfwright.commands.cli import app
@@ -17,6 +20,7 @@ from selfwright.core.config import Fleet
 from selfwright.core.metrics import METRICS
 from selfwright.core.plugins import KINDS
 from selfwright.core.recipe import read, section, shipped
+from selfwright.core.types import Observation, Parsed, Task
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -87,6 +91,36 @@ def commands(page: Path) -> list[list[str]]:
     spans = re.findall(r"`(selfwright [a-z][^`]*)`", FENCE.sub("", text))
     lines = re.findall(r"^(?:.* -m )?(selfwright .+)$", fenced, re.MULTILINE)
     return [line.split("#")[0].split()[1:] for line in (*lines, *spans)]
+
+
+def defined(page: str, name: str) -> Any:
+    """The class that a page shows."""
+    (code,) = [one for one in blocks(ROOT / "docs" / page, "python") if f"class {name}" in one]
+    space: dict[str, Any] = {"__name__": "page"}
+    exec(code, space)
+    return space[name]
+
+
+def test_the_agent_shown_reads_and_acts() -> None:
+    kind = defined("agents.md", "Terse")
+    agent, seen = kind(kind.Config()), Observation("a door")
+    assert agent.prompt(Task("t", "Go.", 3), (), seen).messages[0].text == "Go.\na door"
+    assert agent.parse("I think.\nopen", seen) == Parsed("open")
+    assert agent.parse(" ", seen).invalid
+
+
+def test_the_judge_and_the_trainer_shown_go_together() -> None:
+    kind = defined("judges.md", "Careful")
+    given = [episode(1.0, ("a", "b")), episode(0.0, ("a", "c"))]
+    judge = kind(kind.Config.model_validate({}))
+    verdicts = asyncio.run(judge.judge([one.trajectory for one in given]))
+    assert [one.score for one in verdicts] == [1.0, 0.0]
+    judged = [replace(one, verdict=v) for one, v in zip(given, verdicts, strict=True)]
+    clone = defined("trainers.md", "Clone")
+    trainer = clone(clone.Config(), context_of())
+    (batch,) = asyncio.run(trainer.batches([*judged, episode(None, ("a", "d"))]))
+    assert [one.completion.text for one in batch.examples] == ["b"]
+    assert asyncio.run(trainer.batches(judged[1:])) == [] and trainer.plan.attempts == 8
 
 
 @every_page

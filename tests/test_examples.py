@@ -98,15 +98,15 @@ def test_a_run_plays_judges_and_learns_with_them(python: Python, tmp_path: Path)
         assert score is not None and (score > 0) == solved
 
 
-def _plain(language: str) -> str:
-    """The world of docs/worlds.md in that language."""
-    page = (ROOT / "docs" / "worlds.md").read_text()
+def _plain(language: str, name: str = "worlds.md") -> str:
+    """The world of that page in that language."""
+    page = (ROOT / "docs" / name).read_text()
     (code,) = re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
     return code
 
 
-def _keeps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **where: object) -> None:
-    monkeypatch.chdir(tmp_path)
+def _keeps(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **where: object) -> None:
+    monkeypatch.chdir(folder)
     fleet = Fleet.model_validate(where)
     report = asyncio.run(check(name, {"prize": "key"}, fleet, episodes=2, resets=5))
     assert report.ok, render(report)
@@ -129,3 +129,10 @@ def test_a_world_in_node_keeps_the_contract(
 
     (tmp_path / "doors.mjs").write_text(_plain("javascript"))
     _keeps("doors", tmp_path, monkeypatch, command=(node(), "doors.mjs"))
+
+
+def test_a_far_end_by_the_page_alone_keeps_the_contract(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "end.py").write_text(_plain("python least", "wire.md"))
+    _keeps("echo", tmp_path, monkeypatch, command=(sys.executable, "end.py"))
