@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from components import SINGLE
 from hypothesis import given
 from hypothesis import strategies as st
 from prompts import grey
@@ -19,7 +20,10 @@ from selfwright.agents.engines.answers import text_of, tokens_of
 from selfwright.agents.engines.openai import OpenAIConfig, OpenAIPolicy
 from selfwright.core.errors import PolicyError
 from selfwright.core.play.asking import yes_share
+from selfwright.core.recipe import read
+from selfwright.core.store import read_trajectories
 from selfwright.core.types import Completion, Message, Prompt, Sampling
+from selfwright.loop.run import run
 
 PICTURE = grey(9)
 PROMPT = Prompt((Message("system", ("be brief",)), Message("user", (PICTURE, "say hi"))))
@@ -438,3 +442,27 @@ def test_bad_settings_are_refused_with_the_recipe(keys: dict[str, Any], why: str
 @given(st.text(max_size=12))
 def test_no_retry_after_makes_it_wait_for_ever(header: str) -> None:
     assert 0 <= module.asked_wait(header) <= module.LONGEST_WAIT_S
+
+
+@pytest.mark.method
+def test_in_a_run_it_teaches_and_judges(player: Path, tmp_path: Path) -> None:
+    recipe, output = tmp_path / "recipe.yaml", tmp_path / "run"
+
+    async def main() -> tuple[dict[str, Any], list[str]]:
+        async with Endpoint(said("1+1\nVERDICT: yes")) as endpoint:
+            keys = f"{{use: openai, model: big-model, url: '{endpoint.url}'}}"
+            text = SINGLE.replace("MODEL", str(player)) + f"policies: {{friend: {keys}}}\n"
+            recipe.write_text(text + "judge: {use: model, model: friend, answer: verdict}\n")
+            given = ["iterations=1", "trainer.use=rise", "trainer.turns=2"]
+            plan = read(recipe, [*given, "trainer.teacher=friend"])
+            result = await run(plan, output)
+            return result, [body["messages"][-1]["content"] for _, body in endpoint.asked]
+
+    result, asked = asyncio.run(main())
+    assert result["tokens_trained"] > 0 and result["stopped"] is None
+    judged = [text for text in asked if "VERDICT: yes or VERDICT: no" in text]
+    assert judged and len(judged) < len(asked)
+    episodes = read_trajectories(output / "iterations" / "0000")
+    taught = [one.trajectory for one in episodes if one.trajectory.policy == "big-model"]
+    assert taught and all(one.steps[-1].action.completion.token_ids == () for one in taught)
+    assert {one.verdict.score for one in episodes} <= {0.0, 1.0}, "0: there was no answer"

@@ -51,7 +51,7 @@ def _one_cluster() -> Generator[None]:  # pyright: ignore[reportUnusedFunction]
     """Ray is started once, and what the tests leave of it is gone in the end."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setattr(sys, "path", [*sys.path, str(HERE), str(HERE / "plugin_world")])
+        patch.setattr(sys, "path", [*sys.path, str(HERE), str(HERE.parent / "examples")])
         kept = Cluster("tests")
         kept.join(1)
         yield
@@ -126,11 +126,11 @@ def plain(task: Task) -> Task:
     return Task(task.id, task.instruction, task.max_steps)
 
 
-@pytest.mark.parametrize("name", ["countdown", "parrot_world:Parrot", "faulty_worlds:Apart"])
+@pytest.mark.parametrize(
+    "name", ["countdown", "higher_lower.world:HigherLower", "faulty_worlds:Apart"]
+)
 def test_plays_as_here(name: str) -> None:
     player = Player() if "faulty" in name else ExpertPlayer(noise=0.3)
-    if "parrot" in name:
-        player = ExpertPlayer()
     here = episodes("local", name, player)
     there = episodes("ray", name, player)
     assert here == there

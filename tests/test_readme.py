@@ -6,50 +6,53 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from selfwright.commands.cli import app
-from selfwright.core.recipe import read, shipped
+from selfwright.core.plugins import names
 from selfwright.environments.contract import check, render
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_world_of_your_own_keeps_its_contract(
+def test_a_world_in_twenty_lines_keeps_its_contract(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (world,) = [block for block in blocks("python") if "class Parrot" in block]
+    assert len([line for line in world.splitlines() if line.strip()]) <= 20
     (tmp_path / "readme_parrot.py").write_text(world)
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     report = asyncio.run(check("readme_parrot:Parrot", {}, episodes=3, resets=20))
     assert report.ok, render(report)
 
 
-def test_the_recipe_is_one(tmp_path: Path) -> None:
-    (recipe,) = blocks("yaml")
-    (tmp_path / "readme.yaml").write_text(recipe)
-    shown, whole = read(tmp_path / "readme.yaml"), read("quickstart")
-    given = yaml.safe_load(recipe)
-    # It is the quickstart, shortened: every key it shows has the value that is there.
-    for key in ("iterations", "seed"):
-        assert given[key] == getattr(whole, key)
-    for key in ("environment", "trainer", "learner"):
-        section, want = shown.dump()[key], whole.dump()[key]
-        mine = {k: v for k, v in given[key].items()}
-        assert section["use"] == want["use"]
-        assert {k: float(v) if k == "learning_rate" else v for k, v in mine.items()} == {
-            k: want[k] for k in mine
-        }
+def test_it_stays_short() -> None:
+    assert len(README.splitlines()) <= 140
 
 
-def test_every_command_and_recipe_is_named() -> None:
+def test_every_command_is_named() -> None:
     for command in app.registered_commands:
         name = command.name or (command.callback.__name__ if command.callback else "")
         assert f"selfwright {name}" in README
-    for name in shipped():
-        folder, slash, _ = name.rpartition("/")
-        assert f"`{folder}{slash}`" in README if slash else f"`{name}`" in README
+
+
+def test_every_target_of_make_that_is_named_is_there() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make ([a-z]+)", README, re.MULTILINE))
+    assert {"demo", "check", "test"} <= named <= targets
+
+
+def test_what_the_demo_prints_is_what_it_printed() -> None:
+    said = (ROOT / "benchmarks" / "results" / "demo.txt").read_text().splitlines()
+    (shown,) = [block for block in blocks("") if "test tasks solved" in block]
+    lines = [line for line in shown.splitlines() if line != "..."]
+    assert len(lines) > 3 and all(line in said for line in lines)
+
+
+def test_every_trainer_is_named() -> None:
+    for name, one in names("trainers").items():
+        assert not one.target.startswith("selfwright.") or f"`{name}`" in README

@@ -1005,11 +1005,11 @@ def test_a_completion_says_how_much_it_read(model_folder: Callable[[str], Path])
     asyncio.run(main())
 
 
-def test_the_readmes_example_acts() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+def test_the_example_of_the_docs_acts() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
     (example,) = [
         block
-        for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+        for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)
         if "Client" in block
     ]
 

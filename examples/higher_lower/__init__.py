@@ -1,0 +1,1 @@
+"""A world, a judge and a trainer of somebody else's."""
