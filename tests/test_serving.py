@@ -1008,9 +1008,7 @@ def test_a_completion_says_how_much_it_read(model_folder: Callable[[str], Path])
 def test_the_example_of_the_docs_acts() -> None:
     page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
     (example,) = [
-        block
-        for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-        if "Client" in block
+        block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "Client" in block
     ]
 
     async def use(client: httpx2.AsyncClient) -> None:
