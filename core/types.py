@@ -202,8 +202,8 @@ class WorldSpec:
     reward_range: tuple[float, float] = (0.0, 1.0)
     """The least and the most that an episode may pay."""
     tools: tuple[Tool, ...] = ()
-    """The kinds of its actions, if they are calls: agents make words of them. ``step`` still gets
-    one text, such as ``click(ref="e7")``."""
+    """The kinds of its actions, if they are calls, for agents that show them to models. ``step``
+    still gets one text, such as ``click(ref="e7")``."""
     repeatable: Literal["exact", "text", "no"] = "exact"
     """What comes again of an episode when its task, seed and actions do: all of it, its texts and
     rewards, or nothing one could rely on. Trainers that replay refuse ``no``."""

@@ -137,7 +137,8 @@ class FarEnd {
     };
     this.asked = this.make();
     const abilities = ABILITIES.filter((name) => typeof this.asked[name] === "function");
-    return { abilities, spec: plain({ ...this.World.spec }, "spec") };
+    const { isolation, task, ...spec } = this.World.spec ?? {};
+    return { abilities, spec: plain(spec, "spec") };
   }
 
   async split(name) {

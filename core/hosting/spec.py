@@ -34,7 +34,7 @@ def spec_of(plugin: type[Any]) -> WorldSpec:
     """What a world's class says of itself.
 
     Without a ``spec`` these are read as class attributes: ``isolation``, ``per_process``,
-    ``reward_range``. A mapping stands for the record with its items.
+    ``reward_range``.
 
     Raises:
         WorldError: a field has a value that is none of its.
