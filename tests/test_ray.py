@@ -65,9 +65,10 @@ def _one_cluster() -> Generator[None]:  # pyright: ignore[reportUnusedFunction]
 
 
 def ray_processes() -> list[psutil.Process]:
-    """Those that serve the cluster, and what they have started."""
+    """Those that serve the cluster, and what they have started; not the guardian of our own."""
     mine = psutil.Process().children(recursive=True)
-    return [one for one in mine if one.status() != psutil.STATUS_ZOMBIE]
+    living = [one for one in mine if one.status() != psutil.STATUS_ZOMBIE]
+    return [one for one in living if not any("children.py" in word for word in one.cmdline())]
 
 
 class Player:
