@@ -7,7 +7,7 @@ hold it, can be neither stored nor tokenised.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast, overload
+from typing import Any, TypeVar, cast
 
 from .errors import PolicyError, WorldError
 from .images import picture
@@ -25,39 +25,6 @@ class UnreadableTask(Task):
 
     fault: str
     """What is wrong with it."""
-
-
-class Tasks(Sequence[Task]):
-    """A split as its world gives it; each item is looked at when it is asked for.
-
-    Raises:
-        WorldError: an item is no task, or the whole is no sequence.
-    """
-
-    def __init__(self, given: Any, world: str, split: str) -> None:
-        self._given = given
-        self._where = f"{world}: {split}"
-        try:
-            self._length = len(given)
-        except TypeError:
-            raise WorldError(
-                f"{self._where} is {shown(given)}; wanted a sequence of tasks"
-            ) from None
-
-    def __len__(self) -> int:
-        return self._length
-
-    @overload
-    def __getitem__(self, index: int) -> Task: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Task]: ...
-    def __getitem__(self, index: int | slice) -> Task | Sequence[Task]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self._length))]
-        place = index + self._length if index < 0 else index
-        if not 0 <= place < self._length:
-            raise IndexError(f"{self._where} has {self._length} tasks, no {index}")
-        return checked_task(self._given[place], f"{self._where}[{place}]")
 
 
 def checked_task(value: object, where: str) -> Task:
@@ -165,15 +132,6 @@ def checked_expert(value: object, world: str) -> str | None:
 def checked_answer(value: object, world: str) -> str | None:
     """``value``, if it is what ``answer`` should give. Raises: WorldError: it is not."""
     return None if value is None else _check_text(value, f"{world}.answer()", "a str or None")
-
-
-def answer_of(world: Any, task: Task, action: str) -> str | None:
-    """The answer that an attempt gives, of a world that ``HasAttempts``.
-
-    Raises:
-        WorldError: it is no answer. Whatever else the world raises.
-    """
-    return checked_answer(world.answer(task, action), type(world).__name__)
 
 
 def checked_completion(completion: Completion, policy: str) -> Completion:

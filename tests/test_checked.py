@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from selfwright.agents.chat import Chat, ChatConfig
 from selfwright.core import evaluation
 from selfwright.core.checked import (
-    Tasks,
     UnreadableTask,
     checked_answer,
     checked_observation,
@@ -27,7 +26,8 @@ from selfwright.core.checked import (
 )
 from selfwright.core.config import Fleet, JudgeConfig
 from selfwright.core.errors import TooManyFailures, WorldError
-from selfwright.core.hosting.pool import open_worlds
+from selfwright.core.hosting.inline import InlineHost
+from selfwright.core.hosting.pool import Split, open_worlds
 from selfwright.core.play.asking import ask, with_deadline
 from selfwright.core.play.judging import BROKEN, judged
 from selfwright.core.play.players import ExpertPlayer, Player, PolicyPlayer, RandomPlayer
@@ -47,6 +47,7 @@ from selfwright.core.types import (
     TimeStep,
     Trajectory,
     Verdict,
+    WorldSpec,
 )
 from selfwright.loop.components import namer
 from selfwright.loop.evaluate import EvalSpec, introspect, task_result
@@ -98,18 +99,33 @@ def test_a_task_is_a_task() -> None:
         checked_task(("one", "Do it.", 3), "here")
 
 
-def test_a_split_is_a_sequence_of_which_every_item_is_looked_at() -> None:
-    three = [Task(f"t{k}", "Do it.", 3) for k in range(3)]
-    tasks = Tasks(three, "w", "train")
-    assert (len(tasks), list(tasks), tasks[-1], tasks[1:]) == (3, three, three[2], three[1:])
-    with pytest.raises(IndexError):
-        tasks[3]
-    spoilt = Tasks([*three, cast(Task, "t3")], "w", "train")
-    assert spoilt[2] == three[2]
-    with pytest.raises(WorldError, match=r"w: train\[3\] is str 't3'; wanted a Task"):
-        spoilt[-1]
-    with pytest.raises(WorldError, match="w: test is NoneType None; wanted a sequence"):
-        Tasks(None, "w", "test")
+class Splits:
+    """One split is sound, one holds what is no task, one is no sequence."""
+
+    spec = WorldSpec(isolation="inline")
+
+    def tasks(self, split: str) -> Any:
+        three = [Task(f"t{k}", "Do it.", 3) for k in range(3)]
+        return {"train": three, "validation": [*three, "t3"]}.get(split)
+
+    async def close(self) -> None:
+        pass
+
+
+def test_every_task_is_looked_at_when_it_is_asked_for() -> None:
+    async def run() -> None:
+        host = InlineHost("w", Splits, Splits, Splits.spec)
+        await host.open()
+        sound, spoilt, none = (Split(host, "w", s) for s in ("train", "validation", "test"))
+        assert [task.id for task in await sound.take([2, 0])] == ["t2", "t0"]
+        assert (await spoilt.at(2)).id == "t2"
+        with pytest.raises(WorldError, match=r"w: validation\[3\] is str 't3'; wanted a Task"):
+            await spoilt.at(3)
+        with pytest.raises(WorldError, match="w: test is NoneType None; wanted a sequence"):
+            await none.size()
+        await host.close()
+
+    asyncio.run(run())
 
 
 def played(kind: str, fault: str, player: Player) -> list[Trajectory]:
