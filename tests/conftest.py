@@ -22,6 +22,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("selfwright", deadline=None)
 settings.load_profile("selfwright")
 
+LONGEST = ("test_ray", "test_check", "test_launch", "test_methods", "test_improvement", "test_loop")
+"""Files that take minutes, and are begun first: a worker does a whole file, and none should be left
+with one when the others have done."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 THINKING = (
     "{% for m in messages %}<|{{ m.role }}|>\n"
     "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}"
