@@ -53,6 +53,11 @@ def observation_from(header: Any, blobs: Sequence[bytes], world: str) -> Observa
     if isinstance(header, dict):
         bare = cast("dict[str, Any]", header) | {"images": ()}
     seen, _ = _read(far_end.observation, bare, world)
+    return _pictured(seen, blobs, world)
+
+
+def _pictured(seen: dict[str, Any], blobs: Sequence[bytes], world: str) -> Observation:
+    """An observation that was looked at, with its pictures."""
     try:
         images = tuple(STORE.keep(picture(png)) for png in blobs)
     except ValueError as error:
@@ -68,7 +73,7 @@ def time_step_from(header: Any, blobs: Sequence[bytes], world: str) -> TimeStep:
         inner = cast("dict[str, Any]", given) | {"images": ()}
         bare = {**header, "observation": inner}
     step, _ = _read(far_end.time_step, bare, world)
-    seen = observation_from(given, blobs, world)
+    seen = _pictured(step["observation"], blobs, world)
     flags = (step[name] for name in ("terminated", "truncated", "success", "answer"))
     return TimeStep(seen, step["reward"], *flags)
 
