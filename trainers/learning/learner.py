@@ -389,7 +389,7 @@ class PlainLearner:
             [
                 total.detach(),
                 (-gap).exp().sum(),
-                (gap.exp() - gap - 1).sum(),
+                (gap.expm1() - gap).sum(),
                 torch.tensor(float(len(gap)), device=self._device),
             ]
         ).to("cpu", torch.float64)
