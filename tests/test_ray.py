@@ -65,9 +65,12 @@ def _one_cluster() -> Generator[None]:  # pyright: ignore[reportUnusedFunction]
 
 def ray_processes() -> list[psutil.Process]:
     """Those that serve the cluster, and what they have started; not the guardian of our own."""
-    mine = psutil.Process().children(recursive=True)
-    living = [one for one in mine if one.status() != psutil.STATUS_ZOMBIE]
-    return [one for one in living if not any("children.py" in word for word in one.cmdline())]
+    found: list[psutil.Process] = []
+    for one in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # Some are on their way out; zombies have no command.
+            if not any("children.py" in word for word in one.cmdline()):
+                found.append(one)
+    return found
 
 
 class Player:
