@@ -30,10 +30,13 @@ class Split:
         self._host = host
         self._where = f"{world}: {name}"
         self._name = name
+        self._size: int | None = None
 
     async def size(self) -> int:
         """Raises: WorldError: it is no sequence, or nobody answers in time."""
-        return await self._host.size(self._name)
+        if self._size is None:
+            self._size = await self._host.size(self._name)
+        return self._size
 
     async def take(self, indices: Sequence[int]) -> list[Task]:
         """The tasks at these places, counted from 0.

@@ -80,13 +80,7 @@ class PolicyPlayer:
         """
         sampling = self.sampling
         if self.listed and observation.actions:
-            sampling = Sampling(
-                sampling.temperature,
-                sampling.top_p,
-                sampling.max_tokens,
-                sampling.stop,
-                observation.actions,
-            )
+            sampling = replace(sampling, choices=observation.actions)
         prompt = sharing(self.agent.prompt(task, history, observation), history)
         version = self.version()
         async with deadline(self.timeout_s, "the policy's completion"):
