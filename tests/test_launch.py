@@ -36,13 +36,18 @@ PHASES = SINGLE.replace(
     "- {trainer: {use: moment_matching, teacher: MODEL, tasks_per_iteration: 6}, iterations: 1}",
 ).replace("iterations: 3\n", "", 1)
 """Ends with critics, networks of a loss's own."""
-IMPATIENT = """
-import sys
-from selfwright.commands import cli
+WAITING = """
+import sys, time
+from selfwright.core.recipe import read
 from selfwright.loop import process_group
 process_group.SILENT_S = 10.0
-sys.exit(cli.call(sys.argv[1:]))
+group = process_group.ProcessGroup(read(sys.argv[1]))
+print("met", flush=True)
+if group.rank:
+    group.next_order()
+time.sleep(600)
 """
+"""A group of which the leader has nothing to ask for."""
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +93,11 @@ class Launched:
 
         eventually(found)
         return self.of[rank]
+
+    def until(self, line: str) -> None:
+        """Wait for it to say that, and no more."""
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == f"{line}\n"
 
     def end(self, timeout_s: float = 240) -> tuple[int, str]:
         """The exit code and all that was said; nothing that it started is left."""
@@ -149,11 +159,37 @@ def same_runs(a: Path, b: Path) -> None:
         assert torch.allclose(one[name], two[name], atol=1e-4), name
 
 
-def test_a_follower_dies_and_the_run_goes_on_later_as_one_process_would(
+@contextmanager
+def by_hand(*command: str) -> Generator[list[Launched]]:
+    """Two processes that no launcher looks after."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    runs = [
+        Launched(
+            [sys.executable, "-P", *command],
+            **shared,
+            MASTER_PORT=port,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+        )
+        for rank in range(2)
+    ]
+    try:
+        yield runs
+    finally:
+        for run in runs:
+            run.kill()
+
+
+def test_whoever_dies_the_run_ends_and_goes_on_later_as_one_process_would(
     recipe: Path, alone: Path, tmp_path: Path
 ) -> None:
+    """First a follower, then the leader; what was begun by whole models ends with a sharded one."""
     output = tmp_path / "run"
-    with launched("run", str(recipe), "--output", str(output)) as run:
+    arguments = ("run", str(recipe), "--output", str(output))
+    with launched(*arguments) as run:
         victim = run.find(1)
         eventually((output / "iterations/0000").exists)
         victim.kill()
@@ -162,25 +198,17 @@ def test_a_follower_dies_and_the_run_goes_on_later_as_one_process_would(
     assert code != 0 and time.monotonic() - began < 40
     assert f"process 1 of 2 (pid {victim.pid}) has died" in said
     assert not (output / "result.json").exists()
-    with launched("run", str(recipe), "--output", str(output), "--json") as run:
-        code, said = run.end()
-    assert code == 0, said
-    assert said.count('{"recipe": ') == 1, said
-    same_runs(alone, output)
-
-
-def test_a_sharded_model_is_trained_as_a_whole_one(
-    recipe: Path, alone: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "run"
-    arguments = ("run", str(recipe), "--output", str(output))
-    with launched(*arguments, how="fsdp2") as run:
-        run.find(1)
-        eventually((output / "iterations/0000").exists)
-    with launched(*arguments, how="fsdp2") as run:
+    with by_hand("-m", "selfwright", *arguments) as (leader, follower):
+        eventually((output / "iterations/0001").exists)
+        leader.kill()
+        code, said = follower.end()
+    assert code == 1, said
+    assert "process 1 of 2: process 0" in said or "process 1 of 2 ends: process 0" in said
+    with launched(*arguments, "--json", how="fsdp2") as run:
         code, said = run.end()
     assert code == 0, said
     assert "resuming after iteration" in said
+    assert said.count('{"recipe": ') == 1, said
     same_runs(alone, output)
 
 
@@ -198,35 +226,13 @@ def test_an_error_of_the_leader_ends_all(
     assert "\nnothing is being learned: the trainer found no example in 3 iterations" in said
 
 
-@pytest.mark.parametrize("fate", ["killed", "unreachable"])
-def test_a_follower_does_not_outlive_its_leader(fate: str, recipe: Path, tmp_path: Path) -> None:
-    """Started by hand: no launcher looks after them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    arguments = ["run", str(recipe), "--output", str(tmp_path / "run")]
-    runs = [
-        Launched(
-            [sys.executable, "-P", "-c", IMPATIENT, *arguments],
-            **shared,
-            MASTER_PORT=port,
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-        )
-        for rank in range(2)
-    ]
-    try:
-        eventually((tmp_path / "run/iterations/0000").exists)
-        if fate == "killed":
-            runs[0].kill()
-        else:
-            # It holds the store, which takes questions still, but answers none of them.
-            runs[0].pause()
-        code, said = runs[1].end()
-    finally:
-        for run in runs:
-            run.kill()
+def test_a_follower_does_not_wait_for_a_leader_that_is_silent(recipe: Path) -> None:
+    with by_hand("-c", WAITING, str(recipe)) as (leader, follower):
+        leader.until("met")
+        follower.until("met")
+        # It holds the store, which takes questions still, but answers none of them.
+        leader.pause()
+        code, said = follower.end()
     assert code == 1, said
     assert "process 1 of 2: process 0" in said or "process 1 of 2 ends: process 0" in said
 

@@ -11,7 +11,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -708,6 +707,7 @@ def test_a_tiny_model_learns_what_is_rewarded(model_folder: Folder) -> None:
 
 
 SCRIPT = """
+import os
 import sys
 from pathlib import Path
 
@@ -717,7 +717,7 @@ from selfwright.trainers.parts.critic import Critic, CriticConfig
 from selfwright.trainers.learning.loss import DPO, Clip, ContestedGap, CovarianceClip, SequenceClip
 
 
-def learn(model, teacher, out):
+def learn(model, teacher, out, sharded):
     # One process gets no row at all of the first update, and unlike numbers of the second.
     examples = tuple(
         Example(
@@ -729,6 +729,7 @@ def learn(model, teacher, out):
         for k in range(7)
     )
     config = LearnerConfig(device="cpu", rank=4, batch_size=3, learning_rate=1e-3, token_budget=40)
+    os.environ["ACCELERATE_USE_FSDP"] = sharded
     learner = PlainLearner(config, model, 0)
     for share in (examples[:1], examples):
         moments = ContestedGap(teacher, True, critic=Critic(CriticConfig(), 0))
@@ -739,28 +740,29 @@ def learn(model, teacher, out):
 
 
 if __name__ == "__main__":
-    learn(*sys.argv[1:])
+    model, teacher, out = sys.argv[1:]
+    learn(model, teacher, f"{out}/sharded", "true")
+    learn(model, teacher, f"{out}/whole", "false")
 """
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_learn_as_one(
-    model_folder: Folder, other: Path, tmp_path: Path, sharded: bool
+    model_folder: Folder, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The model whole in each, and sharded over both."""
     script = tmp_path / "learn.py"
-    script.write_text(textwrap.dedent(SCRIPT))
+    script.write_text(SCRIPT)
     folder = str(model_folder("qwen3"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    if sharded:
-        shared |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    shared |= {"FSDP_VERSION": "2"}
     started = [
         subprocess.Popen(
-            [sys.executable, str(script), folder, str(other), str(tmp_path / "two")],
+            [sys.executable, str(script), folder, str(other), str(tmp_path)],
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -772,7 +774,8 @@ def test_two_processes_learn_as_one(
     assert spec is not None and spec.loader is not None
     alone = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(alone)
-    alone.learn(folder, str(other), str(tmp_path / "one"))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # So that it is as it was, afterwards.
+    alone.learn(folder, str(other), str(tmp_path / "alone"), "false")
     try:
         said = [process.communicate(timeout=240) for process in started]
     finally:
@@ -780,7 +783,9 @@ def test_two_processes_learn_as_one(
             process.kill()
     assert [process.returncode for process in started] == [0, 0], said
     assert said[0][0] == said[1][0]
-    one, two = (load_file(tmp_path / name / "learner.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name in one:
-        assert torch.allclose(one[name], two[name], atol=1e-4), name
+    one = load_file(tmp_path / "alone/learner.safetensors")
+    for kind in ("whole", "sharded"):
+        two = load_file(tmp_path / kind / "learner.safetensors")
+        assert one.keys() == two.keys()
+        for name in one:
+            assert torch.allclose(one[name], two[name], atol=1e-4), (kind, name)

@@ -68,6 +68,8 @@ def test_every_game_is_won_by_its_expert_and_pays_one(game: str) -> None:
             assert steps[-1].success and steps[-1].terminated
             assert sum(step.reward for step in steps) == pytest.approx(1.0)
             assert actions[0] != "look around" and len(actions) <= tasks[7].max_steps
+            await world.reset(tasks[7], 1)
+            assert [await world.step(action) for action in actions] == steps
 
     playing(use, game=game)
 
