@@ -204,7 +204,7 @@ def test_killed_at_any_moment_and_resumed_is_as_if_never_killed(
     whole: Path, room: Path, selfwright: Selfwright
 ) -> None:
     folder, kills = room / "killed", 0
-    moments = ["evaluations/base", "iterations/0000", "iterations/0001", "evaluations/final"]
+    moments = ["evaluations/base", "iterations/0001", "evaluations/final"]
     for moment in moments:
         arguments = [str(COMMAND), "run", "tiny.yaml", "--output", "killed"]
         process = subprocess.Popen(
@@ -223,7 +223,7 @@ def test_killed_at_any_moment_and_resumed_is_as_if_never_killed(
             os.killpg(process.pid, signal.SIGKILL)
             kills += 1
         process.wait(timeout=30)
-    assert kills >= 3
+    assert kills >= 2
     # What was made for the run lies with the run: nothing but its folder is needed to go on.
     selfwright("run", "tiny.yaml", "--output", "killed", cache="another cache")
     assert not (room / "another cache").exists()
