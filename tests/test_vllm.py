@@ -24,12 +24,22 @@ from test_supervised import within
 from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
 from selfwright.agents.engines.vllm import RANKS, VLLMConfig, VLLMPolicy, room_for
 from selfwright.agents.engines.vllm_server import Gone, Replica, metric
+from selfwright.core.config import JudgeConfig
 from selfwright.core.errors import DiskError, PolicyError, RecipeError
 from selfwright.core.files import read_json
 from selfwright.core.models.canary import Canary
 from selfwright.core.models.tokens import ChatTokens
 from selfwright.core.recipe import read
-from selfwright.core.types import Batch, Completion, Example, Message, Prompt, Sampling
+from selfwright.core.types import (
+    Batch,
+    Completion,
+    Example,
+    Message,
+    Prompt,
+    Sampling,
+    Trajectory,
+    Verdict,
+)
 from selfwright.trainers.learning.loss import NLL
 from selfwright.trainers.learning.pack import pack
 
@@ -376,10 +386,13 @@ def test_no_room_in_the_context(run: Runner, policy: VLLMPolicy) -> None:
 @pytest.mark.vllm
 @pytest.mark.timeout(600)
 def test_replicas_share_the_work_and_one_that_dies_or_hangs_is_started_again(
-    run: Runner, model_folder: Folder, checkpoints: list[Path]
+    run: Runner, policy: VLLMPolicy, model_folder: Folder, checkpoints: list[Path]
 ) -> None:
-    made = run(policy_of(model_folder("vllm"), replicas=2, restarts=1, stall_timeout_s=10))
+    made = run(policy_of(model_folder("vllm"), restarts=1, stall_timeout_s=20))
     replicas = made._replicas  # pyright: ignore[reportPrivateUsage]
+    # A second one, which is there already.
+    replicas.append(Replica(policy._replicas[0].url, 60, 60))  # pyright: ignore[reportPrivateUsage]
+    lost = replicas[0]
     mine = in_process(model_folder("vllm"), checkpoints[1])
 
     def right(said: Sequence[Completion]) -> None:
@@ -394,29 +407,30 @@ def test_replicas_share_the_work_and_one_that_dies_or_hangs_is_started_again(
     async def disturbed(how: int) -> None:
         asked = [asyncio.create_task(ask(made, Sampling(max_tokens=200), k)) for k in range(4)]
         await asyncio.sleep(0.3)
-        for process in everybody(replicas[1].process.pid):
+        for process in everybody(lost.process.pid):
             process.send_signal(how)
         await asyncio.gather(*asked)
 
     try:
         run(made.load(checkpoints[0]))
         run(made.load(checkpoints[1]))
+        at_first = [(one, run(answered(one.url))) for one in replicas]
         held = [run(served(made, number)) for number in (0, 1)]
         assert len(held[0]) == 1 and held[0] == held[1]
         right(run(ask(made, Sampling(max_tokens=6))))
-        # Some of the prompts are at home with either, beside the canary's three questions.
-        assert all(run(answered(one.url)) > 3 for one in replicas)
+        # Some of the prompts are at home with either.
+        assert all(run(answered(one.url)) > before for one, before in at_first)
         # One is lost on the way. It comes back with the adapter: the base would answer otherwise.
         run(disturbed(signal.SIGKILL))
         right(run(ask(made, Sampling(max_tokens=6))))
-        assert run(served(made, 1)) == held[0]
+        assert run(served(made, 0)) == held[0]
         # But not for ever.
         with pytest.raises(PolicyError, match=r"made no token for(?s:.*)started again 1 times"):
             run(disturbed(signal.SIGSTOP))
     finally:
         run(made.close())
     # Stopped ones too; the dying may take a moment.
-    assert within(10, lambda: not any(everybody(one.process.pid) for one in replicas))
+    assert within(10, lambda: not everybody(lost.process.pid))
 
 
 def everybody(group: int) -> list[psutil.Process]:
@@ -432,11 +446,28 @@ def everybody(group: int) -> list[psutil.Process]:
     return found
 
 
+class Short:
+    """Short answers are good: whoever knows nothing of the task can learn that."""
+
+    Config = JudgeConfig
+
+    def __init__(self, config: JudgeConfig) -> None:
+        pass
+
+    async def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
+        return [
+            Verdict(1 / (1 + len(one.steps[-1].action.text)), "", "short") for one in trajectories
+        ]
+
+
 @pytest.mark.vllm
-def test_a_run_learns_from_what_vllm_samples(player: Path, tmp_path: Path) -> None:
+def test_a_run_learns_from_what_vllm_samples(
+    policy: VLLMPolicy, model_folder: Folder, tmp_path: Path
+) -> None:
     recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(SINGLE.replace("MODEL", str(player)))
-    overrides = ["policy.use=vllm", f"policy.python={PYTHON}", "policy.memory_gb=0.25"]
+    recipe.write_text(SINGLE.replace("MODEL", str(model_folder("vllm"))))
+    url = policy._replicas[0].url  # pyright: ignore[reportPrivateUsage]
+    overrides = ["policy.use=vllm", f"policy.url=['{url}']", "judge.use=test_vllm:Short"]
     # Two iterations, of which the second is played while the first is learned and loaded.
     overrides += ["iterations=2", "rollout.max_staleness=1"]
     result = played(recipe, overrides, tmp_path / "run")
