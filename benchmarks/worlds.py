@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument("--python", action="append", default=[])
     parser.add_argument("--node", default=shutil.which("node") or "")
     asked = parser.parse_args()
+    pythons = [str(Path(path).absolute()) for path in asked.python]
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as room:
         (Path(room) / "trivial.py").write_text(PYTHON)
@@ -84,7 +86,7 @@ def main() -> None:
         picture.write_bytes(png(0, 1280, 720, 300_000))
         os.chdir(room)
         kinds: dict[str, dict[str, Any]] = {
-            path: {"python": path} for path in [sys.executable, *asked.python]
+            path: {"python": path} for path in [sys.executable, *pythons]
         }
         if asked.node:
             kinds[asked.node] = {"command": (asked.node, f"{room}/trivial.mjs")}
@@ -92,13 +94,19 @@ def main() -> None:
             plain = asyncio.run(seconds("trivial:Trivial", where, {}, 2000))
             shot = {"picture": str(picture)}
             with_picture = asyncio.run(seconds("trivial:Trivial", where, shot, 300))
-            found[Path(program).name] = {
+            found[version_of(program)] = {
                 "steps_per_s": round(1 / plain),
                 "picture_kb": round(picture.stat().st_size / 1000),
                 "picture_ms": round(1000 * (with_picture - plain), 2),
             }
     print(json.dumps(found, indent=1))
     RESULT.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def version_of(program: str) -> str:
+    asked = [program, "--version"]
+    told = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=True).stdout
+    return told.strip() if told.startswith("Python") else f"Node {told.strip()}"
 
 
 if __name__ == "__main__":

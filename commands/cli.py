@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..core.checked import no_unicode
 from ..core.errors import (
     DiskError,
     ModelError,
@@ -16,6 +15,7 @@ from ..core.errors import (
     SelfwrightError,
     StoreError,
 )
+from ..core.unicode import no_unicode
 from . import bench_methods, check, compare, doctor, evaluate, list_, run, serve
 from .options import processes
 

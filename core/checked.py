@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 from .errors import PolicyError, WorldError
 from .images import picture
 from .types import Completion, Image, Observation, Task, TimeStep, Verdict
+from .unicode import no_unicode
 
 T = TypeVar("T")
 
@@ -185,16 +186,6 @@ def no_text(value: object) -> str:
         return shown(value)
     fault = no_unicode(value)
     return fault and f"no Unicode: {fault}"
-
-
-def no_unicode(text: str) -> str:
-    """Where ``text`` is no Unicode; empty if it is."""
-    try:
-        _ = text.isascii() or text.encode()
-    except UnicodeEncodeError as error:
-        found = f"U+{ord(text[error.start]):04X}"
-        return f"{found} at character {error.start} is half of a surrogate pair"
-    return ""
 
 
 def mended(text: str) -> str:

@@ -22,7 +22,6 @@ from selfwright.core.checked import (
     checked_observation,
     checked_task,
     checked_time_step,
-    no_unicode,
 )
 from selfwright.core.config import Fleet, JudgeConfig
 from selfwright.core.errors import TooManyFailures, WorldError
@@ -49,6 +48,7 @@ from selfwright.core.types import (
     Verdict,
     WorldSpec,
 )
+from selfwright.core.unicode import no_unicode
 from selfwright.loop.components import namer
 from selfwright.loop.evaluate import EvalSpec, introspect, task_result
 
