@@ -1,6 +1,5 @@
 """``selfwright bench-methods``: compare methods."""
 
-import asyncio
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +23,8 @@ def bench_methods(
 ) -> None:
     """Compare methods: same bases, same budget, every seed, against base and one another."""
     with stdout_for_results() as stdout:
+        import asyncio
+
         from ..loop.bench import bench, planned, render
         from ..loop.events import each
         from ..loop.trackers import Trackers

@@ -1,6 +1,5 @@
 """``selfwright check``: check a world."""
 
-import asyncio
 from typing import Annotated
 
 import typer
@@ -14,6 +13,8 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Test a world against its contract."""
+    import asyncio
+
     from ..core.recipe import section
 
     with stdout_for_results() as stdout:

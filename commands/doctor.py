@@ -1,6 +1,5 @@
 """``selfwright doctor``: look at this machine."""
 
-import asyncio
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +21,8 @@ def doctor(
 ) -> None:
     """Look for what is missing or at odds on this machine."""
     with stdout_for_results() as stdout:
+        import asyncio
+
         from ..loop.doctor.doctor import doctor, to_json
         from ..loop.progress import Progress
         from .words import show_findings

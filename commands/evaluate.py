@@ -1,6 +1,5 @@
 """``selfwright evaluate``: evaluate a checkpoint."""
 
-import asyncio
 from typing import Annotated, Literal
 
 import typer
@@ -37,6 +36,8 @@ def evaluate(
 ) -> None:
     """Play a checkpoint and count its successes."""
     with stdout_for_results() as stdout:
+        import asyncio
+
         from ..loop.evaluate import evaluate_checkpoint
         from .words import evaluation_words
 

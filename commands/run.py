@@ -1,6 +1,5 @@
 """``selfwright run``: run a recipe."""
 
-import asyncio
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +16,8 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run a recipe, or resume its run; in several processes under `accelerate launch`."""
+    import asyncio
+
     from ..core.recipe import read
 
     rank, size = processes()

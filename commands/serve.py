@@ -1,6 +1,5 @@
 """``selfwright serve``: serve an agent."""
 
-import asyncio
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +43,8 @@ def serve(
 ) -> None:
     """Serve an agent over HTTP, with a playground."""
     with stdout_for_results() as stdout:
+        import asyncio
+
         from ..loop.serve import Asked, serve
 
         asked = Asked(

@@ -154,6 +154,12 @@ def test_the_installed_command() -> None:
     assert {"run", "evaluate", "check", "compare", "list"} <= set(helped.stdout.split())
 
 
+def test_help_waits_for_nothing_that_only_runs_need() -> None:
+    slow = {"asyncio", "numpy", "pydantic", "selfwright.core.types", "torch"}
+    code = f"import sys, selfwright.commands.cli; print(sorted({slow} & sys.modules.keys()))"
+    assert script(code=code).stdout == "[]\n"
+
+
 def test_list_prints_one_object(capfd: pytest.CaptureFixture[str]) -> None:
     assert call(["list", "environments", "--json"]) == 0
     listed = json.loads(capfd.readouterr().out)
