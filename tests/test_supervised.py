@@ -40,7 +40,7 @@ def within(seconds: float, true: Callable[[], bool]) -> bool:
 
 def test_stopping_ends_everybody(tmp_path: Path) -> None:
     one = Supervised(["bash", "-c", STUBBORN], os.environ, tmp_path / "log")
-    assert within(30, lambda: len(group(one.pid)) >= 3)  # ours, bash, sleep
+    assert within(10, lambda: len(group(one.pid)) >= 3)  # ours, bash, sleep
     assert one.alive
     one.stop()
     assert not one.alive
@@ -52,17 +52,17 @@ def test_stopping_ends_everybody_although_who_stands_between_is_dead(
     asked: bool, tmp_path: Path
 ) -> None:
     one = Supervised(["bash", "-c", STUBBORN], os.environ, tmp_path / "log")
-    assert within(30, lambda: len(group(one.pid)) >= 3)
+    assert within(10, lambda: len(group(one.pid)) >= 3)
     os.kill(one.pid, signal.SIGKILL)
     if asked:
-        assert within(30, lambda: not one.alive)
+        assert within(10, lambda: not one.alive)
     one.stop()
     assert within(5, lambda: not group(one.pid))
 
 
 def test_what_it_leaves_behind_goes_too(tmp_path: Path) -> None:
     one = Supervised(["bash", "-c", "sleep 600 & echo bye"], os.environ, tmp_path / "log")
-    assert within(30, lambda: not one.alive)
+    assert within(10, lambda: not one.alive)
     assert within(5, lambda: not group(one.pid))
     assert one.last_words() == "bye"
     one.stop()  # Twice does no harm.
@@ -87,7 +87,7 @@ def test_it_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     assert parent.stdout is not None
     with parent.stdout:
         pid = int(parent.stdout.readline())
-    assert within(30, lambda: len(group(pid)) >= 3)
+    assert within(10, lambda: len(group(pid)) >= 3)
     parent.send_signal(signal.SIGKILL)
     parent.wait(10)
     assert within(15, lambda: not group(pid))

@@ -430,7 +430,7 @@ def test_replicas_share_the_work_and_one_that_dies_or_hangs_is_started_again(
     finally:
         run(made.close())
     # Stopped ones too; the dying may take a moment.
-    assert within(30, lambda: not everybody(lost.process.pid))
+    assert within(10, lambda: not everybody(lost.process.pid))
 
 
 def everybody(group: int) -> list[psutil.Process]:
