@@ -22,7 +22,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("selfwright", deadline=None)
 settings.load_profile("selfwright")
 
-LONGEST = ("test_ray", "test_check", "test_launch", "test_methods", "test_improvement", "test_loop")
+LONGEST = (
+    "test_ray",
+    "test_check",
+    "test_launch",
+    "test_methods",
+    "test_improvement",
+    "test_loop",
+    "test_vllm_replicas",
+    "test_vllm",
+)
 """Files that take minutes, and are begun first: a worker does a whole file, and none should be left
 with one when the others have done."""
 

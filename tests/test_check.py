@@ -39,11 +39,16 @@ def failed(report: CheckReport) -> dict[str, str]:
     ("name", "config"),
     [
         ("countdown", {}),
-        ("countdown", {"numbers": 4, "operators": "+-*/"}),
+        *(
+            pytest.param(name, config, marks=pytest.mark.multi)
+            for name, config in [
+                ("countdown", {"numbers": 4, "operators": "+-*/"}),
+                ("faulty_worlds:Faulty", {}),
+                ("faulty_worlds:Together", {}),
+                ("faulty_worlds:Sum", {}),
+            ]
+        ),
         *(pytest.param("textworld_express", game, marks=pytest.mark.jvm) for game in GAMES),
-        ("faulty_worlds:Faulty", {}),
-        ("faulty_worlds:Together", {}),
-        ("faulty_worlds:Sum", {}),
     ],
 )
 def test_a_sound_world_keeps_the_contract(name: str, config: dict[str, Any]) -> None:
@@ -57,6 +62,7 @@ def test_a_sound_world_keeps_the_contract(name: str, config: dict[str, Any]) -> 
     assert looked["no oracle"] == attempts
 
 
+@pytest.mark.multi
 @pytest.mark.parametrize(
     ("kind", "fault", "name", "said"),
     [
@@ -88,6 +94,7 @@ def test_a_fault_fails_the_check_that_is_for_it(
     assert f"FAILED   {name}" in render(report)
 
 
+@pytest.mark.multi
 @pytest.mark.parametrize("kind", ["Together", "Faulty"])
 def test_a_world_that_hangs_fails_on_its_deadline_and_no_more_is_looked_at(kind: str) -> None:
     report = examined(f"faulty_worlds:{kind}", {"fault": "always block"}, step_timeout_s=0.5)

@@ -8,6 +8,8 @@ from components import warmed
 from selfwright.core.files import read_json
 from selfwright.loop.warm_start import STORY
 
+pytestmark = pytest.mark.method
+
 
 def test_it_ends_by_its_updates_however_long_they_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
