@@ -296,7 +296,12 @@ def settle(
     world: dict[str, Any] = card.get("environment", {})
     use = environment or world.get("use")
     if use is None:
-        raise RecipeError(f"say in which world {checkpoint} is to play: --environment NAME")
+        # Whoever mistypes the folder of a run is not served by hearing of worlds alone.
+        known = checkpoint in ("expert", "random") or Path(checkpoint).exists()
+        missing = "" if known else f"there is no folder {checkpoint}; if it is a model's hub id, "
+        raise RecipeError(
+            f"{missing}say in which world {checkpoint} is to play: --environment NAME"
+        )
     kept = {k: v for k, v in world.items() if k != "use"} if use == world.get("use") else {}
     played, fleet = section("environment", use, mine["environment"], kept)
     agent = agent_of(card, mine["agent"])

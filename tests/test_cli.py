@@ -65,6 +65,7 @@ MISTAKES = [
     ("evaluate expert --tasks 0", "Invalid value for '--tasks'"),
     ("evaluate expert --seed one", "Invalid value for '--seed'"),
     ("evaluate expert", "say in which world expert is to play: --environment NAME"),
+    ("evaluate runs/quickstar", "there is no folder runs/quickstar; if it is a model's hub id"),
     ("evaluate . --environment countdown", "cannot open the model '.'"),
     ("evaluate ./nothing --environment countdown", "there is no checkpoint at ./nothing"),
     ("evaluate expert --environment countdown -o policy.temperature=1", "--temperature"),
