@@ -85,6 +85,7 @@ def lively(model_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return room
 
 
+@pytest.mark.method
 def test_a_run_that_began_with_an_adapter_leaves_what_stands_on_both(
     lively: Path, tmp_path: Path
 ) -> None:
@@ -104,6 +105,7 @@ def test_a_run_that_began_with_an_adapter_leaves_what_stands_on_both(
     assert told[1]["weights"] == digest(str(run / "bases/phase_2")) != told[0]["weights"]
 
 
+@pytest.mark.method
 def test_a_run_opens_wherever_it_was_moved(lively: Path, tmp_path: Path) -> None:
     """Though what it began with is gone, and another run lies where it lay."""
     moved, old = tmp_path / "elsewhere" / "b", tmp_path / "runs" / "a"
@@ -273,6 +275,7 @@ def test_what_an_adapter_was_merged_into_can_be_trained_on(
     assert sum(not torch.equal(before[k], after[k]) for k in before) > len(before) / 2
 
 
+@pytest.mark.method
 def test_a_run_of_whole_weights_goes_on_from_a_run(model_folder: Folder, tmp_path: Path) -> None:
     more = ["learner={method: full, learning_rate: 1e-4}", "evaluation.tasks=4"]
     model = model_folder("qwen3")

@@ -82,6 +82,7 @@ def kill(process: "subprocess.Popen[str]") -> None:
     process.communicate(timeout=10)
 
 
+@pytest.mark.multi
 def test_killed_at_any_moment_leaves_whole_iterations(tmp_path: Path) -> None:
     dice = random.Random(0)
     finished = 0

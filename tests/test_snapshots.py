@@ -174,6 +174,7 @@ class Worn(Faulty):
     spec: ClassVar[WorldSpec] = WorldSpec(per_process=2, recycle_after=3)
 
 
+@pytest.mark.multi
 def test_processes_are_replaced_after_so_many_episodes() -> None:
     async def run() -> None:
         fleet = Fleet.model_validate({"parallel": 1})
