@@ -150,7 +150,8 @@ class PolicyConfig(Config):
     """What every engine's config has: which model, and how it is sampled in training."""
 
     model: str
-    """A folder, a hub id, or ``scratch:WIDTHxLAYERS`` for a small one made here."""
+    """A folder, a hub id, a ``.gguf`` file, ``package:NAME`` for the one in an installed package,
+    or ``scratch:WIDTHxLAYERS`` for a small one made here."""
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_tokens: int = Field(default=64, ge=1)

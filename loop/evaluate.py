@@ -18,6 +18,7 @@ from ..core.hosting.pool import Worlds, open_worlds
 from ..core.hosting.spec import has_attempts
 from ..core.images import FOLDER as IMAGES
 from ..core.images import STORE
+from ..core.models.gguf import is_gguf
 from ..core.models.origin import ADAPTER, found_base, parts_of
 from ..core.play.asking import with_deadline
 from ..core.play.draw import draw, starts
@@ -297,7 +298,8 @@ def settle(
     use = environment or world.get("use")
     if use is None:
         # Whoever mistypes the folder of a run is not served by hearing of worlds alone.
-        known = checkpoint in ("expert", "random") or Path(checkpoint).exists()
+        known = checkpoint in ("expert", "random") or is_gguf(checkpoint)
+        known = known or Path(checkpoint).exists()
         missing = "" if known else f"there is no folder {checkpoint}; if it is a model's hub id, "
         raise RecipeError(
             f"{missing}say in which world {checkpoint} is to play: --environment NAME"

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import tempfile
 import time
 import uuid
@@ -13,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import psutil
-
 from .. import __version__
 from ..agents import scratch
 from ..core.config import Config, PolicyConfig, WarmStart
-from ..core.errors import LearnerError, RecipeError, StoreError, WorldError
-from ..core.files import DRAFT, check_writable, read_json, write_json
+from ..core.errors import LearnerError, RecipeError, WorldError
+from ..core.files import DRAFT, read_json, write_json
 from ..core.hosting.pool import Worlds
+from ..core.models.cache import is_made, kept, making
+from ..core.models.gguf import folder_of, is_gguf
 from ..core.play.draw import draw, starts
 from ..core.play.episode import turn_seed
 from ..core.play.players import ExpertPlayer, PolicyPlayer
@@ -42,19 +41,6 @@ STORY = "story.json"
 """In the folder of a model made here: how it came about."""
 
 
-def cache() -> Path:
-    """Where models made here are kept: ``$SELFWRIGHT_CACHE``, or in the user's cache folder.
-
-    Raises:
-        StoreError: there is neither.
-    """
-    given = os.environ.get("SELFWRIGHT_CACHE")
-    try:
-        return Path(given) if given else Path.home() / ".cache" / "selfwright"
-    except RuntimeError:
-        raise StoreError("there is no home folder for models; set $SELFWRIGHT_CACHE") from None
-
-
 async def prepare(
     recipe: Recipe,
     worlds: Worlds,
@@ -74,10 +60,11 @@ async def prepare(
     assert isinstance(config, PolicyConfig)
     if config.model.startswith(scratch.PREFIX):
         scratch.parse(config.model)
+    model = folder_of(config.model) if is_gguf(config.model) else config.model
     if not made_here(config):
-        return str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
-    folder = cache() / "models" / key_of(recipe)
-    if (folder / "config.json").is_file():
+        return str(Path(model).resolve()) if Path(model).is_dir() else model
+    folder = kept(key_of(recipe))
+    if is_made(folder):
         progress.say(f"base model made earlier: {story_of(folder)}, {folder}")
         _warn(folder, progress)
         return str(folder)
@@ -87,20 +74,8 @@ async def prepare(
             f"{recipe.environment.use} has no expert to learn from; give a trained model, and no "
             "policy.warm_start"
         )
-    check_writable(folder.parent, "set $SELFWRIGHT_CACHE to a folder that can be written to")
-    _remove_drafts(folder.parent)
-    mine = f"{DRAFT}{os.getpid()}@{socket.gethostname()}-"
-    draft = Path(tempfile.mkdtemp(prefix=mine, dir=folder.parent))
-    try:
+    with making(folder) as draft:
         await _make(recipe, config, worlds, draft, progress, learner_factory)
-        try:
-            draft.rename(folder)
-        except OSError:
-            # Another run made the same model meanwhile; its content is the same.
-            if not (folder / "config.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return str(folder)
 
 
@@ -136,14 +111,6 @@ def _warn(folder: Path, progress: Progress) -> None:
         )
 
 
-def _remove_drafts(folder: Path) -> None:
-    """Remove what processes of this machine left half made when they were killed."""
-    for draft in folder.glob(f"{DRAFT}*@{socket.gethostname()}-*"):
-        owner = draft.name.removeprefix(DRAFT).split("@")[0]
-        if not psutil.pid_exists(int(owner)):
-            shutil.rmtree(draft, ignore_errors=True)
-
-
 def key_of(recipe: Recipe) -> str:
     """A hash of all that a model made here depends on: settings, files and the plug-ins' code."""
     config = recipe.policy.config
@@ -152,7 +119,7 @@ def key_of(recipe: Recipe) -> str:
     payload = {
         "version": [__version__, MADE],
         "model": config.model,
-        "files": _contents(Path(config.model)),
+        "files": _contents(config.model),
         "warm_start": None if config.warm_start is None else config.warm_start.model_dump(),
         "sampling": [config.max_tokens, config.stop, config.listed],
         **played,
@@ -165,7 +132,8 @@ def key_of(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _contents(folder: Path) -> dict[str, str]:
+def _contents(model: str) -> dict[str, str]:
+    folder = Path(folder_of(model) if is_gguf(model) else model)
     if not folder.is_dir():
         return {}
     return {
@@ -220,7 +188,7 @@ async def _make(
             f"the expert of {recipe.environment.use} gave up at once on all of {len(begin)} tasks; "
             "there is nothing to warm up on"
         )
-    model = config.model
+    model = folder_of(config.model) if is_gguf(config.model) else config.model
     if model.startswith(scratch.PREFIX):
         texts = [text for trajectory in shown[:WORDS] for text in _texts(trajectory)]
         scratch.make(model, texts, folder, derive(recipe.seed, "scratch"))

@@ -147,7 +147,10 @@ class VLLMPolicy:
         limits = (config.start_timeout_s, config.stall_timeout_s)
         if config.url:
             return [Replica(url, *limits) for url in config.url]
-        if parts_of(model)[1] is not None:
+        base, adapter = parts_of(model)
+        if adapter is None:
+            model = base
+        else:
             whole = Path(self._temporary.name) / "model"
             save_merged(model, whole)
             model = str(whole)

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from ..errors import ModelError, StoreError
 from ..files import read_json, write_json
+from .gguf import folder_of, is_gguf
 
 ADAPTER = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -24,9 +25,15 @@ BLOCKS, BLOCK = 8, 8192
 def parts_of(model: str) -> tuple[str, Path | None]:
     """The base of what is called ``model``, and the folder of the adapter on it, if there is one.
 
-    ``model``: a hub id, a model's folder, an adapter's, a run's checkpoint or the run itself. The
-    base may have an adapter itself (``layers_of``).
+    ``model``: a hub id, a model's folder, an adapter's, a run's checkpoint or the run itself, or
+    what ``gguf`` knows. The base may have an adapter itself (``layers_of``).
+
+    Raises:
+        ModelError: nothing says on which base an adapter stands, or it is no GGUF file that can be
+            read.
     """
+    if is_gguf(model):
+        return folder_of(model), None
     for folder in (Path(model), Path(model) / "checkpoint"):
         if (folder / ADAPTER).is_file():
             return base_of(folder), folder

@@ -43,7 +43,7 @@ def listened(family: socket.AddressFamily, address: str) -> None:
 
 
 def disk() -> Iterator[Finding]:
-    from ..warm_start import cache
+    from ...core.models.cache import cache
 
     folders = (("runs", Path("runs"), "--output"), ("cache", cache(), "SELFWRIGHT_CACHE"))
     for what, wanted, other in folders:
