@@ -25,6 +25,24 @@ class Use(BaseModel):
         return dict(self.model_extra or {})
 
 
+class Turn(Config):
+    """What was seen, and what was done then."""
+
+    text: str
+    actions: tuple[str, ...] = ()
+    """Every action that was listed."""
+    action: str
+
+
+class Shot(Config):
+    """A task that was done, to be shown to a model before its own."""
+
+    task: str
+    """Its id: it is not shown before itself."""
+    instruction: str
+    turns: tuple[Turn, ...]
+
+
 class Fleet(Config):
     """How the worlds of a run are hosted. These keys stand beside the world's own in a recipe."""
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from .config import Config
+from .config import Config, Shot
 from .models.tokens import ChatTokens
 from .types import (
     Batch,
@@ -36,6 +36,7 @@ from .types import (
     Step,
     Task,
     TimeStep,
+    Tool,
     Trajectory,
     Verdict,
 )
@@ -142,6 +143,40 @@ class Agent(Protocol):
     def parse(self, text: str, observation: Observation, /) -> Parsed:
         """A completion's text as an action; ``observation`` is what it answers."""
         ...
+
+
+class HasPhrase(Protocol):
+    """An agent whose completions are not the actions themselves."""
+
+    def phrase(self, action: str) -> str:
+        """How it says an action; ``parse`` gives the action back."""
+        ...
+
+
+@dataclass(frozen=True)
+class Briefing:
+    """What an agent may be told of its world before it acts, once for a whole run."""
+
+    tools: tuple[Tool, ...] = ()
+    """What the world says may be done (``WorldSpec.tools``)."""
+    shots: tuple[Shot, ...] = ()
+    """Training tasks that its expert did; one more than the agent wants to show."""
+
+
+class Briefed(Protocol):
+    """What the class of an agent has beside, if it wants a briefing.
+
+    What it is told becomes part of its config, so that whoever plays a checkpoint later, perhaps
+    without the world, has the very same agent.
+    """
+
+    @staticmethod
+    def shots(config: Any, /) -> int:
+        """How many it wants to show; 0 for none."""
+        ...
+
+    @staticmethod
+    def briefed(config: Any, briefing: Briefing, /) -> Config: ...
 
 
 class Policy(Protocol):

@@ -21,6 +21,7 @@ from ..core.images import STORE
 from ..core.models.gguf import is_gguf
 from ..core.models.origin import ADAPTER, found_base, parts_of
 from ..core.play.asking import with_deadline
+from ..core.play.briefing import briefed
 from ..core.play.draw import draw, starts
 from ..core.play.judging import judged
 from ..core.play.players import ExpertPlayer, Player, PolicyPlayer, RandomPlayer
@@ -35,6 +36,8 @@ from ..judges.model import rubric_file
 from .events import Listener, ignore
 from .progress import Progress
 
+AGENT = "agent.json"
+"""In a run's folder: its agent as it was told of its world, where it wants that."""
 CARD = "selfwright.json"
 """In a checkpoint's folder: the world, agent and sampling it was trained with."""
 
@@ -223,6 +226,7 @@ async def evaluate_checkpoint(
     check_writable(folder, "use another --output")
     settings = spec.environment.config.model_dump(mode="json")
     async with await open_worlds(spec.environment.use, settings, spec.fleet) as worlds:
+        spec = replace(spec, agent=await briefed(spec.agent, worlds, seed))
         player = await player_from(checkpoint, card, policy, spec, worlds)
         judge: Judge = spec.judge.make()
         opened: dict[str, Policy] = {}
@@ -272,6 +276,9 @@ def _iteration_card(folder: Path) -> dict[str, Any] | None:
         return None
     base = found_base(folder) or str(folder)
     origin: dict[str, Any] = {"base": base, "base_inside": False, "folder": str(folder)}
+    agent = folder.parents[2] / AGENT
+    if agent.is_file():
+        origin["agent"] = read_json(agent)
     return card_of(read_json(recipe)) | origin
 
 
@@ -345,8 +352,12 @@ def by_section(
 
 
 def agent_of(card: Mapping[str, Any], overrides: Sequence[str]) -> Section:
-    """How the checkpoint reads and acts."""
+    """How the checkpoint reads and acts: as it was trained, or by another agent if one is named."""
     settings: dict[str, Any] = card.get("agent", {"use": "chat"})
+    named = [one for one in overrides if one.startswith("agent.use=")]
+    if named:
+        settings = {"use": named[-1].removeprefix("agent.use=")}
+        overrides = [one for one in overrides if one not in named]
     return section("agent", settings["use"], overrides, _rest(settings))[0]
 
 

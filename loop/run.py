@@ -4,6 +4,7 @@ import asyncio
 import math
 import shutil
 from collections.abc import Awaitable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ..core.images import FOLDER as IMAGES
 from ..core.images import STORE
 from ..core.models.open import save_merged
 from ..core.models.origin import layers_of, note_base
+from ..core.play.briefing import briefed, wants_briefing
 from ..core.play.draw import draw, starts
 from ..core.play.rollout import rollouts
 from ..core.protocols import (
@@ -33,14 +35,15 @@ from ..core.protocols import (
     make_learner,
     replays,
 )
-from ..core.recipe import Recipe, differences
+from ..core.recipe import Recipe, differences, section
+from ..core.sections import Section
 from ..core.seeds import derive
 from ..core.store import write_trajectories
 from ..core.store.folder import RunFolder, iteration_name
 from ..core.types import Judged, Metrics, Stop, Task
 from ..evidence.report import report
 from .components import Components
-from .evaluate import drawn, evaluate, exam_tasks, judge_of, tokens_sampled
+from .evaluate import AGENT, drawn, evaluate, exam_tasks, judge_of, tokens_sampled
 from .events import AlarmRaised, Evaluated, IterationEnded, Listener, RunBegan, RunEnded, ignore
 from .measure import Clock, staleness, summary, together
 from .prefetch import Prefetcher
@@ -116,6 +119,7 @@ async def whole(
             if fault := unreplayable(phase.trainer, worlds.spec, recipe.environment.use):
                 raise RecipeError(fault)
         await look_at_tasks(recipe, worlds, progress)
+        recipe = replace(recipe, agent=await agent_of(recipe, worlds, kept))
         judge: Judge = recipe.judge.make()
         base = await begun(recipe, worlds, kept, progress, learner_factory)
         agent: Agent = recipe.agent.make()
@@ -125,6 +129,18 @@ async def whole(
         finally:
             await components.close()
     return conclude(recipe, base, components.stopped, learned, kept)
+
+
+async def agent_of(recipe: Recipe, worlds: Worlds, kept: RunFolder) -> Section:
+    """The recipe's agent, told of its world; one that has begun is told nothing else later."""
+    if not wants_briefing(recipe.agent):
+        return recipe.agent
+    if kept.begun and kept.has(AGENT):
+        settings = read_json(kept.path(AGENT))
+        return section("agent", settings.pop("use"), settings=settings)[0]
+    agent = await briefed(recipe.agent, worlds, recipe.seed)
+    write_json(kept.path(AGENT), agent.dump())
+    return agent
 
 
 async def look_at_tasks(recipe: Recipe, worlds: Worlds, progress: Progress) -> None:

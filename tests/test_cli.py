@@ -67,6 +67,7 @@ MISTAKES = [
     ("evaluate expert", "say in which world expert is to play: --environment NAME"),
     ("evaluate runs/quickstar", "there is no folder runs/quickstar; if it is a model's hub id"),
     ("evaluate . --environment countdown", "cannot open the model '.'"),
+    ("evaluate . --environment countdown -o agent.use=raect", "did you mean 'react'"),
     ("evaluate ./nothing --environment countdown", "there is no checkpoint at ./nothing"),
     ("evaluate expert --environment countdown -o policy.temperature=1", "--temperature"),
     ("evaluate expert --environment countdown -o trainer.tau=1", "'trainer' is none of them"),

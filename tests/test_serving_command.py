@@ -123,6 +123,7 @@ def test_the_weights_it_began_with_can_be_loaded_again_though_their_files_are_lo
         ("serve MODEL --world countdwn", "did you mean 'countdown'?"),
         ("serve MODEL --adapters ./nowhere", "--adapters nowhere: no such folder"),
         ("serve MODEL -o environment.numbers=2", "name the world: --world NAME"),
+        ("serve MODEL -o agent.use=react -o agent.shots=2", "is shown what its run was; serve the"),
         ("serve ./nothing", "there is no checkpoint at ./nothing"),
         ("serve MODEL --port TAKEN", "--port 0 takes a free one"),
     ],

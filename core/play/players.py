@@ -142,7 +142,7 @@ class ExpertPlayer:
             )
         if text is None:
             return None
-        return Action(text, Completion(text), unasked(self.agent, task, history, observation))
+        return unsampled(self.agent, text, task, history, observation)
 
 
 @dataclass(frozen=True)
@@ -170,16 +170,22 @@ class RandomPlayer:
     ) -> Action | None:
         async with deadline(self.timeout_s, "the world's random action"):
             text = await uniform(world, observation, seed)
-        return Action(text, Completion(text), unasked(self.agent, task, history, observation))
+        return unsampled(self.agent, text, task, history, observation)
 
 
-def unasked(
-    agent: Agent | None, task: Task, history: Sequence[Step], observation: Observation
-) -> Prompt:
-    """What a model would have been shown, where another one acts; empty without an agent."""
+def unsampled(
+    agent: Agent | None,
+    text: str,
+    task: Task,
+    history: Sequence[Step],
+    observation: Observation,
+) -> Action:
+    """The action ``text``; with an agent, as a model would have been asked and have answered."""
     if agent is None:
-        return Prompt()
-    return sharing(agent.prompt(task, history, observation), history)
+        return Action(text, Completion(text))
+    phrase: Callable[[str], str] | None = getattr(agent, "phrase", None)
+    completion = Completion(phrase(text) if phrase else text)
+    return Action(text, completion, sharing(agent.prompt(task, history, observation), history))
 
 
 async def uniform(world: World, observation: Observation, seed: int) -> str:

@@ -1,0 +1,155 @@
+"""An agent for pretrained models: told how to answer, shown how it is done, read by one rule.
+
+Thoughts and actions take turns, as in ReAct (Yao et al. 2022, arXiv:2210.03629). Departures: shots
+are those of a world's own expert, which has actions but no thoughts; what the world shows comes as
+the user's turn, not as a line of the same text.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from ..core.config import Config, Shot
+from ..core.protocols import Briefing
+from ..core.types import Message, Observation, Parsed, Prompt, Step, Task, Tool
+
+MARK = "Action:"
+"""What the line of the action begins with."""
+SHOWN = 80
+"""Characters of an action that an answer to it repeats."""
+
+
+class ReactConfig(Config):
+    system: str | None = None
+    """The system message; None: words made here, of what the world says may be done and of how to
+    answer. Empty: none."""
+    thoughts: bool = False
+    """Ask for a thought before each action, in words. What stands in ``<think>`` tags is a thought
+    whether asked for or not."""
+    keep_thoughts: bool = True
+    """Whether the model sees what it thought in earlier turns. If not, those turns are its action
+    alone, and a conversation is several rows to the learner."""
+    shots: int = Field(default=0, ge=0, le=64)
+    """How many training tasks to show, done by the world's expert, before the one at hand."""
+    examples: tuple[Shot, ...] = ()
+    """Those shots. A run fills them in, drawn by its seed, and its checkpoints keep them; or say
+    them here. One of the very task at hand is left out."""
+    tools: tuple[str, ...] = ()
+    """What may be done, a line each. A run fills in what its world declares."""
+    window: int | None = Field(default=None, ge=1)
+    """How many turns of the task at hand the model sees, as in ``chat``."""
+    list_actions: bool = True
+    """Show every action that a world lists, below what it says."""
+
+
+class React:
+    """The action is what follows ``Action:`` on the first line that begins so, thoughts aside.
+
+    Thoughts are all before the last ``</think>``, and all lines before that one. Where a world
+    lists actions it must be one of them, whatever its case and spaces. A completion without such a
+    line, or with a ``<think>`` that does not end, is no action; the model is told why.
+    """
+
+    Config = ReactConfig
+
+    def __init__(self, config: ReactConfig) -> None:
+        self._config = config
+        words = instructions(config) if config.system is None else config.system
+        self._system = (Message("system", (words,)),) if words else ()
+
+    @staticmethod
+    def shots(config: ReactConfig) -> int:
+        """How many it wants to be told of; none if it was."""
+        return 0 if config.examples else config.shots
+
+    @staticmethod
+    def briefed(config: ReactConfig, briefing: Briefing) -> ReactConfig:
+        """The same, told of its world."""
+        examples = config.examples or briefing.shots
+        tools = config.tools or tuple(line(tool) for tool in briefing.tools)
+        return config.model_copy(update={"examples": examples, "tools": tools})
+
+    def prompt(self, task: Task, history: Sequence[Step], observation: Observation) -> Prompt:
+        messages = [*self._system]
+        # One more than wanted is known, in case the task at hand is among them.
+        others = [shot for shot in self._config.examples if shot.task != task.id]
+        for shot in others[: self._config.shots or len(others)]:
+            messages += self._shot(shot)
+        seen = [step.observation for step in history] + [observation]
+        window = self._config.window
+        first = 0 if window is None else max(0, len(history) - (window - 1))
+        opening = f"{task.instruction}\n{self._shown(seen[0].text, seen[0].actions)}".strip()
+        messages.append(Message("user", (*seen[0].images, opening)))
+        for k in range(first, len(history)):
+            messages.append(self._own(history[k]))
+            shown = self._shown(seen[k + 1].text, seen[k + 1].actions)
+            messages.append(Message("user", (*seen[k + 1].images, shown)))
+        return Prompt(tuple(messages))
+
+    def _shot(self, shot: Shot) -> list[Message]:
+        messages: list[Message] = []
+        for k, turn in enumerate(shot.turns):
+            shown = self._shown(turn.text, turn.actions)
+            words = shown if k else f"{shot.instruction}\n{shown}".strip()
+            messages.append(Message("user", (words,)))
+            messages.append(Message("assistant", (self.phrase(turn.action),)))
+        return messages
+
+    def _own(self, step: Step) -> Message:
+        completion = step.action.completion
+        if self._config.keep_thoughts or step.action.invalid:
+            return Message(
+                "assistant", (completion.text,), completion.token_ids, completion.tokenizer
+            )
+        return Message("assistant", (self.phrase(step.action.text),))
+
+    def _shown(self, text: str, actions: Sequence[str]) -> str:
+        if not (self._config.list_actions and actions):
+            return text
+        return f"{text}\nActions: {'; '.join(actions)}".strip()
+
+    def phrase(self, action: str) -> str:
+        """How the agent says an action: what ``parse`` reads as that."""
+        return f"{MARK} {action}"
+
+    def parse(self, text: str, observation: Observation) -> Parsed:
+        _, closed, spoken = text.rpartition("</think>")
+        if not closed and "<think>" in text:
+            return Parsed("", "The thought did not end.")
+        found = re.search(rf"^[ \t]*{MARK}(.*)$", spoken, re.M | re.I)
+        if found is None:
+            return Parsed("", f"No action: begin a line with {MARK!r}.")
+        action = found[1].strip()
+        if not action:
+            return Parsed("", f"No action: nothing follows {MARK!r}.")
+        if not observation.actions or action in observation.actions:
+            return Parsed(action)
+        alike = [one for one in observation.actions if _plain(one) == _plain(action)]
+        if len(alike) == 1:
+            return Parsed(alike[0])
+        return Parsed("", f"{action[:SHOWN]!r} is none of the listed actions.")
+
+
+def instructions(config: ReactConfig) -> str:
+    """What a model is told first."""
+    lines = ["You act in a world, one action a turn, until the task is done."]
+    if config.tools:
+        lines += ["You can do this:", *(f"- {tool}" for tool in config.tools)]
+    if config.thoughts:
+        lines.append("First write what you think, in one line.")
+        lines.append(f"Then write {MARK} and the action, in a line of its own.")
+    else:
+        lines.append(f"Answer with one line: {MARK} and the action.")
+    return "\n".join(lines)
+
+
+def line(tool: Tool) -> str:
+    """A tool in one line: how it is called, and what for."""
+    names = json.loads(tool.parameters).get("properties", {})
+    return f"{tool.name}({', '.join(names)}): {tool.description}"
+
+
+def _plain(action: str) -> str:
+    return " ".join(action.lower().strip(" .").split())
