@@ -16,7 +16,7 @@ from ..core.errors import (
     StoreError,
 )
 from ..core.unicode import no_unicode
-from . import bench_methods, check, compare, doctor, evaluate, list_, run, serve
+from . import bench_methods, check, compare, doctor, evaluate, list_, prompt, run, serve
 from .options import processes
 
 BAD_INPUT = (RecipeError, PluginError, ModelError, StoreError)
@@ -92,6 +92,7 @@ for name, verb in {
     "evaluate": evaluate.evaluate,
     "serve": serve.serve,
     "check": check.check,
+    "prompt": prompt.prompt,
     "compare": compare.compare,
     "bench-methods": bench_methods.bench_methods,
     "doctor": doctor.doctor,
