@@ -134,6 +134,7 @@ async def whole(
 async def agent_of(recipe: Recipe, worlds: Worlds, kept: RunFolder) -> Section:
     """The recipe's agent, told of its world; one that has begun is told nothing else later."""
     if not wants_briefing(recipe.agent):
+        kept.path(AGENT).unlink(missing_ok=True)  # Of another recipe, that came to nothing here.
         return recipe.agent
     if kept.begun and kept.has(AGENT):
         settings = read_json(kept.path(AGENT))

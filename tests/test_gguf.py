@@ -189,6 +189,11 @@ def test_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # It is not imported: that would run somebody's code.
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "__init__.py").write_text("raise SystemExit")
+    with pytest.raises(ModelError, match="found no GGUF file"):
+        file_of("package:one")  # It is listed, but somebody has removed it.
+    for name in ("one/m.gguf", "two/a.gguf", "two/b.gguf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"GGUF")
     assert file_of("package:one") == tmp_path / "one" / "m.gguf"
     for name, said in [
         ("none", "wanted one GGUF file in it, found no GGUF file"),

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from selfwright.core.play.rollout import rollouts
 from selfwright.core.protocols import Briefing
 from selfwright.core.recipe import section
 from selfwright.core.store import read_trajectories
+from selfwright.core.store.folder import LOCK
 from selfwright.core.store.schema import EPISODES
 from selfwright.core.types import (
     Action,
@@ -201,6 +203,14 @@ def test_a_run_keeps_its_shots_and_learns_in_its_form(player: Path, tmp_path: Pa
     recipe.write_text("\n".join(lines))
     overrides = ["agent.use=react", "agent.shots=2", "iterations=1", "policy.max_tokens=16"]
     played(recipe, overrides, tmp_path / "run")
+    # What a run that came to nothing was told is nothing to one of another recipe.
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("recipe.json", "agent.json", LOCK):
+        shutil.copy(tmp_path / "run" / name, other)
+    played(recipe, ["iterations=1"], other)
+    card = read_card(str(other / "iterations" / "0000" / "checkpoint"))
+    assert card is not None and card["agent"]["use"] == "chat"
     kept = json.loads((tmp_path / "run" / "agent.json").read_text())
     assert kept["use"] == "react" and len(kept["examples"]) == 3
     for place in ("run", "run/checkpoint", "run/iterations/0000/checkpoint"):

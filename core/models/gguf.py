@@ -55,6 +55,7 @@ def file_of(model: str) -> Path:
             "NAME spares what a package with a model in it wants beside"
         ) from None
     files = [Path(str(file.locate())) for file in found if str(file).endswith(SUFFIX)]
+    files = [file for file in files if file.is_file()]
     if len(files) != 1:
         what = "no GGUF file" if not files else ", ".join(sorted(file.name for file in files))
         raise ModelError(f"cannot open {model}: wanted one GGUF file in it, found {what}")
@@ -98,9 +99,12 @@ def _convert(file: Path, folder: Path) -> None:
     where: dict[str, Any] = {"gguf_file": file.name}
     try:
         _quiet()
-        tokens, template = _vocabulary(file)
+        fields = _fields(file)
+        tokens: list[str] = fields["tokenizer.ggml.tokens"]
+        template: str | None = fields.get("tokenizer.chat_template")
         tokenizer: Any = AutoTokenizer.from_pretrained(str(file.parent), **where)
-        _split_digits(file, tokenizer)
+        if fields.get("tokenizer.ggml.pre") == "smollm":
+            _split_digits(tokenizer)
         weights: Any = AutoModelForCausalLM.from_pretrained(
             str(file.parent), dtype=torch.float32, **where
         ).state_dict()
@@ -131,37 +135,28 @@ def _convert(file: Path, folder: Path) -> None:
         raise ModelError(f"{file} cannot be turned into a model folder: {fault}")
 
 
-def _vocabulary(file: Path) -> tuple[list[str], str | None]:
-    """The file's tokens by id, and its chat template."""
-    fields = _fields(file)
-    tokens = fields["tokenizer.ggml.tokens"].contents()
-    template = fields.get("tokenizer.chat_template")
-    return tokens, template and template.contents()
-
-
-@lru_cache(1)
 def _fields(file: Path) -> dict[str, Any]:
+    """What the file says of its tokenizer."""
     import gguf
 
     reader: Any = gguf.GGUFReader(str(file))
-    return dict(reader.fields)
+    wanted = ("tokenizer.ggml.tokens", "tokenizer.ggml.pre", "tokenizer.chat_template")
+    return {name: reader.fields[name].contents() for name in wanted if name in reader.fields}
 
 
-def _split_digits(file: Path, tokenizer: Any) -> None:
-    """Tokenise as the model was trained, where transformers does not look what the file says.
+def _split_digits(tokenizer: Any) -> None:
+    """Cut numbers into digits, and so the white space before them off, first of all.
 
-    ``smollm`` cuts numbers into digits, and so the white space before them off, first of all.
+    As SmolLM was trained; transformers does not look what the file says of this.
     """
     from tokenizers import pre_tokenizers
 
-    kind = _fields(file).get("tokenizer.ggml.pre")
-    if kind is not None and kind.contents() == "smollm":
-        tokenizer.backend_tokenizer.pre_tokenizer = cast(Any, pre_tokenizers).Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
+    tokenizer.backend_tokenizer.pre_tokenizer = cast(Any, pre_tokenizers).Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
 
 
 def _differ(weights: dict[str, Any], again: dict[str, Any]) -> str:
