@@ -6,6 +6,7 @@ from pydantic import Field
 
 from ..core.config import Config
 from ..core.types import Message, Observation, Parsed, Prompt, Step, Task
+from .conversation import conversation
 
 
 class ChatConfig(Config):
@@ -31,25 +32,10 @@ class Chat:
         self._config = config
 
     def prompt(self, task: Task, history: Sequence[Step], observation: Observation) -> Prompt:
-        messages = [Message("system", (self._config.system,))] if self._config.system else []
-        seen = [step.observation for step in history] + [observation]
-        window = self._config.window
-        # A cut window still opens with the first observation: it may hold the problem.
-        first = 0 if window is None else max(0, len(history) - (window - 1))
-        opening = f"{task.instruction}\n{self._shown(seen[0])}".strip()
-        messages.append(Message("user", (*seen[0].images, opening)))
-        for k in range(first, len(history)):
-            completion = history[k].action.completion
-            messages.append(
-                Message("assistant", (completion.text,), completion.token_ids, completion.tokenizer)
-            )
-            messages.append(Message("user", (*seen[k + 1].images, self._shown(seen[k + 1]))))
-        return Prompt(tuple(messages))
-
-    def _shown(self, observation: Observation) -> str:
-        if not (self._config.list_actions and observation.actions):
-            return observation.text
-        return f"{observation.text}\nActions: {'; '.join(observation.actions)}".strip()
+        config = self._config
+        system = [Message("system", (config.system,))] if config.system else []
+        turns = conversation(task, history, observation, config.window, config.list_actions)
+        return Prompt((*system, *turns))
 
     def parse(self, text: str, observation: Observation) -> Parsed:
         return Parsed(text.strip())

@@ -14,6 +14,7 @@ from pydantic import Field
 from ..core.config import Config, Shot
 from ..core.protocols import Briefing
 from ..core.types import Message, Observation, Parsed, Prompt, Step, Task, Tool
+from .conversation import conversation, opening, sampled, shown
 
 MARK = "Action:"
 """What the line of the action begins with."""
@@ -77,38 +78,23 @@ class React:
         others = [shot for shot in self._config.examples if shot.task != task.id]
         for shot in others[: self._config.shots or len(others)]:
             messages += self._shot(shot)
-        seen = [step.observation for step in history] + [observation]
-        window = self._config.window
-        first = 0 if window is None else max(0, len(history) - (window - 1))
-        opening = f"{task.instruction}\n{self._shown(seen[0].text, seen[0].actions)}".strip()
-        messages.append(Message("user", (*seen[0].images, opening)))
-        for k in range(first, len(history)):
-            messages.append(self._own(history[k]))
-            shown = self._shown(seen[k + 1].text, seen[k + 1].actions)
-            messages.append(Message("user", (*seen[k + 1].images, shown)))
+        window, listed = self._config.window, self._config.list_actions
+        messages += conversation(task, history, observation, window, listed, self._answered)
         return Prompt(tuple(messages))
 
     def _shot(self, shot: Shot) -> list[Message]:
         messages: list[Message] = []
         for k, turn in enumerate(shot.turns):
-            shown = self._shown(turn.text, turn.actions)
-            words = shown if k else f"{shot.instruction}\n{shown}".strip()
+            text = shown(turn.text, turn.actions, self._config.list_actions)
+            words = text if k else opening(shot.instruction, text)
             messages.append(Message("user", (words,)))
             messages.append(Message("assistant", (self.phrase(turn.action),)))
         return messages
 
-    def _own(self, step: Step) -> Message:
-        completion = step.action.completion
+    def _answered(self, step: Step) -> Message:
         if self._config.keep_thoughts or step.action.invalid:
-            return Message(
-                "assistant", (completion.text,), completion.token_ids, completion.tokenizer
-            )
+            return sampled(step)
         return Message("assistant", (self.phrase(step.action.text),))
-
-    def _shown(self, text: str, actions: Sequence[str]) -> str:
-        if not (self._config.list_actions and actions):
-            return text
-        return f"{text}\nActions: {'; '.join(actions)}".strip()
 
     def phrase(self, action: str) -> str:
         """How the agent says an action: what ``parse`` reads as that."""

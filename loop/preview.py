@@ -1,48 +1,22 @@
 """What a model would be asked at the beginning of a task, seen before anything is played."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-from ..core.config import PolicyConfig
 from ..core.errors import WorldError
 from ..core.hosting.pool import Worlds, open_worlds
-from ..core.hosting.world import World
 from ..core.models.open import open_tokens
 from ..core.play.briefing import briefed
 from ..core.play.draw import draw, starts
-from ..core.play.players import Player
+from ..core.play.players import ExpertPlayer, Player
 from ..core.play.rollout import rollouts
 from ..core.protocols import Agent, Policy
 from ..core.recipe import Recipe
 from ..core.seeds import derive
-from ..core.types import Action, Observation, Prompt, Step, Stop, Task, Trajectory
+from ..core.types import Prompt, Stop, Task, Trajectory
 from .evaluate import player_of
+from .run import policy_of, trusting
 from .warm_start import made_here
-
-
-@dataclass
-class Onlooker:
-    """Looks at what it would be asked, and does nothing."""
-
-    agent: Agent
-    prompts: list[Prompt] = field(default_factory=list[Prompt])
-    name: str = "onlooker"
-
-    def batch_slot(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    async def act(
-        self,
-        world: World,
-        task: Task,
-        history: Sequence[Step],
-        observation: Observation,
-        seed: int,
-    ) -> Action | None:
-        self.prompts.append(self.agent.prompt(task, history, observation))
-        return None
 
 
 async def preview(recipe: Recipe, split: str, number: int, answer: bool) -> dict[str, Any]:
@@ -63,9 +37,10 @@ async def preview(recipe: Recipe, split: str, number: int, answer: bool) -> dict
             raise WorldError(f"{split} holds {len(tasks)} tasks; there is no number {number}")
         task = tasks[number]
         recipe = replace(recipe, agent=await briefed(recipe.agent, worlds, recipe.seed))
-        onlooker = Onlooker(recipe.agent.make())
-        await _begun(onlooker, worlds, task, recipe.seed)
-        (prompt,) = onlooker.prompts
+        # An episode of no turns ends at what is seen first.
+        seen = (await _played(ExpertPlayer(), worlds, task, recipe.seed, 0)).final
+        agent: Agent = recipe.agent.make()
+        prompt = agent.prompt(task, (), seen)
         found: dict[str, Any] = {
             "task": task.id,
             "messages": [
@@ -79,21 +54,19 @@ async def preview(recipe: Recipe, split: str, number: int, answer: bool) -> dict
 
 def measured(recipe: Recipe, prompt: Prompt) -> dict[str, Any]:
     """The prompt in the model's own words and tokens; none where the run itself makes the model."""
-    config = recipe.policy.config
-    assert isinstance(config, PolicyConfig)
+    config = policy_of(recipe)
     if made_here(config) or not config.model:
         return {"text": None, "tokens": None, "max_tokens": config.max_tokens}
-    tokens = open_tokens(config.model, bool(getattr(config, "trust_remote_code", False)))
+    tokens = open_tokens(config.model, trusting(recipe))
     ids = tokens.prompt(prompt)
     text = tokens.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
     return {"text": text, "tokens": len(ids), "max_tokens": config.max_tokens}
 
 
 async def _answered(recipe: Recipe, worlds: Worlds, task: Task, wanted: bool) -> dict[str, Any]:
-    config = recipe.policy.config
-    assert isinstance(config, PolicyConfig)
     if not wanted:
         return {"answer": None}
+    config = policy_of(recipe)
     if made_here(config):
         raise WorldError(
             f"policy.model: {config.model} is made by the run, so there is nobody to ask before"
@@ -101,7 +74,7 @@ async def _answered(recipe: Recipe, worlds: Worlds, task: Task, wanted: bool) ->
     policy: Policy = recipe.policy.make(config.model, recipe.seed)
     try:
         player = player_of(config, recipe.agent.make(), policy, config.temperature)
-        played = await _begun(player, worlds, task, recipe.seed)
+        played = await _played(player, worlds, task, recipe.seed, 1)
     finally:
         await policy.close()
     action = played.steps[0].action
@@ -116,9 +89,9 @@ async def _answered(recipe: Recipe, worlds: Worlds, task: Task, wanted: bool) ->
     }
 
 
-async def _begun(player: Player, worlds: Worlds, task: Task, seed: int) -> Trajectory:
-    """An episode of one turn. Raises: WorldError: it broke."""
-    (played,) = await rollouts(player, worlds, starts([task], 1, seed, turns=1), seed)
+async def _played(player: Player, worlds: Worlds, task: Task, seed: int, turns: int) -> Trajectory:
+    """An episode of so many turns. Raises: WorldError: it broke."""
+    (played,) = await rollouts(player, worlds, starts([task], 1, seed, turns), seed)
     if played.stop == Stop.FAILED:
         raise WorldError(played.error)
     return played

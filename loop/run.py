@@ -119,7 +119,7 @@ async def whole(
             if fault := unreplayable(phase.trainer, worlds.spec, recipe.environment.use):
                 raise RecipeError(fault)
         await look_at_tasks(recipe, worlds, progress)
-        recipe = replace(recipe, agent=await agent_of(recipe, worlds, kept))
+        recipe = replace(recipe, agent=await briefed_agent(recipe, worlds, kept))
         judge: Judge = recipe.judge.make()
         base = await begun(recipe, worlds, kept, progress, learner_factory)
         agent: Agent = recipe.agent.make()
@@ -131,7 +131,7 @@ async def whole(
     return conclude(recipe, base, components.stopped, learned, kept)
 
 
-async def agent_of(recipe: Recipe, worlds: Worlds, kept: RunFolder) -> Section:
+async def briefed_agent(recipe: Recipe, worlds: Worlds, kept: RunFolder) -> Section:
     """The recipe's agent, told of its world; one that has begun is told nothing else later."""
     if not wants_briefing(recipe.agent):
         kept.path(AGENT).unlink(missing_ok=True)  # Of another recipe, that came to nothing here.

@@ -20,7 +20,7 @@ from ..core.hosting.pool import Worlds, open_worlds
 from ..core.models.open import open_tokens
 from ..core.models.origin import ADAPTER
 from ..core.models.tokens import ChatTokens
-from ..core.play.briefing import wants_briefing
+from ..core.play.briefing import shots_wanted
 from ..core.protocols import HasTokens, Judge, Policy
 from ..core.recipe import Section, section
 from ..core.statistics import Comparison, compare_outcomes
@@ -106,7 +106,7 @@ async def serve(asked: Asked, listener: Listener = ignore) -> dict[str, Any]:
     base, weights = weights_of(asked.checkpoint, card)
     spec = eval_spec_of(asked, card, mine)
     agent = spec.agent if spec else agent_of(card or {}, mine["agent"])
-    if wants_briefing(agent) and agent.plugin.shots(agent.config):
+    if shots_wanted(agent):
         raise RecipeError(
             "agent.shots: what is served is shown what its run was; serve the checkpoint of a run, "
             "or write shots of your own as agent.examples"

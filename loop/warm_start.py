@@ -19,7 +19,7 @@ from ..core.errors import LearnerError, RecipeError, WorldError
 from ..core.files import DRAFT, read_json, write_json
 from ..core.hosting.pool import Worlds
 from ..core.models.cache import is_made, kept, making
-from ..core.models.gguf import folder_of, is_gguf
+from ..core.models.gguf import resolved
 from ..core.play.draw import draw, starts
 from ..core.play.episode import turn_seed
 from ..core.play.players import ExpertPlayer, PolicyPlayer
@@ -60,7 +60,7 @@ async def prepare(
     assert isinstance(config, PolicyConfig)
     if config.model.startswith(scratch.PREFIX):
         scratch.parse(config.model)
-    model = folder_of(config.model) if is_gguf(config.model) else config.model
+    model = resolved(config.model)
     if not made_here(config):
         return str(Path(model).resolve()) if Path(model).is_dir() else model
     folder = kept(key_of(recipe))
@@ -133,7 +133,7 @@ def key_of(recipe: Recipe) -> str:
 
 
 def _contents(model: str) -> dict[str, str]:
-    folder = Path(folder_of(model) if is_gguf(model) else model)
+    folder = Path(resolved(model))
     if not folder.is_dir():
         return {}
     return {
@@ -188,7 +188,7 @@ async def _make(
             f"the expert of {recipe.environment.use} gave up at once on all of {len(begin)} tasks; "
             "there is nothing to warm up on"
         )
-    model = folder_of(config.model) if is_gguf(config.model) else config.model
+    model = resolved(config.model)
     if model.startswith(scratch.PREFIX):
         texts = [text for trajectory in shown[:WORDS] for text in _texts(trajectory)]
         scratch.make(model, texts, folder, derive(recipe.seed, "scratch"))

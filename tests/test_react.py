@@ -216,8 +216,9 @@ def test_a_run_keeps_its_shots_and_learns_in_its_form(player: Path, tmp_path: Pa
     for place in ("run", "run/checkpoint", "run/iterations/0000/checkpoint"):
         card = read_card(str(tmp_path / place))
         assert card is not None and card["agent"] == kept
-    assert len(read_trajectories(tmp_path / "run" / "iterations" / "0000" / EPISODES)) == 12
-    for one in read_trajectories(tmp_path / "run" / "iterations" / "0000" / EPISODES):
+    episodes = read_trajectories(tmp_path / "run" / "iterations" / "0000" / EPISODES)
+    assert len(episodes) == 12
+    for one in episodes:
         for step in one.trajectory.steps:
             assert step.action.completion.text == f"Action: {step.action.text}"
             assert len(step.action.prompt.messages) == 6

@@ -83,6 +83,11 @@ def folder_of(model: str) -> str:
     return str(folder)
 
 
+def resolved(model: str) -> str:
+    """``folder_of`` what is such a file; all else as it is called. Raises: as ``folder_of``."""
+    return folder_of(model) if is_gguf(model) else model
+
+
 @lru_cache(64)
 def _key(file: str, changed: int, size: int) -> str:
     """Of a file's content; ``changed`` and ``size`` are what it is remembered by."""

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from ..errors import ModelError, StoreError
 from ..files import read_json, write_json
-from .gguf import folder_of, is_gguf
+from .gguf import resolved
 
 ADAPTER = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -32,8 +32,7 @@ def parts_of(model: str) -> tuple[str, Path | None]:
         ModelError: nothing says on which base an adapter stands, or it is no GGUF file that can be
             read.
     """
-    if is_gguf(model):
-        return folder_of(model), None
+    model = resolved(model)
     for folder in (Path(model), Path(model) / "checkpoint"):
         if (folder / ADAPTER).is_file():
             return base_of(folder), folder

@@ -22,6 +22,11 @@ def wants_briefing(agent: Section) -> bool:
     return hasattr(agent.plugin, "briefed")
 
 
+def shots_wanted(agent: Section) -> int:
+    """How many shots it is still to be told of."""
+    return agent.plugin.shots(agent.config) if wants_briefing(agent) else 0
+
+
 async def briefed(agent: Section, worlds: Worlds, seed: int) -> Section:
     """The section ``agent``, told of its world; as it is, if its class wants no briefing.
 
@@ -30,9 +35,8 @@ async def briefed(agent: Section, worlds: Worlds, seed: int) -> Section:
     """
     if not wants_briefing(agent):
         return agent
-    wanted: Callable[[Config], int] = agent.plugin.shots
     brief: Callable[[Config, Briefing], Config] = agent.plugin.briefed
-    count = wanted(agent.config)
+    count = shots_wanted(agent)
     shots = await _shots(worlds, count, derive(seed, "shots")) if count else ()
     return replace(agent, config=brief(agent.config, Briefing(worlds.spec.tools, shots)))
 
