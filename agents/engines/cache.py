@@ -65,6 +65,8 @@ class RoomyLayer(DynamicLayer):
         self._length = 0
         self.store: tuple[Tensor, Tensor] | None = None
         """Keys and values, (B, H, room, D) each."""
+        self.shared: tuple[Tensor, Tensor] | None = None
+        """Those of what all rows begin with, (1, H, T, D) each, if they stand by themselves."""
 
     def begin(self, keys: Tensor, values: Tensor) -> None:
         """Start with these columns, (B, H, T, D), already there."""
@@ -118,15 +120,24 @@ class Place:
     """Per layer."""
     row: int
     offset: int
-    """The column of its first token."""
+    """The column of its first token; of the first behind ``base`` if it has one."""
     length: int
+    """In tokens, those of ``base`` included."""
+    base: "Place | None" = None
+    """Where its beginning is, if that stands by itself."""
+
+    @property
+    def behind(self) -> int:
+        """How many of its tokens stand by themselves."""
+        return self.base.length if self.base else 0
 
 
 class PrefixCache:
     """Keys and values of conversations, so that the next turn reads only what is new.
 
-    Forgets its oldest batches once it holds more than ``limit`` bytes, even the last. Must be
-    cleared whenever the model's weights change.
+    And those of what many conversations begin with, for all that are to come. Forgets its oldest
+    batches once it holds more than ``limit`` bytes, even the last. Must be cleared whenever the
+    model's weights change.
     """
 
     def __init__(self, limit: int) -> None:
@@ -134,6 +145,9 @@ class PrefixCache:
         self._places: dict[Read, Place] = {}
         self._batches: deque[list[tuple[Tensor, Tensor]]] = deque()
         self._lengths: Counter[int] = Counter()
+        self._shared: dict[tuple[int, ...], Place] = {}
+        self.last: tuple[int, ...] = ()
+        """The ids of the last prompt that began a conversation."""
 
     def find(self, prompt: Read) -> Place | None:
         """The longest conversation that ``prompt`` goes on from."""
@@ -147,20 +161,46 @@ class PrefixCache:
                         return place
         return None
 
-    def keep(self, layers: Sequence[RoomyLayer], rows: Sequence[tuple[int, Read, int]]) -> None:
+    def keep(
+        self,
+        layers: Sequence[RoomyLayer],
+        rows: Sequence[tuple[int, Read, int]],
+        base: Place | None = None,
+    ) -> None:
         """Remember ``(row, what was read, column of the first)`` of the layers' present stores."""
         stores = [layer.store for layer in layers if layer.store is not None]
         for row, read, offset in rows:
             if read not in self._places:
                 self._lengths[len(read[0])] += 1
-            self._places[read] = Place(stores, row, offset, len(read[0]))
+            self._places[read] = Place(stores, row, offset, len(read[0]), base)
         self._batches.append(stores)
-        while self.nbytes > self._limit:
-            self._forget(self._batches.popleft())
+        self._shrink()
+
+    def shared(self, ids: tuple[int, ...]) -> Place | None:
+        """Where exactly these are, for whoever begins with them."""
+        return self._shared.get(ids)
+
+    def share(self, ids: tuple[int, ...], place: Place) -> None:
+        """Keep them until the weights change, as far as there is room."""
+        self._shared[ids] = place
+        self._shrink()
+
+    def begins(self, ids: tuple[int, ...]) -> int:
+        """How much of a prompt's beginning is kept, as far as there is more of it."""
+        kept = (len(one) for one in self._shared if len(one) < len(ids) and one == ids[: len(one)])
+        return max(kept, default=0)
+
+    def _shrink(self) -> None:
+        while self.nbytes > self._limit and (self._batches or self._shared):
+            if self._batches:
+                self._forget(self._batches.popleft())
+            else:
+                del self._shared[next(iter(self._shared))]
 
     @property
     def nbytes(self) -> int:
-        return sum(k.nbytes + v.nbytes for stores in self._batches for k, v in stores)
+        shared = [place.stores for place in self._shared.values()]
+        return sum(k.nbytes + v.nbytes for stores in (*self._batches, *shared) for k, v in stores)
 
     def _forget(self, batch: list[tuple[Tensor, Tensor]]) -> None:
         for read in [read for read, place in self._places.items() if place.stores is batch]:
@@ -168,10 +208,14 @@ class PrefixCache:
             self._lengths[len(read[0])] -= 1
         self._lengths = +self._lengths
 
-    def clear(self) -> None:
+    def clear(self, shared: bool = True) -> None:
+        """Forget the conversations, and what they share if ``shared``."""
         self._places.clear()
         self._batches.clear()
         self._lengths.clear()
+        if shared:
+            self._shared.clear()
+            self.last = ()
 
 
 def copy_places(

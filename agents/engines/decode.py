@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ...core.models.tokens import PAD
-from .cache import PrefixCache, Read, attends_only, check_used, copy_places, layers_for
+from .attention import plain, reading, shares
+from .cache import Place, PrefixCache, Read, attends_only, check_used, copy_places, layers_for
 
 
 @dataclass(frozen=True)
@@ -47,40 +48,49 @@ class Sampled:
 
 @torch.inference_mode()
 def sample(
-    model: Any, wants: Sequence[Want], ends: Set[int], memory: PrefixCache | None = None
+    model: Any,
+    wants: Sequence[Want],
+    ends: Set[int],
+    memory: PrefixCache | None = None,
+    shared: int = 0,
 ) -> list[Sampled]:
     """Completions of ``wants``, in order. Equal prompts are read once, remembered ones not again.
 
     The result for one want depends on the others only through rounding. Models that do more than
     attend to what they have read are asked prompts of one length at a time, and remember nothing.
 
-    ``ends``: the tokens that end a completion.
+    ``ends``: the tokens that end a completion. ``shared``: how many ids all prompts begin with that
+    are read once, and kept for others; each prompt has another behind them.
 
     Raises:
         FloatingPointError: the model's logits are not finite.
         ValueError: the model keeps what it has read in a way of its own.
     """
     if attends_only(model):
-        return _sample(model, wants, ends, memory)
+        return _sample(model, wants, ends, memory, shared)
     samples: dict[int, Sampled] = {}
     for length in dict.fromkeys(len(want.prompt) for want in wants):
         group = [k for k, want in enumerate(wants) if len(want.prompt) == length]
-        found = _sample(model, [wants[k] for k in group], ends, None)
+        found = _sample(model, [wants[k] for k in group], ends, None, 0)
         samples |= zip(group, found, strict=True)
     return [samples[k] for k in range(len(wants))]
 
 
 def _sample(
-    model: Any, wants: Sequence[Want], ends: Set[int], memory: PrefixCache | None
+    model: Any, wants: Sequence[Want], ends: Set[int], memory: PrefixCache | None, shared: int
 ) -> list[Sampled]:
     device = model.device
     prompts = list(dict.fromkeys(want.read for want in wants))
     steps = max(want.max_tokens for want in wants)
-    layers, real, logits = _read(model, prompts, steps, memory)
+    base = _beginning(model, prompts[0][0][:shared], memory) if shared else None
+    layers, real, logits = _read(model, prompts, steps, memory, base)
+    if not shares(model):
+        base = None  # It was copied into every row.
+    before = base.length if base else 0
     cache: Any = Cache(layers=list(layers))
     longest = real.shape[1] - steps
-    padded = any(len(ids) < longest for ids, _ in prompts)
-    ready = _reads_masks(model)
+    padded = any(len(ids) < before + longest for ids, _ in prompts)
+    ready = plain(model)
     place = {prompt: k for k, prompt in enumerate(prompts)}
     rows = torch.tensor([place[want.read] for want in wants], device=device)
     if len(prompts) != len(wants):
@@ -100,10 +110,11 @@ def _sample(
         memory.keep(
             layers,
             [
-                (row, (ids + tuple(results[k].ids[:-1]), images), longest - len(ids))
+                (row, (ids + tuple(results[k].ids[:-1]), images), before + longest - len(ids))
                 for row, k in ended
                 for ids, images in [wants[k].read]
             ],
+            base,
         )
 
     for step in range(steps):
@@ -124,32 +135,56 @@ def _sample(
     return results
 
 
+def _beginning(model: Any, ids: tuple[int, ...], memory: PrefixCache | None) -> Place:
+    """Where ``ids`` are, read now unless memory has them."""
+    place = memory.shared(ids) if memory else None
+    if place is None:
+        layers = layers_for(model, len(ids))
+        row = torch.tensor([ids], device=model.device)
+        positions = torch.arange(len(ids), device=model.device)[None]
+        _forward(model, row, None, positions, Cache(layers=list(layers)))
+        place = Place([layer.store for layer in layers], 0, 0, len(ids))
+        if memory:
+            memory.share(ids, place)
+    return place
+
+
 def _read(
     model: Any,
     prompts: Sequence[Read],
     steps: int,
     memory: PrefixCache | None,
+    base: Place | None,
 ) -> tuple[list[Any], Tensor, Tensor]:
     """The cache after the prompts, which columns are real (B, T + steps), and (B, V) logits.
 
-    Prompts stand flush right. What memory knows of every one of them is copied, the rest read.
+    Prompts stand flush right, without their common beginning if the model lets that stand by
+    itself. What memory knows of every one of them is copied, the rest read.
     """
-    ids, real = _left_padded([ids for ids, _ in prompts], steps)
+    before = base.length if base and shares(model) else 0
+    own = [ids[before:] for ids, _ in prompts]
+    ids, real = _left_padded(own, steps)
     ids, real = ids.to(model.device), real.to(model.device)
     longest = ids.shape[1]
     layers = layers_for(model, longest + steps)
-    places = [place for prompt in prompts if memory and (place := memory.find(prompt))]
-    known = 0
-    if len(places) == len(prompts):
+    if base and before:
+        for layer, store in zip(layers, base.stores, strict=True):
+            layer.shared = store
+    found = [memory.find(prompt) if memory else None for prompt in prompts]
+    places = [at if at and at.behind == before else None for at in found]
+    if base and not before:
+        places = [at or base for at in places]
+    known, remembered = 0, [at for at in places if at]
+    if len(remembered) == len(prompts):
         known = longest - max(
-            len(p) - at.length for (p, _), at in zip(prompts, places, strict=True)
+            len(p) - at.length for (p, _), at in zip(prompts, remembered, strict=True)
         )
-        copy_places(layers, places, [longest - len(p) for p, _ in prompts], known)
-    padded = any(len(p) < longest for p, _ in prompts)
+        copy_places(layers, remembered, [longest - len(p) for p in own], known)
+    padded = any(len(p) < longest for p in own)
     seen = None
-    if padded or known:
-        seen = _mask(real[:, :longest], longest - known, _reads_masks(model))
-    positions = (real[:, :longest].cumsum(1) - 1).clamp(min=0)[:, known:]
+    if padded or known or before:
+        seen = _mask(real[:, :longest], longest - known, plain(model))
+    positions = (real[:, :longest].cumsum(1) - 1).clamp(min=0)[:, known:] + before
     logits = _forward(model, ids[:, known:], seen, positions, Cache(layers=list(layers)))
     check_used(layers)
     return layers, real, logits
@@ -178,29 +213,19 @@ def _mask(real: Tensor, queries: int, ready: bool) -> Tensor:
     return (real[:, None, None] & causal) | causal.triu(before)
 
 
-def _reads_masks(model: Any) -> bool:
-    """Whether bool masks may be given ready-made, which spares making them anew for every token.
-
-    Other kinds of attention want other masks, and a model with sliding windows wants two.
-    """
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ("sliding_attention",)
-    slides = getattr(config, "sliding_window", None) and "sliding_attention" in kinds
-    return config._attn_implementation == "sdpa" and not slides
-
-
 def _forward(
     model: Any, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache
 ) -> Tensor:
     """(B, V) float32 logits of the last position."""
-    out = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    with reading(cache.layers):
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
     return out.logits[:, -1].float()
 
 

@@ -93,8 +93,9 @@ class TransformersPolicy:
             self._seats -= 1
             if not self._seats:
                 # Nobody is in a conversation. To forget now also makes what follows independent
-                # of what came before, rounding included.
-                self._forget()
+                # of what came before, rounding included. What conversations begin with is the
+                # same whenever it is read, and stays until the weights change.
+                self._forget(shared=False)
             self._kick()
 
     async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
@@ -180,12 +181,14 @@ class TransformersPolicy:
         asked.sort(key=lambda r: (len(r.prompt), r.prompt, r.seed))
         loop = asyncio.get_running_loop()
         try:
-            for group in self._batches(asked):
+            for group, shared in self._batches(asked):
                 batch = [request for request in group if not request.answer.done()]
                 if not batch:
                     continue
                 try:
-                    answers = await loop.run_in_executor(self._thread, self._generate, batch)
+                    answers = await loop.run_in_executor(
+                        self._thread, self._generate, batch, shared
+                    )
                 except Exception as cause:
                     for request in batch:
                         if not request.answer.done():
@@ -201,21 +204,19 @@ class TransformersPolicy:
             self._give_up(asked)
             self._kick()
 
-    def _batches(self, asked: Sequence[Request]) -> Iterator[Sequence[Request]]:
-        """Conversations that memory knows, then new ones, which are read from the start."""
-        known = [
-            self._memory is not None and bool(self._memory.find((r.prompt, ()))) for r in asked
-        ]
-        for wanted in (True, False):
-            group = [r for r, k in zip(asked, known, strict=True) if k == wanted]
-            for k in range(0, len(group), self._config.batch_size):
-                yield group[k : k + self._config.batch_size]
+    def _batches(self, asked: Sequence[Request]) -> Iterator[tuple[Sequence[Request], int]]:
+        """What is sampled together, and how many ids it all begins with that are read once."""
+        from .plan import plan
 
-    def _forget(self) -> None:
+        for which, shared in plan([(request.prompt, ()) for request in asked], self._memory):
+            for k in range(0, len(which), self._config.batch_size):
+                yield [asked[i] for i in which[k : k + self._config.batch_size]], shared
+
+    def _forget(self, shared: bool = True) -> None:
         if self._memory is not None:
-            self._memory.clear()
+            self._memory.clear(shared)
 
-    def _generate(self, requests: Sequence[Request]) -> list[Completion]:
+    def _generate(self, requests: Sequence[Request], shared: int) -> list[Completion]:
         from .decode import Want, sample
 
         tokens = self.tokens
@@ -232,7 +233,7 @@ class TransformersPolicy:
             )
             for request in requests
         ]
-        samples = sample(self.model, wants, tokens.ends, self._memory)
+        samples = sample(self.model, wants, tokens.ends, self._memory, shared)
         return [
             Completion(
                 self._text(request, tuple(one.ids)),
@@ -305,11 +306,15 @@ class TransformersPolicy:
         self.checkpoint = str(folder)
 
     def _replace(self, folder: Path) -> None:
+        from .attention import attend, shares
+
         config = self._config
         dtype = str(self.model.dtype).removeprefix("torch.")
         whole = open_weights(str(folder), str(self.model.device), dtype, config.trust_remote_code)
         if _shapes(whole) != _shapes(self.model):
             raise PolicyError(f"the model in {folder} is of another architecture than the base")
+        if shares(self.model):
+            attend(whole)
         self._base, self.model = self.model, frozen(whole)
 
     def _restore_base(self) -> None:
@@ -326,12 +331,15 @@ def frozen(model: Any) -> Any:
 
 def _try(model: Any, name: str, token: int) -> None:
     """Have the engine sample a little. Raises: ModelError: it cannot run such a model."""
+    from .attention import attend, forgo
     from .cache import kinds_of
     from .decode import Want, sample
 
-    wants = [Want((token,) * length, 0, 0.0, max_tokens=2) for length in (1, 2)]
+    wants = [Want((token,) * length, 0, 0.0, max_tokens=2) for length in (2, 3)]
     try:
-        sample(model, wants, frozenset())
+        plain = sample(model, wants, frozenset())
+        if attend(model) and not _alike(model, wants, plain):
+            forgo(model)
     except FloatingPointError:
         pass  # A matter of these weights: a checkpoint may have others.
     except Exception as cause:
@@ -340,6 +348,21 @@ def _try(model: Any, name: str, token: int) -> None:
             f"policy.use: transformers cannot run {name!r} ({type(model).__name__}, layers of "
             f"{kinds}): {type(cause).__name__}: {cause}; policy.use: vllm runs more kinds"
         ) from cause
+
+
+def _alike(model: Any, wants: Sequence[Any], plain: Sequence[Any]) -> bool:
+    """Whether it says the same where the first id of its prompts stands by itself."""
+    from .decode import sample
+
+    try:
+        shared = sample(model, wants, frozenset(), None, shared=1)
+    except ValueError:
+        return False
+    return all(
+        abs(a - b) < 0.05
+        for one, other in zip(shared, plain, strict=True)
+        for a, b in zip(one.logprobs, other.logprobs, strict=True)
+    )
 
 
 def _shapes(model: Any) -> dict[str, Any]:
