@@ -11,10 +11,11 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from ..core.config import Config, Shot
+from ..core.actions import in_words, texts_grammar
+from ..core.config import Config, Shot, Variables
 from ..core.protocols import Briefing
-from ..core.types import Message, Observation, Parsed, Prompt, Step, Task, Tool
-from .conversation import conversation, opening, sampled, shown
+from ..core.types import Constraint, Message, Observation, Parsed, Prompt, Step, Task
+from .conversation import before, conversation, sampled, variables
 
 MARK = "Action:"
 """What the line of the action begins with."""
@@ -39,10 +40,15 @@ class ReactConfig(Config):
     them here. One of the very task at hand is left out."""
     tools: tuple[str, ...] = ()
     """What may be done, a line each. A run fills in what its world declares."""
+    grammar: str = ""
+    """What a text of these tools may be, in Lark, with a rule ``action``, for ``policy.constrain``.
+    A run fills it in."""
     window: int | None = Field(default=None, ge=1)
     """How many turns of the task at hand the model sees, as in ``chat``."""
     list_actions: bool = True
     """Show every action that a world lists, below what it says."""
+    template: Variables = Field(default_factory=dict)
+    """The chat template's own variables, such as ``enable_thinking: false``."""
 
 
 class React:
@@ -69,27 +75,17 @@ class React:
     def briefed(config: ReactConfig, briefing: Briefing) -> ReactConfig:
         """The same, told of its world."""
         examples = config.examples or briefing.shots
-        tools = config.tools or tuple(line(tool) for tool in briefing.tools)
-        return config.model_copy(update={"examples": examples, "tools": tools})
+        tools = config.tools or tuple(map(in_words, briefing.tools))
+        grammar = config.grammar or (texts_grammar(briefing.tools) if briefing.tools else "")
+        return config.model_copy(update={"examples": examples, "tools": tools, "grammar": grammar})
 
     def prompt(self, task: Task, history: Sequence[Step], observation: Observation) -> Prompt:
         messages = [*self._system]
-        # One more than wanted is known, in case the task at hand is among them.
-        others = [shot for shot in self._config.examples if shot.task != task.id]
-        for shot in others[: self._config.shots or len(others)]:
-            messages += self._shot(shot)
-        window, listed = self._config.window, self._config.list_actions
+        config = self._config
+        window, listed = config.window, config.list_actions
+        messages += before(task, config.examples, config.shots, self.phrase, listed)
         messages += conversation(task, history, observation, window, listed, self._answered)
-        return Prompt(tuple(messages))
-
-    def _shot(self, shot: Shot) -> list[Message]:
-        messages: list[Message] = []
-        for k, turn in enumerate(shot.turns):
-            text = shown(turn.text, turn.actions, self._config.list_actions)
-            words = text if k else opening(shot.instruction, text)
-            messages.append(Message("user", (words,)))
-            messages.append(Message("assistant", (self.phrase(turn.action),)))
-        return messages
+        return Prompt(tuple(messages), template=variables(self._config.template))
 
     def _answered(self, step: Step) -> Message:
         if self._config.keep_thoughts or step.action.invalid:
@@ -99,6 +95,21 @@ class React:
     def phrase(self, action: str) -> str:
         """How the agent says an action: what ``parse`` reads as that."""
         return f"{MARK} {action}"
+
+    def constraint(self, observation: Observation) -> Constraint | None:
+        """Only what ``parse`` reads an action in; with ``thoughts``, after a line of one."""
+        lead = json.dumps(f"{MARK} ")
+        if not (observation.actions or self._config.grammar):
+            action = "action: /[^\\n]+/"
+        elif self._config.thoughts or not observation.actions:
+            quoted = (json.dumps(one, ensure_ascii=False) for one in observation.actions)
+            listed = f"action: {' | '.join(quoted)}"
+            action = listed if observation.actions else self._config.grammar
+        else:
+            return Constraint(tuple(map(self.phrase, observation.actions)))
+        thought = 'THOUGHT "\\n"' if self._config.thoughts else ""
+        rules = f"start: {thought} {lead} action\n{action}"
+        return Constraint(grammar=rules + ("\nTHOUGHT: /[^\\n]+/" if thought else ""))
 
     def parse(self, text: str, observation: Observation) -> Parsed:
         _, closed, spoken = text.rpartition("</think>")
@@ -129,12 +140,6 @@ def instructions(config: ReactConfig) -> str:
     else:
         lines.append(f"Answer with one line: {MARK} and the action.")
     return "\n".join(lines)
-
-
-def line(tool: Tool) -> str:
-    """A tool in one line: how it is called, and what for."""
-    names = json.loads(tool.parameters).get("properties", {})
-    return f"{tool.name}({', '.join(names)}): {tool.description}"
 
 
 def _plain(action: str) -> str:

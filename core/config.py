@@ -1,6 +1,6 @@
 """The base of every configuration, and the recipe's own."""
 
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -23,6 +23,21 @@ class Use(BaseModel):
     @property
     def config(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
+
+
+Variables: TypeAlias = dict[str, bool | int | float | str]
+"""Of a chat template, fixed for a run."""
+
+
+class Function(Config):
+    """What a model may call."""
+
+    name: str
+    description: str
+    parameters: str
+    """A JSON schema of its arguments."""
+    text: str = ""
+    """How the world wants a call written, as in ``core.types.Tool``."""
 
 
 class Turn(Config):
@@ -146,6 +161,11 @@ class Budget(Config):
 class WarmStart(Config):
     """Clone the world's own expert before the run, for models that cannot play at all yet."""
 
+    method: Literal["full", "lora"] | None = None
+    """Which weights it changes: all, or those of an adapter that is then merged. None: all of a
+    model made here, an adapter of any other."""
+    rank: int = Field(default=16, ge=1)
+    """Of the adapter; its alpha is twice that."""
     skill: float | None = Field(default=None, gt=0, le=1)
     """Stop once this share of validation tasks is solved greedily; None: do all ``updates``."""
     updates: int = Field(default=2000, ge=1)
@@ -174,9 +194,22 @@ class PolicyConfig(Config):
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_tokens: int = Field(default=64, ge=1)
     """Per completion."""
+    max_thought: int | None = Field(default=None, ge=1)
+    """Tokens of a thought in ``<think>`` tags: one that has not ended by then is cut, and is no
+    action. None: ``max_tokens`` bounds it with all else."""
     stop: list[str] = []
-    listed: bool = False
-    """Only actions that the world lists may be sampled."""
+    constrain: bool = False
+    """Only what the agent reads as an action may be sampled: one of those that the world lists, or
+    a text of the grammar that the agent makes of its tools."""
     timeout_s: float = Field(default=600.0, gt=0)
     """Deadline of one completion, waiting for its batch included."""
     warm_start: WarmStart | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, given: Any) -> Any:
+        """``listed`` is what older recipes and runs call ``constrain``."""
+        if isinstance(given, dict) and "listed" in given and "constrain" not in given:
+            keys = cast(dict[str, Any], given)
+            return {("constrain" if key == "listed" else key): keys[key] for key in keys}
+        return cast(Any, given)

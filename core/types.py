@@ -30,7 +30,8 @@ Part: TypeAlias = str | Image
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "user", "assistant", "tool"]
+    """``tool``: what a function that was called came to."""
     parts: tuple[Part, ...]
     """Text and pictures, in the order in which they are read."""
     token_ids: tuple[int, ...] = ()
@@ -61,6 +62,9 @@ class Tool:
     description: str
     parameters: str
     """A JSON schema of its arguments, in canonical form (keys sorted, no spaces)."""
+    text: str = ""
+    """How ``step`` wants a call written, each argument as ``{its name}``; empty: as
+    ``name(argument=JSON, ...)``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,9 @@ class Prompt:
 
     messages: tuple[Message, ...] = ()
     tools: tuple[Tool, ...] = ()
+    template: str = ""
+    """A JSON object, in canonical form, of the chat template's own variables, such as
+    ``{"enable_thinking":false}``; or empty."""
 
     @property
     def images(self) -> tuple[Image, ...]:
@@ -87,6 +94,16 @@ class Observation:
 
 
 @dataclass(frozen=True, slots=True)
+class Constraint:
+    """What a completion may be: one of some texts, or a text of a grammar."""
+
+    choices: tuple[str, ...] = ()
+    """Exactly one of these, in the tokens that the tokenizer makes of it."""
+    grammar: str = ""
+    """If there are no choices: a Lark grammar as llguidance reads it; in any tokens."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How to sample one completion."""
 
@@ -96,8 +113,10 @@ class Sampling:
     max_tokens: int = 64
     stop: tuple[str, ...] = ()
     """The completion ends before the first of these texts."""
-    choices: tuple[str, ...] = ()
-    """If given, the completion is exactly one of these."""
+    thought: int | None = None
+    """The most tokens of a thought: an answer whose ``<think>`` has not ended by then is cut."""
+    constraint: Constraint | None = None
+    """What it may be; neither length nor a stop text cuts one of its choices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +135,11 @@ class Completion:
     version: int = -1
     """From how many of its run's iterations the policy had learned when it was asked; -1: unknown.
     What answered had learned from as many or, if weights were loaded meanwhile, from more."""
+    constraint: Constraint | None = None
+    """What it was held to as it was sampled."""
+    constrained: tuple[float, ...] = ()
+    """(T,) nats, of the model's distribution over the tokens that the constraint allows
+    (temperature 1); empty where there was none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ from typing import ClassVar, Literal, Self, overload
 from pydantic import Field, model_validator
 
 from ..core.config import Config
-from ..core.types import Observation, Task, TimeStep, WorldSpec
+from ..core.files import canonical_json
+from ..core.types import Observation, Task, TimeStep, Tool, WorldSpec
 
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 SHARES = (("test", 10), ("validation", 20), ("train", 100))
@@ -27,6 +28,35 @@ SHARES = (("test", 10), ("validation", 20), ("train", 100))
 
 DRAWS = 20_000
 """After so many vain draws there seems to be no such puzzle."""
+
+
+NUMBER = r"[0-9]{1,6}"
+SUM = rf"{NUMBER}( ?[-+*/] ?{NUMBER}){{0,5}}"
+BRACKETED = rf"({NUMBER}|\({SUM}\))"
+INSIDE = rf"{BRACKETED}( ?[-+*/] ?{BRACKETED}){{0,5}}"
+OPERAND = rf"({BRACKETED}|\({INSIDE}\))"
+EXPRESSION = rf"{OPERAND}( ?[-+*/] ?{OPERAND}){{0,5}}"
+"""Expressions of brackets at most two deep, which is all that six numbers are likely to want; a
+regular expression holds no deeper ones than it spells out."""
+TOOL = Tool(
+    "answer",
+    "Try an expression.",
+    canonical_json(
+        {
+            "type": "object",
+            "properties": {
+                "expression": {
+                    "type": "string",
+                    "pattern": f"^{EXPRESSION}$",
+                    "description": "It uses each of the given numbers exactly once.",
+                }
+            },
+            "required": ["expression"],
+            "additionalProperties": False,
+        }
+    ),
+    "{expression}",
+)
 
 
 class Illegal(ValueError):
@@ -264,7 +294,7 @@ class Countdown:
     """
 
     Config = CountdownConfig
-    spec: ClassVar[WorldSpec] = WorldSpec(isolation="inline", task=CountdownTask)
+    spec: ClassVar[WorldSpec] = WorldSpec(isolation="inline", task=CountdownTask, tools=(TOOL,))
 
     def __init__(self, config: CountdownConfig, oracle: bool = True) -> None:
         self._config = config

@@ -462,12 +462,13 @@ def player_of(
 ) -> PolicyPlayer:
     assert isinstance(config, PolicyConfig)
     sampling = sampling_of(config, temperature)
-    return PolicyPlayer(agent, policy, sampling, config.timeout_s, config.listed, version)
+    return PolicyPlayer(agent, policy, sampling, config.timeout_s, config.constrain, version)
 
 
 def sampling_of(config: PolicyConfig, temperature: float) -> Sampling:
     top_p = 1.0 if temperature == 0 else config.top_p
-    return Sampling(temperature, top_p, config.max_tokens, tuple(config.stop))
+    stop = tuple(config.stop)
+    return Sampling(temperature, top_p, config.max_tokens, stop, config.max_thought)
 
 
 def judge_of(section: Section) -> JudgeIdentity:

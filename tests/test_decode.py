@@ -18,6 +18,7 @@ from scipy.stats import chisquare  # pyright: ignore[reportUnknownVariableType]
 
 from selfwright.agents.engines.cache import PrefixCache
 from selfwright.agents.engines.decode import Sampled, Want, sample
+from selfwright.core.models.constraints import Chosen, Follower, tree
 
 NEVER = frozenset[int]()
 """No token ends what is sampled."""
@@ -83,6 +84,11 @@ def shapes_read(model: Any) -> Generator[list[tuple[int, int]]]:
         yield shapes
     finally:
         hook.remove()
+
+
+def one_of(*choices: tuple[int, ...]) -> Callable[[], Follower]:
+    root = tree(choices)
+    return lambda: Chosen(root)
 
 
 def ids(results: Sequence[Sampled]) -> list[list[int]]:
@@ -185,7 +191,7 @@ def mixed(count: int, seed: int = 0) -> list[Want]:
             temperature=rng.choice([0.0, 0.7, 1.0]),
             top_p=rng.choice([0.5, 1.0]),
             max_tokens=rng.randrange(1, 20),
-            choices=((7, 8, 1), (7, 9, 9, 1), (1,)) if k % 5 == 0 else (),
+            follow=one_of((7, 8, 1), (7, 9, 9, 1), (1,)) if k % 5 == 0 else None,
             stopped=(lambda so_far: len(so_far) == 4) if k % 7 == 0 else None,
         )
         for k in range(count)
@@ -235,7 +241,8 @@ def test_choices_are_the_only_answers(model: Callable[[str], Any]) -> None:
     choices = ((20, 21, end), (20, 21, 22, end), (20, 30, 22, end), (40, end), (end,))
     prompts = prompts_of([4, 9, 6])
     wants = [
-        Want(prompts[k % 3], k, temperature=8.0, max_tokens=9, choices=choices) for k in range(300)
+        Want(prompts[k % 3], k, temperature=8.0, max_tokens=9, follow=one_of(*choices))
+        for k in range(300)
     ]
     results = sample(net, wants, {end})
     seen = Counter(tuple(result.ids) for result in results)
@@ -250,7 +257,7 @@ def test_greedy_takes_the_likelier_choice(model: Callable[[str], Any]) -> None:
     net, end = model("llama"), 1
     for prompt in prompts_of([5] * 12):
         choices = ((50, end), (60, end), (70, end))
-        (result,) = sample(net, [Want(prompt, 0, 0.0, choices=choices)], {end})
+        (result,) = sample(net, [Want(prompt, 0, 0.0, follow=one_of(*choices))], {end})
         first = [logprobs_of(net, prompt, choice)[0] for choice in choices]
         assert tuple(result.ids) == choices[first.index(max(first))]
 
@@ -376,7 +383,7 @@ def test_layers_are_masked_as_their_kind_wants_it() -> None:
 
 def test_choices_may_hold_an_end_token(model: Callable[[str], Any]) -> None:
     choices = ((20, 1, 21, 1), (30, 1))
-    wants = [Want((5, 6), k, 9.0, choices=choices) for k in range(20)]
+    wants = [Want((5, 6), k, 9.0, follow=one_of(*choices)) for k in range(20)]
     assert {tuple(one.ids) for one in sample(model("qwen3"), wants, END)} == set(choices)
 
 

@@ -149,6 +149,37 @@ def test_the_gradient_is_the_plain_one(model_folder: Folder, kind: str) -> None:
     assert close(seen[0], plain)
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_rows_begin_with_is_read_once(model_folder: Folder, kind: str, method: str) -> None:
+    words = Message("system", ("play as shown: " + "3 + 5 = 8, 8 * 3 = 24; " * 12,))
+
+    def shown(tokens: ChatTokens) -> tuple[Example, ...]:
+        return tuple(
+            replace(one, prompt=Prompt((words, *one.prompt.messages))) for one in talks(tokens, 6)
+        )
+
+    found: list[tuple[Gradients, float]] = []
+    for once in (True, False):
+        learner = learner_of(model_folder(kind), method=method, token_budget=600, **LOOSE)
+        examples = shown(learner._tokens)
+        whole = sum(len(row.ids) for row in pack(examples, learner._tokens))
+        read: list[int] = []
+
+        def see(_: Any, args: Any, kwargs: Any, read: list[int] = read) -> None:
+            read.append(kwargs["input_ids"].numel())
+
+        learner._model.register_forward_pre_hook(see, with_kwargs=True)
+        with gradients(learner) as seen, pytest.MonkeyPatch.context() as patch:
+            if not once:
+                patch.setattr(module, "shared", lambda rows: 0)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
+            metrics = learner.update(Batch(NLL(), examples), 0.0)
+        found.append((seen[0], metrics["train/loss"]))
+        assert sum(read) < whole / 2 if once else sum(read) >= whole
+    assert found[0][1] == pytest.approx(found[1][1], abs=1e-5)
+    assert close(found[0][0], found[1][0])
+
+
 def contested(teacher: Path, own: bool) -> ContestedGap:
     return ContestedGap(str(teacher), own, critic=Critic(CriticConfig(learning_rate=0.05), 0))
 

@@ -22,7 +22,7 @@ from selfwright.core.errors import PolicyError
 from selfwright.core.play.asking import yes_share
 from selfwright.core.recipe import read
 from selfwright.core.store import read_trajectories
-from selfwright.core.types import Completion, Message, Prompt, Sampling
+from selfwright.core.types import Completion, Constraint, Message, Prompt, Sampling
 from selfwright.loop.run import run
 
 PICTURE = grey(9)
@@ -355,8 +355,8 @@ def test_what_does_not_pass_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     for odd in ("{}", "[]", '{"choices": []}', '"text"', '{"choices": 3}', "null"):
         with pytest.raises(PolicyError, match="gave no choices"):
             completed((200, odd))
-    with pytest.raises(PolicyError, match="cannot be held to listed actions"):
-        completed(said("x"), sampling=Sampling(choices=("a",)))
+    with pytest.raises(PolicyError, match="cannot be held to a grammar"):
+        completed(said("x"), sampling=Sampling(constraint=Constraint(("a",))))
 
 
 def test_budgets_stop_it() -> None:

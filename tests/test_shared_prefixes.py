@@ -21,8 +21,9 @@ from selfwright.agents.engines import attention
 from selfwright.agents.engines.attention import attend, shares
 from selfwright.agents.engines.cache import PrefixCache, Read
 from selfwright.agents.engines.decode import Sampled, Want, sample
-from selfwright.agents.engines.plan import LEAST, STEP, plan
+from selfwright.agents.engines.plan import plan
 from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
+from selfwright.core.models.prefixes import LEAST, STEP
 from selfwright.core.types import Completion, Message, Prompt, Sampling
 
 NEVER = frozenset[int]()

@@ -43,6 +43,7 @@ from selfwright.core.tasks import StoredTask, task_of
 from selfwright.core.types import (
     Action,
     Completion,
+    Constraint,
     Image,
     Judged,
     Message,
@@ -83,16 +84,19 @@ texts = st.text(max_size=12)
 floats = st.floats(allow_nan=False, width=64)
 pictures = st.sampled_from([picture(png(red)) for red in range(4)])
 token_ids = few(st.integers(0, 2**31 - 1), 4)
+logprobs = few(st.floats(max_value=0, width=32), 4)
 actors = st.sampled_from(["", "attacker", "defender"])
 observations = st.builds(Observation, texts, few(pictures), few(texts), actors)
 completions = st.builds(
     Completion,
     texts,
     token_ids,
-    few(st.floats(max_value=0, width=32), 4),
+    logprobs,
     st.sampled_from(["stop", "length", ""]),
     texts,
     st.integers(-1, 2**31 - 1),
+    st.none() | st.builds(Constraint, few(texts), texts),
+    logprobs,
 )
 messages = st.builds(
     Message,
@@ -102,6 +106,7 @@ messages = st.builds(
     texts,
 )
 tools = few(st.builds(Tool, texts, texts, texts), 2)
+variables = st.sampled_from(["", '{"enable_thinking":false}'])
 
 
 @st.composite
@@ -116,7 +121,9 @@ def walks(draw: st.DrawFn) -> tuple[Step, ...]:
         del said[drop]
         if draw(st.integers(0, 3)) == 0:
             offered = draw(tools)
-        prompt = draw(st.sampled_from([Prompt(tuple(said), offered)] * 3 + [Prompt()]))
+        prompt = draw(
+            st.sampled_from([Prompt(tuple(said), offered, draw(variables))] * 3 + [Prompt()])
+        )
         action = Action(draw(texts), draw(completions), prompt, draw(texts))
         steps.append(Step(draw(observations), action, draw(floats), draw(st.none() | texts)))
     return tuple(steps)
@@ -481,10 +488,10 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
 
 def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(parquet, "VERSION", 4)
+        patch.setattr(parquet, "VERSION", 5)
         write_trajectories(tmp_path, [episode()], tmp_path / "images")
     for path in (tmp_path, tmp_path / EPISODES):
-        with pytest.raises(StoreError, match=r"has schema version 4.* reads 2 and 3"):
+        with pytest.raises(StoreError, match=r"has schema version 5.* reads 2 to 4"):
             read_trajectories(path)
     table = pq.read_table(tmp_path / EPISODES)
     pq.write_table(table.replace_schema_metadata(None), tmp_path / EPISODES)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_store import png
@@ -19,6 +20,7 @@ from test_store import png
 from selfwright.core.errors import StoreError
 from selfwright.core.images import STORE, picture, place
 from selfwright.core.store import (
+    STEPS,
     TRAJECTORIES,
     judge_identity,
     read_episode,
@@ -27,6 +29,7 @@ from selfwright.core.store import (
     write_trajectories,
     write_verdicts,
 )
+from selfwright.core.store.schema import STEP
 from selfwright.core.types import Image, Prompt, Task, Verdict
 from selfwright.evidence.compare import compare
 from selfwright.evidence.report import report
@@ -129,6 +132,37 @@ def test_a_damaged_file_of_schema_2_is_named(tmp_path: Path) -> None:
         read_trajectories(path, "0123")
     judged = read_trajectories(path)
     assert judged[0] != replace(judged[0], verdict=Verdict(None, "", ""))
+
+
+def test_a_folder_of_schema_3_lacks_only_what_came_later(tmp_path: Path) -> None:
+    judged = read_trajectories(FILES[0])
+    write_trajectories(tmp_path, judged, tmp_path / "images")
+    for path in sorted(tmp_path.rglob("*.parquet")):
+        table = pq.read_table(path)
+        metadata = dict(table.schema.metadata)
+        about = json.loads(metadata[b"selfwright"]) | {"schema": 3}
+        if path.name == STEPS:
+            rows = table.to_pylist()
+            for row in rows:
+                del row["completion"]["constraint"], row["completion"]["constrained"]
+                if row["prompt"]:
+                    del row["prompt"]["template"]
+            table = pa.Table.from_pylist(rows, STEP.older[3].schema)
+        metadata = {b"selfwright": json.dumps(about).encode()}
+        pq.write_table(table.replace_schema_metadata(metadata), path)
+    assert read_trajectories(tmp_path) == judged
+    first = judged[0].trajectory
+    assert read_episode(tmp_path, first.id) == judged[0]
+    # Verdicts of today may stand beside it.
+    other = judge_identity("other", {})
+    verdicts = {one.trajectory.id: Verdict(0.5, "", other.hash) for one in judged}
+    write_verdicts(tmp_path, other, verdicts)
+    assert {one.verdict.score for one in read_trajectories(tmp_path, other.hash)} == {0.5}
+    # Columns that schema 3 never had are damage, not something to be guessed at.
+    table = pq.read_table(tmp_path / STEPS)
+    pq.write_table(table.drop_columns(["reward"]), tmp_path / STEPS)
+    with pytest.raises(StoreError, match="its columns are not those of its schema version"):
+        read_trajectories(tmp_path)
 
 
 @pytest.fixture

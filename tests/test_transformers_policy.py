@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnkn
 
 from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
 from selfwright.core.errors import ModelError, PolicyError
-from selfwright.core.types import Completion, Message, Prompt, Sampling
+from selfwright.core.types import Completion, Constraint, Message, Prompt, Sampling
 
 Folder = Callable[[str], Path]
 USER = prompt_of("make 24 from 3 5 8")
@@ -126,7 +126,7 @@ def test_same_seed_same_completion_whatever_the_batch(model_folder: Folder) -> N
 def test_choices_and_stops(shared: TransformersPolicy) -> None:
     choices = ("go north", "go", "look\naround twice", "")
     # Neither the length nor a stop text cuts a choice.
-    listed = Sampling(30.0, max_tokens=2, stop=("\n",), choices=choices)
+    listed = Sampling(30.0, max_tokens=2, stop=("\n",), constraint=Constraint(choices))
     answers = ask(shared, [USER] * 200, listed)
     assert {answer.text for answer in answers} == set(choices)
     assert {answer.finish for answer in answers} == {"stop"}

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 
 import httpx2
 import pytest
+import torch
 from components import SINGLE, played
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,11 +27,13 @@ from selfwright.core.config import JudgeConfig
 from selfwright.core.errors import DiskError, PolicyError, RecipeError
 from selfwright.core.files import read_json
 from selfwright.core.models.canary import Canary
+from selfwright.core.models.constraints import Constraints
 from selfwright.core.models.tokens import ChatTokens
 from selfwright.core.recipe import read
 from selfwright.core.types import (
     Batch,
     Completion,
+    Constraint,
     Example,
     Message,
     Prompt,
@@ -118,6 +122,18 @@ def gap(one: Completion, other: Completion) -> float:
     return max(abs(a - b) for a, b in zip(one.logprobs, other.logprobs, strict=True))
 
 
+def check_held(policy: VLLMPolicy, folder: Path, one: Completion) -> None:
+    """Its held log-probabilities are those that a learner works out."""
+    assert one.constraint is not None and len(one.constrained) == len(one.token_ids)
+    net, prompt = in_process(folder).model, policy.tokens.prompt(PROMPTS[0])
+    with torch.inference_mode():
+        logits = net(torch.tensor([[*prompt, *one.token_ids]])).logits[0, len(prompt) - 1 : -1]
+    masks = Constraints(policy.tokens).masks(one.constraint, one.token_ids, logits.shape[1])
+    held = logits.float().masked_fill(~torch.as_tensor(masks), -torch.inf).log_softmax(-1)
+    expected = [float(held[k, token]) for k, token in enumerate(one.token_ids)]
+    assert one.constrained == pytest.approx(expected, abs=2e-3)
+
+
 async def served(policy: VLLMPolicy, number: int = 0) -> set[str]:
     """Names of the adapters that the server holds."""
     replica = policy._replicas[number]  # pyright: ignore[reportPrivateUsage]
@@ -170,8 +186,8 @@ def test_seeds_decide_what_is_sampled(run: Runner, policy: VLLMPolicy) -> None:
 
 
 @pytest.mark.vllm
-def test_stop_texts_and_choices(run: Runner, either: VLLMPolicy) -> None:
-    policy = either
+def test_stop_texts_and_constraints(run: Runner, either: VLLMPolicy, model_folder: Folder) -> None:
+    policy, folder = either, model_folder("vllm")
     whole = run(ask(policy, Sampling(0.0, max_tokens=12)))
     text = next(said.text for said in whole if len(said.text) > 4)
     at = next(k for k, said in enumerate(whole) if said.text == text)
@@ -179,9 +195,18 @@ def test_stop_texts_and_choices(run: Runner, either: VLLMPolicy) -> None:
     cut = run(policy.complete(PROMPTS[at], Sampling(0.0, max_tokens=12, stop=(stop,)), 0))
     assert cut.text == text.split(stop)[0] and cut.finish == "stop"
     assert whole[at].token_ids[: len(cut.token_ids)] == cut.token_ids
-    held = Sampling(max_tokens=1, choices=("1 + 2", "3 * 4"))
+    held = Sampling(max_tokens=1, constraint=Constraint(("1 + 2", "3 * 4")))
     said = [run(policy.complete(PROMPTS[0], held, seed)) for seed in range(8)]
-    assert {one.text for one in said} <= set(held.choices)
+    assert {one.text for one in said} <= {"1 + 2", "3 * 4"}
+    grammar = Constraint(grammar="start: /[1-9]( \\+ [1-9]){0,3}/")
+    summed = [
+        run(policy.complete(PROMPTS[0], Sampling(3.0, max_tokens=30, constraint=grammar), seed))
+        for seed in range(8)
+    ]
+    assert all(re.fullmatch(r"[1-9]( \+ [1-9]){0,3}", one.text) for one in summed)
+    assert len({one.text for one in summed}) > 2
+    for one in (*said, *summed):
+        check_held(policy, folder, one)
     # Of the model's own distribution: as likely as the model would find them unasked.
     assert all(gap(one, run(policy.score(PROMPTS[0], one))) < 1e-3 for one in said)
     assert all(sum(one.logprobs) < -1 for one in said)

@@ -20,7 +20,7 @@ from selfwright.agents.engines.vllm import VLLMPolicy
 from selfwright.core.errors import PolicyError, PromptError
 from selfwright.core.files import write_json
 from selfwright.core.images import picture
-from selfwright.core.types import Completion, Image, Message, Prompt, Sampling
+from selfwright.core.types import Completion, Constraint, Image, Message, Prompt, Sampling
 
 SIDE, TOKENS = 56, 4
 """An image's pixels along a side, and what it is worth in tokens."""
@@ -125,7 +125,9 @@ def test_it_shows_images(seeing: Path) -> None:
                 wanted = here(policy, [*shown, 0], more, last)
                 assert last.logprobs == pytest.approx(wanted, abs=1e-3)
             assert len(told) == 3
-            choice = await policy.complete(prompt, Sampling(choices=("red", "green 2")), 1)
+            choice = await policy.complete(
+                prompt, Sampling(constraint=Constraint(("red", "green 2"))), 1
+            )
             assert choice.text in ("red", "green 2")
             # Whoever writes the placeholder into a text shows no image by that.
             for images in ((), (pictures[0][0],)):

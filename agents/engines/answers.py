@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
+from ..wire import as_text, calls_in
+
 PASSING = frozenset({408, 409, 425, 429})
 """Status codes that may be gone at the next try, beside those of broken servers."""
 SPENT = re.compile(r"insufficient.?quota|billing|credit", re.I)
@@ -97,10 +99,11 @@ def names(error: Any, depth: int = 3) -> Iterator[str]:
                 yield from names(one, depth - 1)
 
 
-def text_of(choice: Any) -> str:
+def text_of(choice: Any, calls: bool = False) -> str:
     """What was answered; '' only where just that was.
 
-    Text parts are joined in their order, thoughts are left out.
+    Text parts are joined in their order, thoughts are left out. With ``calls``, calls of functions
+    are text, too, in Hermes' form.
 
     Raises:
         ValueError: there is no text, or what there is could not be understood. It says what came.
@@ -111,6 +114,8 @@ def text_of(choice: Any) -> str:
     content = message.get("content")
     texts, refusals, thought = parts_of(content)
     text = "".join(texts)
+    if calls and message.get("tool_calls"):
+        text = as_text(text, calls_in(message["tool_calls"]))
     if text:
         return valid(text)
     refusals += [str(message["refusal"])] if message.get("refusal") else []

@@ -3,7 +3,7 @@
 # torch's tolist and numpy's random are partly untyped.
 # pyright: reportUnknownMemberType=false
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ...core.models.constraints import Follower
 from ...core.models.tokens import PAD
 from .attention import plain, reading, shares
 from .cache import Place, PrefixCache, Read, attends_only, check_used, copy_places, layers_for
@@ -26,8 +27,8 @@ class Want:
     temperature: float = 1.0
     top_p: float = 1.0
     max_tokens: int = 64
-    choices: tuple[tuple[int, ...], ...] = ()
-    """If given: the ids of every allowed completion, each ending in the end token."""
+    follow: Callable[[], Follower] | None = None
+    """If given: begins what says which tokens are allowed, and when the completion is whole."""
     stopped: Callable[[Sequence[int]], bool] | None = None
     """Asked after every token whether the text so far is complete."""
     images: tuple[str, ...] = ()
@@ -43,6 +44,8 @@ class Sampled:
     ids: list[int] = field(default_factory=list[int])
     logprobs: list[float] = field(default_factory=list[float])
     """nats, of the model's own distribution: temperature 1, no truncation, no constraint."""
+    constrained: list[float] = field(default_factory=list[float])
+    """nats, of its distribution over what was allowed (temperature 1); empty if all was."""
     finish: str = "length"
 
 
@@ -99,7 +102,8 @@ def _sample(
     lengths = torch.tensor([len(want.prompt) for want in wants], device=device)
 
     results = [Sampled() for _ in wants]
-    chooser = Chooser(wants, steps, device)
+    followers = [want.follow() if want.follow else None for want in wants]
+    chooser = Chooser(wants, followers, steps, device)
     live = torch.arange(len(wants), device=device)
 
     def remember(finished: Tensor) -> None:
@@ -118,8 +122,8 @@ def _sample(
         )
 
     for step in range(steps):
-        tokens, logprobs = chooser(logits, live, step, results)
-        running = _record(wants, results, live, tokens, logprobs, ends)
+        tokens, logprobs, constrained = chooser(logits, live, step, results)
+        running = _record(wants, followers, results, live, tokens, logprobs, constrained, ends)
         left = int(running.sum())
         if not left or step + 1 == steps:
             remember(torch.ones_like(running))
@@ -233,20 +237,26 @@ def _ints(numbers: Tensor) -> list[int]:
     return cast(list[int], numbers.tolist())
 
 
+def _floats(numbers: Tensor) -> list[float]:
+    return cast(list[float], numbers.tolist())
+
+
 def _record(
     wants: Sequence[Want],
+    followers: Sequence[Follower | None],
     results: list[Sampled],
     live: Tensor,
     tokens: Tensor,
     logprobs: Tensor,
+    constrained: Tensor,
     ends: Set[int],
 ) -> Tensor:
     """Append what was sampled to the unfinished; which rows still run, (B,) bool on the CPU."""
     running: list[bool] = []
-    for row, token, logprob in zip(
-        _ints(live), _ints(tokens), cast(list[float], logprobs.tolist()), strict=True
+    for row, token, logprob, held in zip(
+        _ints(live), _ints(tokens), _floats(logprobs), _floats(constrained), strict=True
     ):
-        want, result = wants[row], results[row]
+        want, follower, result = wants[row], followers[row], results[row]
         if result.finish == "stop" or len(result.ids) >= want.max_tokens:
             running.append(False)
             continue
@@ -254,24 +264,35 @@ def _record(
             raise FloatingPointError("the model's logits are not finite")
         result.ids.append(token)
         result.logprobs.append(logprob)
-        if _over(want, result.ids, ends):
+        if follower is not None:
+            result.constrained.append(held)
+            follower.take(token)
+        if _over(want, follower, result.ids, ends):
             result.finish = "stop"
         running.append(result.finish != "stop" and len(result.ids) < want.max_tokens)
     return torch.tensor(running)
 
 
-def _over(want: Want, ids: Sequence[int], ends: Set[int]) -> bool:
-    if want.choices:
-        # In which an end token may stand in the middle.
-        return tuple(ids) in want.choices
+def _over(want: Want, follower: Follower | None, ids: Sequence[int], ends: Set[int]) -> bool:
+    if follower is not None:
+        if want.stopped is not None:
+            want.stopped(ids)
+        # An end token may stand in the middle of what is allowed.
+        return follower.over
     return ids[-1] in ends or (want.stopped is not None and want.stopped(ids))
 
 
 class Chooser:
     """Draws the next token of every row, each from its own random stream."""
 
-    def __init__(self, wants: Sequence[Want], steps: int, device: torch.device) -> None:
-        self._wants = wants
+    def __init__(
+        self,
+        wants: Sequence[Want],
+        followers: Sequence[Follower | None],
+        steps: int,
+        device: torch.device,
+    ) -> None:
+        self._followers = followers
         self._temperature = torch.tensor([w.temperature for w in wants], device=device)
         self._top_p = torch.tensor([w.top_p for w in wants], device=device)
         # Philox is counter-based: a stream costs nothing to start.
@@ -285,12 +306,12 @@ class Chooser:
         self._draws = torch.from_numpy(np.stack(draws)).to(device)
         self._greedy = all(w.temperature == 0 for w in wants)
         self._truncated = any(w.top_p < 1 for w in wants)
-        self._constrained = any(w.choices for w in wants)
+        self._constrained = any(followers)
 
     def __call__(
         self, logits: Tensor, live: Tensor, step: int, results: Sequence[Sampled]
-    ) -> tuple[Tensor, Tensor]:
-        """From (B, V) logits: (B,) tokens and (B,) log-probabilities, in nats."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """From (B, V) logits: (B,) tokens and, in nats, (B,) log-probabilities free and held."""
         logits_own = logits
         if self._constrained:
             logits = self._constrain(logits, live, results)
@@ -301,8 +322,8 @@ class Chooser:
             scaled = logits[hot] / temperature[hot, None]
             drawn = self._draw(scaled, self._top_p[live[hot]], self._draws[live[hot], step])
             tokens[hot] = drawn
-        chosen = logits_own.gather(1, tokens[:, None])[:, 0]
-        return tokens, chosen - logits_own.logsumexp(-1)
+        free = _chosen(logits_own, tokens)
+        return tokens, free, _chosen(logits, tokens) if self._constrained else free
 
     def _draw(self, logits: Tensor, top_p: Tensor, draws: Tensor) -> Tensor:
         """Inverse-CDF sampling; (B,) uniform ``draws`` in [0, 1), float64."""
@@ -325,17 +346,12 @@ class Chooser:
     def _constrain(self, logits: Tensor, live: Tensor, results: Sequence[Sampled]) -> Tensor:
         barred = torch.zeros_like(logits)
         for row, k in enumerate(_ints(live)):
-            choices = self._wants[k].choices
-            if choices and results[k].finish != "stop":
-                allowed = list(_continuations(choices, results[k].ids))
+            follower = self._followers[k]
+            if follower is not None and results[k].finish != "stop":
                 barred[row] = -torch.inf
-                barred[row, allowed] = 0.0
+                barred[row, torch.from_numpy(follower.allowed()).to(barred.device)] = 0.0
         return logits + barred
 
 
-def _continuations(choices: Sequence[Sequence[int]], so_far: Sequence[int]) -> Iterator[int]:
-    """The tokens that keep ``so_far`` a beginning of one of the choices."""
-    at = len(so_far)
-    return (
-        choice[at] for choice in choices if len(choice) > at and list(choice[:at]) == list(so_far)
-    )
+def _chosen(logits: Tensor, tokens: Tensor) -> Tensor:
+    return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)

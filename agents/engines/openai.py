@@ -17,6 +17,7 @@ from ...core.config import PolicyConfig
 from ...core.errors import PolicyError
 from ...core.models.tokens import cut, functions
 from ...core.types import Completion, Message, Prompt, Sampling
+from ..wire import with_calls
 from . import data_url
 from .answers import Failure, names, read, shown, text_of, tokens_of
 
@@ -102,10 +103,10 @@ class OpenAIPolicy:
 
     async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
         """Raises: PolicyError: refused, not reached, not understood, no text, or no budget left."""
-        if sampling.choices:
-            raise PolicyError(
-                "an endpoint cannot be held to listed actions; leave policy.listed off"
-            )
+        if sampling.constraint:
+            raise PolicyError("an endpoint cannot be held to a grammar; leave policy.constrain off")
+        if sampling.thought:
+            raise PolicyError("an endpoint bounds its own thoughts; leave policy.max_thought out")
         asked: dict[str, Any] = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -116,7 +117,7 @@ class OpenAIPolicy:
             asked["stop"] = list(sampling.stop)
         choice = await self._ask(prompt, asked)
         try:
-            text = cut(text_of(choice), sampling.stop)
+            text = cut(text_of(choice, bool(prompt.tools)), sampling.stop)
         except ValueError as error:
             raise PolicyError(f"{self._config.url} answered {self._shown(str(error))}") from None
         return Completion(
@@ -163,7 +164,8 @@ class OpenAIPolicy:
 
     async def _ask(self, prompt: Prompt, asked: dict[str, Any]) -> dict[str, Any]:
         """The first choice of the answer."""
-        body = {"model": self._model, "messages": list(map(_message, prompt.messages)), **asked}
+        messages = list(with_calls(list(map(_message, prompt.messages)), prompt.tools))
+        body = {"model": self._model, "messages": messages, **asked}
         if prompt.tools:
             body["tools"] = functions(prompt.tools)
         body |= self._config.body

@@ -4,13 +4,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TypeAlias
 
+from ...core.models.prefixes import common
 from .cache import PrefixCache, Read
-
-STEP = 16
-"""What prompts have in common is read by itself in whole steps of this: else tasks that happen to
-begin alike would have it read, and kept, at as many lengths."""
-LEAST = 64
-"""Less than this many ids are read by each."""
 
 Group: TypeAlias = tuple[list[int], int]
 """Which prompts, and how many ids they all begin with that are read once."""
@@ -37,7 +32,7 @@ def plan(prompts: Sequence[Read], memory: PrefixCache | None) -> list[Group]:
     groups += [(pictured, 0)] if pictured else []
     if len(new) == 1 and memory:
         (ids,) = new
-        shared = {ids: memory.begins(ids) or common(sorted((ids, memory.last or ids[:1])))}
+        shared = {ids: memory.begins(ids) or common((ids, memory.last or ids[:1]))}
     else:
         shared = dict(_shared(sorted(new))[1])
     if new and memory:
@@ -46,14 +41,6 @@ def plan(prompts: Sequence[Read], memory: PrefixCache | None) -> list[Group]:
     for ids, which in new.items():
         beginnings.setdefault(ids[: shared[ids]], []).extend(which)
     return groups + [(which, len(ids)) for ids, which in beginnings.items()]
-
-
-def common(prompts: Sequence[tuple[int, ...]]) -> int:
-    """How many ids, in whole steps, sorted ``prompts`` begin with alike and each goes on from."""
-    first, last = prompts[0], prompts[-1]
-    most = min(map(len, prompts)) - 1
-    alike = next((k for k in range(most) if first[k] != last[k]), most)
-    return alike // STEP * STEP if alike >= LEAST else 0
 
 
 def _shared(

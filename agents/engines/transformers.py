@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +14,10 @@ from pydantic import Field
 from ...core.config import PolicyConfig
 from ...core.errors import ModelError, PolicyError, PromptError
 from ...core.models.adapters import merge, restore
+from ...core.models.constraints import Constraints, Follower
 from ...core.models.open import device_of, open_model, open_weights, unready
 from ...core.models.origin import ADAPTER
-from ...core.models.tokens import cut
+from ...core.models.tokens import cut, thinks_still
 from ...core.types import Completion, Prompt, Sampling
 
 
@@ -36,8 +37,10 @@ class TransformersConfig(PolicyConfig):
 class Request:
     prompt: tuple[int, ...]
     sampling: Sampling
-    choices: tuple[tuple[int, ...], ...]
-    """The ids of ``sampling.choices``."""
+    most: int
+    """Tokens."""
+    lead: str
+    """What the template begins the answer with."""
     seed: int
     answer: asyncio.Future[Completion]
     heard: Callable[[Sequence[int]], None] | None
@@ -75,7 +78,7 @@ class TransformersPolicy:
         self._context: int = limit or 1 << 30
         self._merged: list[tuple[Any, Any]] = []
         self._base: Any = None
-        self._choice = lru_cache(1 << 16)(self.tokens.completion)
+        self._constraints = Constraints(self.tokens)
         self._seats = 0
         self._waiting: list[Request] = []
         self._batch: asyncio.Task[None] | None = None
@@ -113,10 +116,14 @@ class TransformersPolicy:
         if sampling.max_tokens < 1 or "" in sampling.stop:
             raise PolicyError(f"wanted max_tokens of at least 1 and no empty stop, got {sampling}")
         ids = self.tokens.prompt(prompt)
-        choices = tuple(self._choice(text) for text in sampling.choices)
-        self._fit(len(ids), max(map(len, choices), default=sampling.max_tokens))
+        held = sampling.constraint
+        if held:
+            self._constraints.follow(held)  # What is no grammar is that for this one alone.
+        most = (held and self._constraints.longest(held)) or sampling.max_tokens
+        self._fit(len(ids), most)
+        lead = self.tokens.lead(prompt)
         answer: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self._waiting.append(Request(ids, sampling, choices, seed, answer, heard))
+        self._waiting.append(Request(ids, sampling, most, lead, seed, answer, heard))
         self._kick()
         return await answer
 
@@ -226,10 +233,9 @@ class TransformersPolicy:
                 request.seed,
                 request.sampling.temperature,
                 request.sampling.top_p,
-                # A choice is never cut, neither by length nor by a stop text inside it.
-                max(map(len, request.choices), default=request.sampling.max_tokens),
-                request.choices,
-                None if request.choices else self._stopper(request),
+                request.most,
+                self._follow(request.sampling),
+                self._stopper(request),
             )
             for request in requests
         ]
@@ -239,21 +245,35 @@ class TransformersPolicy:
                 self._text(request, tuple(one.ids)),
                 tuple(one.ids),
                 tuple(one.logprobs),
-                "stop" if one.finish == "stop" else "length",
+                "length" if one.finish != "stop" or self._rambles(request, one.ids) else "stop",
                 tokens.fingerprint,
+                constraint=request.sampling.constraint,
+                constrained=tuple(one.constrained),
             )
             for request, one in zip(requests, samples, strict=True)
         ]
 
-    def _text(self, request: Request, ids: tuple[int, ...]) -> str:
-        if request.choices:
-            return request.sampling.choices[request.choices.index(ids)]
-        return cut(self.tokens.text(ids), request.sampling.stop)
+    def _follow(self, sampling: Sampling) -> Callable[[], Follower] | None:
+        held = sampling.constraint
+        return partial(self._constraints.follow, held) if held else None
+
+    def _text(self, request: Request, ids: Sequence[int]) -> str:
+        held = request.sampling.constraint
+        if held and held.choices:
+            return self._constraints.choice(held, tuple(ids))
+        return request.lead + cut(self.tokens.text(ids), () if held else request.sampling.stop)
+
+    def _rambles(self, request: Request, ids: Sequence[int]) -> bool:
+        """Whether its thought is longer than it may be."""
+        most = request.sampling.thought
+        late = most is not None and len(ids) >= most and ids[-1] not in self.tokens.ends
+        return late and thinks_still(self._text(request, ids))
 
     def _stopper(self, request: Request) -> Callable[[Sequence[int]], bool] | None:
         """Looks at every token as it is sampled, and has it heard."""
-        tokens, stops, heard = self.tokens, request.sampling.stop, request.heard
-        if not stops and heard is None:
+        tokens, heard = self.tokens, request.heard
+        stops = () if request.sampling.constraint else request.sampling.stop
+        if not stops and heard is None and request.sampling.thought is None:
             return None
         ends, text = tokens.ends_of(stops), tokens.growing()
         longest = max(map(len, stops), default=0)
@@ -261,7 +281,9 @@ class TransformersPolicy:
         def stopped(ids: Sequence[int]) -> bool:
             if heard is not None:
                 request.answer.get_loop().call_soon_threadsafe(heard, tuple(ids))
-            if ids[-1] in ends:
+            if ids[-1] in ends or (
+                len(ids) == request.sampling.thought and self._rambles(request, ids)
+            ):
                 return True
             # What was settled before was looked at then.
             begin = max(0, text.settled - longest)

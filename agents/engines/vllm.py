@@ -11,6 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -21,16 +22,16 @@ from ...core.errors import DiskError, PolicyError, PromptError
 from ...core.files import DRAFT, hard_link
 from ...core.models.adapters import changes, fits
 from ...core.models.canary import Canary, canary_ids, distance
+from ...core.models.constraints import in_any_tokens
 from ...core.models.open import bare, config_of, open_tokens, placeholder_of, save_merged, unready
 from ...core.models.origin import ADAPTER, WEIGHTS, belongs, parts_of
-from ...core.models.tokens import cut
+from ...core.models.tokens import cut, thinks_still
 from ...core.types import Completion, Prompt, Sampling
+from .vllm_request import SCORING, after, request, scores
 from .vllm_server import MODEL, Answer, Gone, Replica, launched
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM can be told to make room for."""
-SCORING = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-"""How to ask for log-probabilities of what is there already."""
 MISSED = 3
 """A request whose server went away is asked so many times in all."""
 
@@ -198,43 +199,35 @@ class VLLMPolicy:
         """As ``complete``. A server that is lost on the way is asked again, from the beginning."""
         if sampling.max_tokens < 1 or "" in sampling.stop:
             raise PolicyError(f"wanted max_tokens of at least 1 and no empty stop, got {sampling}")
-        tokens = self.tokens
-        ids = tokens.prompt(prompt)
-        most = sampling.max_tokens
-        if sampling.choices:
-            # A choice is never cut, neither by length nor by a stop text inside it.
-            most = max(len(tokens.completion(text)) for text in sampling.choices) + 1
+        ids, held = self.tokens.prompt(prompt), sampling.constraint
+        # A choice is never cut, whatever tokens it is written in.
+        bytes_ = [len(text.encode()) for text in held.choices] if held else []
+        most = max(bytes_) + 1 if bytes_ else sampling.max_tokens
         await self._fit(len(ids), most)
-        how = self._sampling(sampling, seed, most)
-        answer = await self._ask(prompt, ids, how, heard)
-        completion = self._completion(answer, sampling)
-        # Held to choices, it tells the log-probabilities that are left after all else is ruled out.
-        return await self.score(prompt, completion) if sampling.choices else completion
+        lead = self.tokens.lead(prompt)
+        ends = self.tokens.ends_of(sampling.stop)
+        first = min(most, sampling.thought or most) if held is None else most
+        answer = await self._ask(prompt, ids, request(sampling, seed, first, ends), heard)
+        if answer.finish == "length" and first < most:
+            text = lead + self.tokens.text(answer.ids)
+            if not thinks_still(text):
+                rest = request(sampling, seed + 1, most - first, ends)
+                more = await self._ask(prompt, (*ids, *answer.ids), rest, after(answer, heard))
+                answer = answer.joined(more)
+        completion = self._completion(answer, sampling, lead)
+        if held is None:
+            return completion
+        # Then it tells the log-probabilities that are left after all else is ruled out.
+        free = await self.score(prompt, completion)
+        return replace(free, constraint=in_any_tokens(held), constrained=completion.logprobs)
 
-    def _sampling(self, sampling: Sampling, seed: int, most: int) -> dict[str, Any]:
-        asked: dict[str, Any] = {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": most,
-            "seed": seed % 2**31,
-            "stop_token_ids": sorted(self.tokens.ends_of(sampling.stop)),
-            "logprobs": 0,
-        }
-        if sampling.choices:
-            asked["structured_outputs"] = {"choice": list(sampling.choices)}
-        elif sampling.stop:
-            asked["stop"] = list(sampling.stop)
-        return asked
-
-    def _completion(self, answer: Answer, sampling: Sampling) -> Completion:
+    def _completion(self, answer: Answer, sampling: Sampling, lead: str) -> Completion:
         ids, logprobs = answer.ids, answer.logprobs
         if len(ids) != len(logprobs):
             raise PolicyError(
                 f"the server sampled {len(ids)} tokens and gave {len(logprobs)} log-probabilities"
             )
-        text = self.tokens.text(ids)
-        if not sampling.choices:
-            text = cut(text, sampling.stop)
+        text = lead + cut(self.tokens.text(ids), () if sampling.constraint else sampling.stop)
         finish = "stop" if answer.finish == "stop" else "length"
         return Completion(text, ids, logprobs, finish, self.tokens.fingerprint)
 
@@ -450,18 +443,12 @@ class VLLMPolicy:
 
 
 def home(prompt: Prompt) -> int:
-    """The same number for all that begins alike, up to what the user says first."""
+    """The same number for all turns of a conversation: of what was said before its first answer."""
     messages = prompt.messages
-    first_user = next((k for k, message in enumerate(messages) if message.role == "user"), 0)
-    parts = [part for message in messages[: first_user + 1] for part in message.parts]
+    first = next((k for k, message in enumerate(messages) if message.token_ids), len(messages))
+    parts = [part for message in messages[:first] for part in message.parts]
     keys = [part if isinstance(part, str) else part.sha256 for part in parts]
     return zlib.crc32("\0".join(keys).encode())
-
-
-def scores(answer: Answer, ids: Sequence[int]) -> tuple[float, ...]:
-    """(T,) nats, of these tokens at the end of what was asked about."""
-    last = answer.prompt[-len(ids) :]
-    return tuple(float(one[str(k)]["logprob"]) for one, k in zip(last, ids, strict=True))
 
 
 def room_for(rank: int) -> int:

@@ -51,6 +51,11 @@ class Answer(NamedTuple):
     prompt: Sequence[Mapping[str, Any]]
     """Of each token of the prompt, if asked for: log-probabilities by the token's id."""
 
+    def joined(self, rest: "Answer") -> "Answer":
+        """This one, and what it goes on with."""
+        ids, logprobs = (*self.ids, *rest.ids), (*self.logprobs, *rest.logprobs)
+        return Answer(ids, logprobs, rest.finish, self.prompt)
+
 
 class Replica:
     """A server, how it is asked, and what is known of it."""
@@ -413,6 +418,8 @@ def launched(
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--served-model-name", MODEL, "--enable-lora", "--generation-config", "vllm"]
     command += ["--uvicorn-log-level", "warning"]
+    # The one that reads grammars as the in-process engine does, and the learner.
+    command += ["--structured-outputs-config.backend", "guidance"]
     for key, value in arguments.items():
         values = cast("list[Any]", value) if isinstance(value, list) else [value]
         command += [f"--{key}", *(str(one) for one in values if one is not True)]

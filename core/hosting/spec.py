@@ -66,7 +66,7 @@ def spec_from(says: Mapping[str, Any], world: str) -> WorldSpec:
 def _tool(says: Mapping[str, Any]) -> Tool:
     schema = says["parameters"]
     parsed: Any = json.loads(schema) if isinstance(schema, str) else schema
-    return Tool(says["name"], says["description"], canonical_json(parsed))
+    return Tool(says["name"], says["description"], canonical_json(parsed), says.get("text", ""))
 
 
 def _checked(spec: WorldSpec, where: str) -> WorldSpec:

@@ -13,6 +13,7 @@ from ..protocols import Agent, Policy
 from ..types import (
     Action,
     Completion,
+    Constraint,
     Observation,
     Prompt,
     Sampling,
@@ -48,8 +49,8 @@ class PolicyPlayer:
     policy: Policy
     sampling: Sampling
     timeout_s: float = 600.0
-    listed: bool = False
-    """Restrict completions to the actions a world lists."""
+    constrain: bool = False
+    """Hold completions to what the agent reads as actions."""
     version: Callable[[], int] = lambda: -1
     """From how many iterations the policy has learned by now; -1: unknown."""
 
@@ -79,8 +80,8 @@ class PolicyPlayer:
             PolicyError: what was said, or what the agent made of it, is no text.
         """
         sampling = self.sampling
-        if self.listed and observation.actions:
-            sampling = replace(sampling, choices=observation.actions)
+        if self.constrain:
+            sampling = replace(sampling, constraint=constraint_of(self.agent, observation))
         prompt = sharing(self.agent.prompt(task, history, observation), history)
         version = self.version()
         async with deadline(self.timeout_s, "the policy's completion"):
@@ -91,6 +92,17 @@ class PolicyPlayer:
             if fault := no_text(text):
                 raise PolicyError(f"{type(self.agent).__name__}.parse gave {fault}; wanted a str")
         return Action(parsed.action, completion, prompt, parsed.invalid)
+
+
+def constraint_of(agent: Agent, observation: Observation) -> Constraint | None:
+    """What a completion may be for ``agent`` to read an action in it; None: anything.
+
+    Of an agent that does not say: one of the actions that the world lists, if it does.
+    """
+    says: Callable[[Observation], Constraint | None] | None = getattr(agent, "constraint", None)
+    if says is not None:
+        return says(observation)
+    return Constraint(observation.actions) if observation.actions else None
 
 
 def sharing(prompt: Prompt, history: Sequence[Step]) -> Prompt:

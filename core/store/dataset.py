@@ -52,7 +52,7 @@ _SHAPE = Record(
     policy=TEXT,
     replayed=BOOL,
     observation=OBSERVATION,
-    prompt=Record(Prompt, messages=Many(MESSAGE), tools=Many(TOOL)),
+    prompt=Record(Prompt, messages=Many(MESSAGE), tools=Many(TOOL), template=TEXT),
     completion=COMPLETION,
     action=TEXT,
     invalid=TEXT,

@@ -18,7 +18,7 @@ from ..errors import StoreError
 from ..files import atomic_write, canonical_json
 from .shapes import Record
 
-VERSION = 3
+VERSION = 4
 _KEY = b"selfwright"
 _DAMAGE: tuple[type[Exception], ...] = (OSError, ValueError, pa.ArrowException)
 
@@ -73,10 +73,18 @@ class Reader:
     def groups(self) -> range:
         return range(self.file.metadata.num_row_groups)
 
-    def fits(self, shape: Record) -> None:
-        """Raises: StoreError: the columns are not those of ``shape``."""
-        if not self.file.schema_arrow.equals(shape.schema):
+    def shape(self, wanted: Record) -> Record:
+        """What ``wanted`` is in this file's version.
+
+        Raises:
+            StoreError: none, or the columns are not those.
+        """
+        known = {VERSION: wanted} | wanted.older
+        if self.version not in known:
+            raise other_version(self)
+        if not self.file.schema_arrow.equals(known[self.version].schema):
             raise damaged(self.path, "its columns are not those of its schema version")
+        return known[self.version]
 
     @property
     def version(self) -> Any:
@@ -85,7 +93,7 @@ class Reader:
 
 @contextmanager
 def reading(path: Path, shape: Record | None = None) -> Generator[Reader]:
-    """Open a file of ours; with ``shape``, one of this version with those columns.
+    """Open a file of ours; with ``shape``, one of those columns, or what they were before.
 
     Raises:
         StoreError: it is missing, damaged, or of another version.
@@ -104,9 +112,7 @@ def reading(path: Path, shape: Record | None = None) -> Generator[Reader]:
         metadata = cast("dict[str, Any]", payload) if isinstance(payload, dict) else {}
         reader = Reader(path, file, metadata)
         if shape:
-            if reader.version != VERSION:
-                raise other_version(reader)
-            reader.fits(shape)
+            reader.shape(shape)
         yield reader
 
 
@@ -124,7 +130,7 @@ def read_rows(path: Path, shape: Record) -> tuple[list[Any], Mapping[str, Any]]:
 def decoded(reader: Reader, shape: Record, table: Any) -> list[Any]:
     """Raises: StoreError: the rows are not what ``shape`` makes."""
     try:
-        return shape.rows(table)
+        return reader.shape(shape).rows(table)
     except (*_DAMAGE, TypeError) as error:
         raise damaged(reader.path, error) from error
 
@@ -136,5 +142,5 @@ def damaged(path: Path, why: object) -> StoreError:
 def other_version(reader: Reader) -> StoreError:
     return StoreError(
         f"{reader.path} has schema version {reader.version}, "
-        f"but this version of selfwright reads 2 and {VERSION}"
+        f"but this version of selfwright reads 2 to {VERSION}"
     )

@@ -19,14 +19,14 @@ def shared(steps: Sequence[Step]) -> list[PromptRow | None]:
     rows: list[PromptRow | None] = []
     for step in steps:
         prompt = step.action.prompt
-        if not (prompt.messages or prompt.tools):
+        if prompt == NOBODY:
             rows.append(None)
             continue
         actor = step.observation.actor
         last = before.get(actor)
         count = _common(last.messages, prompt.messages) if last else 0
         tools = None if last and last.tools == prompt.tools else prompt.tools
-        rows.append(PromptRow(count, prompt.messages[count:], tools))
+        rows.append(PromptRow(count, prompt.messages[count:], tools, prompt.template))
         before[actor] = prompt
     return rows
 
@@ -52,7 +52,7 @@ class Unfolder:
             raise ValueError(f"prompt: shares {row.shared} messages with one that has not as many")
         messages: tuple[Message, ...] = (*last.messages[: row.shared], *row.messages)
         tools: tuple[Tool, ...] = last.tools if row.tools is None else row.tools
-        self._before[actor] = prompt = Prompt(messages, tools)
+        self._before[actor] = prompt = Prompt(messages, tools, row.template)
         return prompt
 
 

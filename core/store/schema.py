@@ -1,4 +1,4 @@
-"""The columns of schema 3. Nothing is null but where ``Maybe`` says so."""
+"""The columns of schema 4, and those of 3 where they differ. Nothing is null but by ``Maybe``."""
 
 # pyarrow has no types.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from ..types import Completion, Image, Message, Observation, Part, Tool
+from ..types import Completion, Constraint, Image, Message, Observation, Part, Tool
 from .shapes import Leaf, Many, Maybe, Record
 
 EPISODES = "episodes.parquet"
@@ -51,6 +51,7 @@ class PromptRow(NamedTuple):
     """The rest."""
     tools: tuple[Tool, ...] | None
     """None: those of the prompt before it."""
+    template: str = ""
 
 
 class StepRow(NamedTuple):
@@ -108,20 +109,23 @@ BOOL = Leaf(pa.bool_())
 # Many steps show the same image: their handles are one object.
 IMAGE = Record(lru_cache(1 << 14)(Image), sha256=TEXT, width=INT32, height=INT32)
 OBSERVATION = Record(Observation, text=TEXT, images=Many(IMAGE), actions=Many(TEXT), actor=TEXT)
-COMPLETION = Record(
-    Completion,
-    text=TEXT,
-    token_ids=Many(INT32),
-    logprobs=Many(Leaf(pa.float32())),
-    finish=TEXT,
-    tokenizer=TEXT,
-    version=INT32,
-)
+LOGPROBS = Many(Leaf(pa.float32()))
+_COMPLETION_3 = {
+    "text": TEXT,
+    "token_ids": Many(INT32),
+    "logprobs": LOGPROBS,
+    "finish": TEXT,
+    "tokenizer": TEXT,
+    "version": INT32,
+}
+CONSTRAINT = Record(lru_cache(1 << 12)(Constraint), choices=Many(TEXT), grammar=TEXT)
+COMPLETION = Record(Completion, **_COMPLETION_3, constraint=Maybe(CONSTRAINT), constrained=LOGPROBS)
 MESSAGE = Record(
     Message, role=TEXT, parts=Many(PartShape(IMAGE)), token_ids=Many(INT32), tokenizer=TEXT
 )
 TOOL = Record(Tool, name=TEXT, description=TEXT, parameters=TEXT)
-PROMPT = Record(PromptRow, shared=INT32, messages=Many(MESSAGE), tools=Maybe(Many(TOOL)))
+_PROMPT_3 = {"shared": INT32, "messages": Many(MESSAGE), "tools": Maybe(Many(TOOL))}
+PROMPT = Record(PromptRow, **_PROMPT_3, template=TEXT)
 EPISODE = Record(
     EpisodeRow,
     id=TEXT,
@@ -143,17 +147,21 @@ EPISODE = Record(
     steps=INT32,
     first_step=INT64,
 )
-STEP = Record(
+_STEP = {
+    "episode": TEXT,
+    "turn": INT32,
+    "observation": OBSERVATION,
+    "action": TEXT,
+    "invalid": TEXT,
+    "answer": Maybe(TEXT),
+    "reward": DOUBLE,
+}
+STEP = Record(StepRow, **_STEP, completion=COMPLETION, prompt=Maybe(PROMPT))
+STEP.older[3] = Record(
     StepRow,
-    episode=TEXT,
-    turn=INT32,
-    observation=OBSERVATION,
-    action=TEXT,
-    invalid=TEXT,
-    answer=Maybe(TEXT),
-    reward=DOUBLE,
-    completion=COMPLETION,
-    prompt=Maybe(PROMPT),
+    **_STEP,
+    completion=Record(Completion, **_COMPLETION_3),
+    prompt=Maybe(Record(PromptRow, **_PROMPT_3)),
 )
 VERDICT = Record(
     VerdictRow,
@@ -163,3 +171,5 @@ VERDICT = Record(
     judge=TEXT,
     steps=Many(Maybe(DOUBLE)),
 )
+for _same in (EPISODE, VERDICT):
+    _same.older[3] = _same

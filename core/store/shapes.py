@@ -115,8 +115,11 @@ class Record:
     """Objects of one class, by their fields; nested ones are structs."""
 
     def __init__(self, make: Callable[..., Any], **fields: Shape) -> None:
-        """``fields`` are those of ``make``, in the order in which it takes them."""
+        """``fields`` are those of ``make``, in the order in which it takes them; its last ones may
+        be left to their defaults."""
         self.make = make
+        self.older: dict[int, Record] = {}
+        """What schemas before this one had in its place."""
         self.fields = fields
         self.type = pa.struct({name: shape.type for name, shape in fields.items()})
 

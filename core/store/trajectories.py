@@ -95,7 +95,7 @@ def _located(path: Path) -> tuple[Path, Path | None]:
         with reading(path) as reader:
             if reader.version in MIGRATIONS:
                 return path.parent, path
-            if reader.version != VERSION:
+            if reader.version not in (VERSION, *EPISODE.older):
                 raise other_version(reader)
     elif path.name not in (EPISODES, STEPS, TRAJECTORIES) or not (path.parent / EPISODES).exists():
         raise StoreError(f"{path} is missing")

@@ -5,15 +5,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers.cache_utils import DynamicCache
 
-from ...core.errors import LearnerError
+from ...core.errors import LearnerError, PolicyError
+from ...core.models.constraints import Constraints
 from ...core.models.open import open_model
 from ...core.models.tokens import PAD, ChatTokens
 from ...core.types import DistributionLoss, Loss, Need, TokenArrays
-from .pack import Row, micro_batches
+from .pack import Row, micro_batches, shared
 
 LOGITS = {"cpu": 1 << 23, "cuda": 1 << 26}
 """The most logits held at once, by kind of device: 32 and 256 MiB in float32."""
@@ -36,12 +39,14 @@ class Forward:
     trust_remote_code: bool
     teachers: dict[str, Any]
     """Those that are open, by name."""
+    constraints: Constraints = field(init=False)
     head: Any = field(init=False)
     layers: Any = field(init=False)
     last: Any = field(init=False)
     """The last layer's MLP, if it, too, need not see more than trained positions."""
 
     def __post_init__(self) -> None:
+        self.constraints = Constraints(self.tokens)
         self.head = self.weights.get_output_embeddings()
         self.layers = getattr(self.weights.get_decoder(), "layers", None) or ()
         last = getattr(self.layers[-1], "mlp", None) if self.layers else None
@@ -57,18 +62,32 @@ class Forward:
     def groups(self, rows: Sequence[Row]) -> list[list[int]]:
         """Indices of ``rows`` in groups that are computed at once."""
         logits = LOGITS.get(self.device.type, LOGITS["cuda"])
-        return micro_batches(rows, self.budget, max(1, logits // self.sizes.vocab_size))
+        trained = max(1, logits // self.sizes.vocab_size)
+        return micro_batches(rows, self.budget, trained, self.alike(rows))
+
+    def alike(self, rows: Sequence[Row]) -> int:
+        """How much of their beginning is read once for all ``rows``.
+
+        Only by models that do nothing but attend, and not where layers run again for their
+        gradients, which keeps no keys and values.
+        """
+        kinds = getattr(self.sizes, "layer_types", None) or ["full_attention"]
+        plain = set(kinds) == {"full_attention"} and not getattr(self.sizes, "kv_lora_rank", None)
+        return shared(rows) if plain and not self.checkpointed else 0
 
     def arrays(self, rows: Sequence[Row], loss: Loss) -> TokenArrays:
         """What ``loss`` sees of these rows."""
         ids, where = self._tensors(rows)
-        logits, states = self.logits(self.model, self.head, self.last, ids, where)
+        alike = self.alike(rows)
+        logits, states = self.logits(self.model, self.head, self.last, ids, where, alike)
+        barred = self._barred(rows, logits.shape[1])
         # Of all ways to say this, the one that holds the fewest copies of the logits.
-        logprobs = -functional.cross_entropy(logits, ids[where], reduction="none")
+        logprobs = -functional.cross_entropy(held(logits, barred), ids[where], reduction="none")
         arrays = self.given(rows, logprobs)
         if Need.REFERENCE in loss.needs:
             with torch.no_grad(), self.model.disable_adapter():
-                other, _ = self.logits(self.model, self.head, self.last, ids, where)
+                other, _ = self.logits(self.model, self.head, self.last, ids, where, alike)
+                other = held(other, barred)
                 reference = -functional.cross_entropy(other, ids[where], reduction="none")
             arrays = replace(arrays, reference_logprobs=reference)
         if Need.DISTRIBUTION in loss.needs:
@@ -83,6 +102,27 @@ class Forward:
         if Need.STATES in loss.needs:
             arrays = replace(arrays, states=states.detach().float())
         return arrays
+
+    def _barred(self, rows: Sequence[Row], width: int) -> Tensor | None:
+        """(N, V) what the constraints that trained tokens were sampled under ruled out, if any.
+
+        Raises:
+            LearnerError: a token that its constraint rules out.
+        """
+        spans = [(row, span) for row in rows for span in row.spans]
+        if not any(span.constraint for _, span in spans):
+            return None
+        parts: list[Tensor] = []
+        for row, span in spans:
+            ids = row.ids[span.begin : span.end]
+            allowed = np.ones((len(ids), width), np.bool_)
+            if span.constraint:
+                try:
+                    allowed = self.constraints.masks(span.constraint, ids, width)
+                except PolicyError as cause:
+                    raise LearnerError(str(cause)) from cause
+            parts.append(torch.as_tensor(~allowed))
+        return torch.cat(parts).to(self.device)
 
     def given(self, rows: Sequence[Row], logprobs: Tensor) -> TokenArrays:
         """What is known of the rows' tokens, beside ``logprobs``."""
@@ -127,19 +167,38 @@ class Forward:
         return ids.to(self.device), (place[:, 0], place[:, 1])
 
     def logits(
-        self, model: Any, head: Any, last: Any, ids: Tensor, where: tuple[Tensor, Tensor]
+        self,
+        model: Any,
+        head: Any,
+        last: Any,
+        ids: Tensor,
+        where: tuple[Tensor, Tensor],
+        alike: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """(N, V) float32, and (N, D) what the head made them from, that predict these tokens.
 
-        No mask is needed: padding stands on the right of a causal row.
+        No mask is needed: padding stands on the right of a causal row. The first ``alike`` columns
+        are the same in all rows and are read once, their gradients added up.
         """
         rows, at = where
         mixed = torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
         )
-        with only(head, last, rows, at - 1) as read, mixed:
-            logits = model(input_ids=ids, use_cache=False).logits.float()
+        given: dict[str, Any] = {"use_cache": False}
+        if alike:
+            cache = DynamicCache(config=model.config)
+            with mixed:
+                model(input_ids=ids[:1, :alike], past_key_values=cache, logits_to_keep=1)
+            cache.batch_repeat_interleave(len(ids))
+            given = {"past_key_values": cache, "use_cache": True}
+        with only(head, last, rows, at - 1 - alike) as read, mixed:
+            logits = model(input_ids=ids[:, alike:], **given).logits.float()
         return logits, read[0]
+
+
+def held(logits: Tensor, barred: Tensor | None) -> Tensor:
+    """(N, V) logits, without what is barred."""
+    return logits if barred is None else logits.masked_fill(barred, -torch.inf)
 
 
 @contextmanager

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ...core.errors import LearnerError
+from ...core.models.prefixes import common
 from ...core.models.tokens import ChatTokens
-from ...core.types import Aggregation, Example, Image
+from ...core.types import Aggregation, Constraint, Example, Image
 
 
 @dataclass
@@ -22,6 +23,8 @@ class Span:
     """Its place among the examples."""
     group: int = -1
     """The example's."""
+    constraint: Constraint | None = None
+    """What was sampled was held to; ``old_logprobs`` are then over what that allowed."""
 
 
 @dataclass
@@ -62,14 +65,16 @@ def pack(examples: Sequence[Example], tokens: ChatTokens) -> list[Row]:
         row.ids += completion
         answer = examples[k].completion
         # Those of another tokenizer's ids are of no use here.
-        logprobs = answer.logprobs if tokens.sampled(answer) else ()
+        sampled = tokens.sampled(answer)
+        held = answer.constraint if sampled else None
+        logprobs = (answer.constrained if held else answer.logprobs) if sampled else ()
         if logprobs and len(logprobs) != len(completion):
             raise LearnerError(
                 f"example {k} has {len(completion)} tokens and {len(logprobs)} log-probabilities; "
                 "there must be one each, or none"
             )
         one = examples[k]
-        row.spans.append(Span(begin, len(row.ids), one.advantage, logprobs, k, one.group))
+        row.spans.append(Span(begin, len(row.ids), one.advantage, logprobs, k, one.group, held))
         whole.setdefault(tuple(row.ids), []).append(row)
         lengths.add(len(row.ids))
         lasts.add(row.ids[-1])
@@ -140,11 +145,21 @@ def token_weights(
     return [[[weight(span)] * (span.end - span.begin) for span in row.spans] for row in rows]
 
 
-def micro_batches(rows: Sequence[Row], budget: int, trained_budget: int) -> list[list[int]]:
+def shared(rows: Sequence[Row]) -> int:
+    """How many ids all ``rows`` begin with, none of which says anything that is trained."""
+    if len(rows) < 2:
+        return 0
+    return common([row.ids[: min((s.begin for s in row.spans), default=1)] for row in rows])
+
+
+def micro_batches(
+    rows: Sequence[Row], budget: int, trained_budget: int, alike: int = 0
+) -> list[list[int]]:
     """Indices of ``rows``, alike in length, in groups of at most ``budget`` padded tokens.
 
-    No group holds more than ``trained_budget`` trained tokens either: each of those costs a row
-    of logits as wide as the vocabulary. A single row may exceed both.
+    The first ``alike`` of a row are read once and count in none. No group holds more than
+    ``trained_budget`` trained tokens either: each of those costs a row of logits as wide as the
+    vocabulary. A single row may exceed both.
     """
     groups: list[list[int]] = []
     trained = 0
@@ -153,7 +168,7 @@ def micro_batches(rows: Sequence[Row], budget: int, trained_budget: int) -> list
         # Longest first, so the group's first row sets its width.
         if (
             groups
-            and len(rows[groups[-1][0]].ids) * (len(groups[-1]) + 1) <= budget
+            and (len(rows[groups[-1][0]].ids) - alike) * (len(groups[-1]) + 1) <= budget
             and trained + mine <= trained_budget
         ):
             groups[-1].append(k)
