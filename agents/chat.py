@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from ..core.config import Config
+from ..core.config import Config, Variables
 from ..core.types import Message, Observation, Parsed, Prompt, Step, Task
-from .conversation import conversation
+from .conversation import conversation, variables
 
 
 class ChatConfig(Config):
@@ -17,6 +17,8 @@ class ChatConfig(Config):
     ``window - 1`` attempts with their answers. None shows all. (RISE uses 2.)"""
     list_actions: bool = True
     """Show every action that a world lists, below what it says."""
+    template: Variables = Field(default_factory=dict)
+    """The chat template's own variables, such as ``enable_thinking: false``."""
 
 
 class Chat:
@@ -35,7 +37,7 @@ class Chat:
         config = self._config
         system = [Message("system", (config.system,))] if config.system else []
         turns = conversation(task, history, observation, config.window, config.list_actions)
-        return Prompt((*system, *turns))
+        return Prompt((*system, *turns), template=variables(config.template))
 
     def parse(self, text: str, observation: Observation) -> Parsed:
         return Parsed(text.strip())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -243,7 +244,10 @@ def test_what_is_told_of_a_text_that_goes_on_is_not_taken_back(text: str, stops:
     ("asked", "code"),
     [
         (talk("x", n=2), "unsupported"),
-        (talk("x", tools=[{"type": "function"}]), "unsupported"),
+        (talk("x", functions=[{"name": "f"}]), "unsupported"),
+        (talk("x", tools=[{"type": "function"}]), "invalid_request"),
+        (talk("x", tool_choice="required"), "invalid_request"),
+        ({"messages": [{"role": "user"}]}, "invalid_request"),
         (talk("x", logprobs=True), "unsupported"),
         (talk("x", response_format={"type": "json_object"}), "unsupported"),
         (talk("x", max_tokens=10_000), "too_many_tokens"),
@@ -313,6 +317,68 @@ def test_a_policy_that_says_half_an_emoji_could_not_answer(stream: bool) -> None
         assert refusal(acted) == (503, "policy_failed")
 
     with_server(use, Halves)
+
+
+LOOK_UP: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "parameters": {
+            "properties": {"of": {"enum": ["tea", "salt"]}},
+            "required": ["of"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_openais_own_client_calls_a_function(
+    model_folder: Callable[[str], Path], stream: bool
+) -> None:
+    """A tiny model, held to a call; then told what it came to, and held to another."""
+    folder = model_folder("qwen3")
+    policy = transformers_policy(folder)
+
+    async def ask(client: Any, messages: list[Any]) -> Any:
+        asked: dict[str, Any] = {
+            "model": "tiny",
+            "messages": messages,
+            "tools": [LOOK_UP],
+            "tool_choice": "required",
+            "max_tokens": 100,
+            "temperature": 1.0,
+        }
+        if not stream:
+            (choice,) = (await client.chat.completions.create(**asked)).choices
+            return choice
+        async with client.chat.completions.stream(**asked) as told:
+            async for _ in told:
+                pass
+            (choice,) = (await told.get_final_completion()).choices
+            return choice
+
+    async def use(client: httpx2.AsyncClient) -> None:
+        url = client.base_url.join("/v1")
+        own: Any = openai.AsyncOpenAI(base_url=str(url), api_key="x", max_retries=0)
+        async with own:
+            messages: list[Any] = [{"role": "user", "content": "Tea?"}]
+            for _ in range(2):
+                choice = await ask(own, messages)
+                assert choice.finish_reason == "tool_calls" and choice.message.content is None
+                (call,) = choice.message.tool_calls
+                assert call.function.name == "look_up"
+                assert json.loads(call.function.arguments)["of"] in ("tea", "salt")
+                messages.append(choice.message.model_dump(exclude_none=True))
+                messages.append({"role": "tool", "tool_call_id": call.id, "content": "7"})
+            # Without a need to call, and nothing like a call said, it is text.
+            plain = await own.chat.completions.create(
+                model="tiny", messages=messages, tools=[LOOK_UP], tool_choice="none", max_tokens=5
+            )
+            assert plain.choices[0].message.tool_calls is None
+            assert isinstance(plain.choices[0].message.content, str)
+
+    with_server(use, lambda: policy, tokens=policy.tokens)
 
 
 def test_another_model_is_not_found() -> None:

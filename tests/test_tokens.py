@@ -281,8 +281,11 @@ def test_what_cannot_be_rendered_is_refused(tokenizer: Callable[[str], Any]) -> 
         ChatTokens(tokenizer(APPENDING["plain"])).prompt(prompt_of(grey(1), ""))
     fussy = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     tokens = ChatTokens(tokenizer(fussy + APPENDING["plain"]))
-    with pytest.raises(PolicyError, match="of system, user: no system"):
-        tokens.prompt(Prompt((Message("system", ("x",)), Message("user", ("y",)))))
+    with pytest.raises(PolicyError, match="of system: no system"):
+        tokens.prompt(Prompt((Message("system", ("x",)),)))
+    # With somebody else's words behind them, the system's stand in those.
+    both = tokens.prompt(Prompt((Message("system", ("x",)), Message("user", ("y",)))))
+    assert both == tokens.prompt(Prompt((Message("user", ("x\n\ny",)),)))
 
 
 def test_ids_of_another_tokenizer_are_not_taken_for_ours(tokenizer: Callable[[str], Any]) -> None:

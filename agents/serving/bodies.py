@@ -32,15 +32,42 @@ class ImagePart(Loose):
     image_url: ImageUrl
 
 
+class CalledFunction(Loose):
+    name: str = Field(max_length=128)
+    arguments: str = "{}"
+
+
+class ToolCall(Loose):
+    function: CalledFunction
+
+
 class ChatMessage(Loose):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: (
         str
         | Annotated[
             list[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
             Field(max_length=256),
         ]
-    )
+        | None
+    ) = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=64)] | None = None
+
+
+class FunctionSchema(Loose):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str = ""
+    parameters: dict[str, Any] = Field(default_factory=dict[str, Any])
+
+
+class FunctionTool(Loose):
+    type: Literal["function"]
+    function: FunctionSchema
+
+
+class NamedChoice(Loose):
+    type: Literal["function"]
+    function: CalledFunction
 
 
 class StreamOptions(Loose):
@@ -60,9 +87,10 @@ class Chat(Loose):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     # Refused where they ask for something.
     n: int | None = None
-    tools: list[Any] | None = None
     functions: list[Any] | None = None
     logprobs: bool | None = None
     response_format: dict[str, Any] | None = None

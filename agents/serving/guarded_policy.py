@@ -96,12 +96,16 @@ class GuardedPolicy:
 
     def _check(self, prompt: Prompt) -> None:
         limits = self._limits
-        size = sum(len(message.text) for message in prompt.messages)
+        tools = "\n".join(f"{t.name}\n{t.description}\n{t.parameters}" for t in prompt.tools)
+        size = sum(len(message.text) for message in prompt.messages) + len(tools)
         if size > limits.prompt_chars:
             fault = f"the prompt has {size:,} characters, more than {limits.prompt_chars:,}"
             raise Refusal(400, fault, "context_length_exceeded")
         if self._tokens is None:
             return
+        if found := self._tokens.control(tools):
+            fault = f"the tools hold {found!r}, which ends or begins a message to this model"
+            raise Refusal(400, fault, "control_token", "tools")
         for message in prompt.messages:
             # What the policy itself has sampled goes in as the ids that it sampled.
             found = "" if message.token_ids else self._tokens.control(message.text)

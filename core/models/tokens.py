@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import re
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -36,6 +38,8 @@ class Frame(NamedTuple):
     """The last token of what asks for an answer."""
 
 
+OPENED = re.compile(r"<think>\s*$")
+"""The end of what asks for an answer, where a template begins the thought itself."""
 PAD = 0
 """Stands where no token is, and is masked: any id that every model's embeddings have will do."""
 
@@ -117,6 +121,10 @@ class ChatTokens:
         self.breaks += rendered.broken
         return rendered.ids
 
+    def lead(self, prompt: Prompt) -> str:
+        """What the template itself begins an answer's text with: a ``<think>``, or nothing."""
+        return lead_of(self._prompt(bare(prompt)).text)
+
     def sampled(self, answer: Message | Completion) -> bool:
         """Whether it holds ids as sampled, and of this vocabulary."""
         return bool(answer.token_ids) and answer.tokenizer in ("", self.fingerprint)
@@ -196,20 +204,24 @@ class ChatTokens:
         whole = self._render(prompt, add_generation_prompt=True)
         if before is None or answer is None:
             return Rendered(whole, self._encode(whole), False)
-        since = self._since(whole[len(before.text) :], answer)
+        words = answer.text.removeprefix(lead_of(before.text))
+        since = self._since(whole[len(before.text) :], words, answer.token_ids[-1])
         if since is None or not whole.startswith(before.text):
             return Rendered(whole, self._encode(whole), True)
         ids = (*before.ids, *answer.token_ids)
         return Rendered(whole, (*ids, *self._encode(since, ids[-1])), False)
 
-    def _since(self, rest: str, answer: Message) -> str | None:
-        """What comes after ``answer`` and its end in ``rest``; None if that begins otherwise."""
-        bare = answer.text.strip()
+    def _since(self, rest: str, words: str, last: int) -> str | None:
+        """What comes after an answer and its end in ``rest``; None if that begins otherwise.
+
+        ``words``, ``last``: the answer's text and the last token of it.
+        """
+        bare = words.strip()
         # Many templates trim what was said, or write spaces around it; the tokens are those
         # sampled all the same.
-        for whole, text in ((rest, answer.text), (rest, bare), (rest.lstrip(), bare)):
+        for whole, text in ((rest, words), (rest, bare), (rest.lstrip(), bare)):
             if whole.startswith(text):
-                since, end = whole[len(text) :], self._spelt(answer.token_ids[-1])
+                since, end = whole[len(text) :], self._spelt(last)
                 ended = (one for one in (since, since.lstrip()) if end and one.startswith(end))
                 return next(ended, end + since)[len(end) :]
         return None
@@ -237,20 +249,79 @@ class ChatTokens:
         return Frame(closing[0], before, after[: len(after) - len(after.lstrip())], opening)
 
     def _render(self, prompt: Prompt, add_generation_prompt: bool = False) -> str:
-        messages = prompt.messages
+        prompt = self._spoken(prompt)
+        return self._applied(
+            [{"role": m.role, "content": self._content(m)} for m in prompt.messages],
+            functions(prompt.tools),
+            json.loads(prompt.template) if prompt.template else {},
+            add_generation_prompt,
+        )
+
+    def _applied(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any],
+        variables: Mapping[str, Any],
+        add_generation_prompt: bool = False,
+    ) -> str:
         try:
             return self.tokenizer.apply_chat_template(
-                [{"role": m.role, "content": self._content(m)} for m in messages],
-                tools=functions(prompt.tools) or None,
+                messages,
+                tools=tools or None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                **variables,
             )
         except TemplateError as cause:
-            roles = ", ".join(message.role for message in messages)
+            roles = ", ".join(str(message["role"]) for message in messages)
             raise PromptError(
                 f"the chat template of {self.tokenizer.name_or_path!r} refuses a conversation of "
                 f"{roles}: {cause}"
             ) from cause
+
+    def _spoken(self, prompt: Prompt) -> Prompt:
+        """What this template can show of ``prompt``, the rest in words: its tools in those of the
+        system, results of functions and the system's own words in the user's."""
+        messages = list(prompt.messages)
+        if any(one.role == "tool" for one in messages) and not self._takes_results:
+            messages = [replace(m, role="user") if m.role == "tool" else m for m in messages]
+        tools = prompt.tools
+        if tools and not self._takes_tools:
+            prompt = replace(prompt, tools=())
+            words = [messages.pop(0).text] if messages[:1] and messages[0].role == "system" else []
+            text = "\n\n".join((*words, tools_in_words(tools)))
+            messages.insert(0, Message("system", (text,)))
+        if len(messages) > 1 and messages[0].role == "system" and not self._takes_system:
+            first, second, *rest = messages
+            messages = [replace(second, parts=(f"{first.text}\n\n", *second.parts)), *rest]
+        return replace(prompt, messages=tuple(messages))
+
+    @cached_property
+    def _takes_tools(self) -> bool:
+        """Whether the template shows functions it is given."""
+        probe = Tool("PROBE", "", '{"properties":{},"type":"object"}')
+        return self._shows([("user", "?")], "PROBE", functions((probe,)))
+
+    @cached_property
+    def _takes_results(self) -> bool:
+        """Whether it shows results of functions, of a call that is written as text."""
+        return self._shows([("user", "?"), ("assistant", "CALL"), ("tool", "PROBE")], "PROBE")
+
+    @cached_property
+    def _takes_system(self) -> bool:
+        return self._shows([("system", "PROBE"), ("user", "?")], "PROBE")
+
+    def _shows(
+        self, turns: Sequence[tuple[str, str]], words: str, tools: Sequence[Any] = ()
+    ) -> bool:
+        messages = [
+            {"role": role, "content": self._content(Message("user", (text,)))}
+            for role, text in turns
+        ]
+        try:
+            return words in self._applied(messages, tools, {})
+        except (PromptError, LookupError, TypeError, ValueError):
+            return False
 
     def _content(self, message: Message) -> Any:
         if self._placeholder is None:
@@ -259,6 +330,25 @@ class ChatTokens:
             {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
             for part in message.parts
         ]
+
+
+def lead_of(asked: str) -> str:
+    found = OPENED.search(asked)
+    return found[0] if found else ""
+
+
+def thinks_still(text: str) -> bool:
+    """Whether an answer's text is in the middle of a thought."""
+    return "<think>" in text and "</think>" not in text
+
+
+def tools_in_words(tools: Sequence[Tool]) -> str:
+    """For models whose template knows no functions: what they may call, and how."""
+    schemas = "\n".join(json.dumps(one["function"], ensure_ascii=False) for one in functions(tools))
+    return (
+        f"You may call these functions:\n{schemas}\nTo call one, answer with\n<tool_call>\n"
+        '{"name": the function, "arguments": {its arguments}}\n</tool_call>'
+    )
 
 
 def functions(tools: Sequence[Tool]) -> list[dict[str, Any]]:

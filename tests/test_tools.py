@@ -1,0 +1,240 @@
+"""The agent that calls functions: what it reads, says, refuses; the forms of calls; the wire."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selfwright.agents.calls import Form, call_text, calls_grammar, read_calls
+from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
+from selfwright.agents.tools import Tools, ToolsConfig
+from selfwright.agents.wire import as_text, calls_in, calls_out, with_calls
+from selfwright.core.actions import Call
+from selfwright.core.config import Fleet, Shot, Turn
+from selfwright.core.files import canonical_json
+from selfwright.core.hosting.pool import open_worlds
+from selfwright.core.models.constraints import Constraints
+from selfwright.core.play.draw import draw, starts
+from selfwright.core.play.players import ExpertPlayer, PolicyPlayer
+from selfwright.core.play.rollout import rollouts
+from selfwright.core.protocols import Briefing
+from selfwright.core.types import (
+    Action,
+    Completion,
+    Constraint,
+    Message,
+    Observation,
+    Prompt,
+    Sampling,
+    Step,
+    Task,
+    Tool,
+)
+from selfwright.environments.countdown import TOOL
+
+TASK, HERE = Task("t", "Make 7 from 3 4.", 3), Observation("")
+FORMS: tuple[Form, ...] = ("hermes", "json", "mistral")
+CALL = Call("answer", {"expression": "3+4"})
+MOVE = Tool(
+    "move",
+    "Go.",
+    canonical_json(
+        {
+            "type": "object",
+            "properties": {"to": {"type": "string"}, "steps": {"type": "integer"}},
+            "required": ["to"],
+            "additionalProperties": False,
+        }
+    ),
+)
+
+
+def agent_of(*tools: Tool, **keys: Any) -> Tools:
+    return Tools(Tools.briefed(ToolsConfig.model_validate(keys), Briefing(tools, ())))
+
+
+SAID = {
+    "hermes": '<tool_call>\n{"name": "answer", "arguments": {"expression": "3+4"}}\n</tool_call>',
+    "after words": "I try.\n"
+    '<tool_call>{"name":"answer","arguments":{"expression":"3+4"}}</tool_call>',
+    "after thoughts": '<think>{"name": "no", "arguments": {}}</think>\n'
+    '<tool_call>\n{"name": "answer", "arguments": {"expression": "3+4"}}\n</tool_call>',
+    "llama 3": '{"name": "answer", "parameters": {"expression": "3+4"}}',
+    "llama 3.1": '{"type": "function", "name": "answer", "parameters": {"expression": "3+4"}}',
+    "mistral": '[TOOL_CALLS] [{"name": "answer", "arguments": {"expression": "3+4"}}]',
+    "mistral, its token unseen": ' [{"name": "answer", "arguments": {"expression": "3+4"}}]',
+    "smollm": '<tool_call>[{"name": "answer", "arguments": {"expression": "3+4"}}]</tool_call>',
+    "gemma": '```tool_code\nanswer(expression="3+4")\n```',
+    "llama 3.2": '[answer(expression="3+4")]',
+    "deepseek": 'functionanswer\n```json\n{"expression": "3+4"}\n```',
+    "gpt-oss": 'commentary to=functions.answer json{"expression": "3+4"}',
+    "openai": '{"function": {"name": "answer", "arguments": "{\\"expression\\": \\"3+4\\"}"}}',
+}
+
+
+@pytest.mark.parametrize("text", SAID.values(), ids=SAID)
+def test_a_call_is_read_in_every_common_form(text: str) -> None:
+    assert read_calls(text, ["answer"]) == [CALL]
+    parsed = agent_of(TOOL).parse(text, HERE)
+    assert (parsed.action, parsed.invalid) == ("3+4", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "invalid"),
+    [
+        ("3+4", "No call: call answer."),
+        ("", "No call: call answer."),
+        ('<tool_call>{"name": "answer"}</tool_call>', "No call: call answer."),
+        ('{"name": "answer", "arguments": {"expression": "3+4"}', "No call: call answer."),
+        ('{"name": "reply", "arguments": {}}', "There is no 'reply': call answer."),
+        ('{"name": "answer", "arguments": {}}', "answer: 'expression' is a required property"),
+        ('{"name": "answer", "arguments": {"expression": 7}}', "answer: expression: 7 is not of"),
+        ('{"name": "answer", "arguments": {"expression": "seven"}}', "answer: expression: 'seven'"),
+        (f"<think>{SAID['hermes']}", "The thought did not end."),
+        (SAID["hermes"] + SAID["hermes"], "2 calls at once: make one a turn."),
+        ("{" * 3000, "No call: call answer."),
+        ("answer(" * 3000, "No call: call answer."),
+    ],
+)
+def test_anything_else_is_no_action_and_the_model_is_told_why(text: str, invalid: str) -> None:
+    parsed = agent_of(TOOL).parse(text, HERE)
+    assert parsed.action == "" and parsed.invalid.startswith(invalid)
+
+
+def test_the_first_of_several_may_be_played() -> None:
+    text = SAID["hermes"] + SAID["hermes"].replace("3+4", "4+3")
+    assert agent_of(TOOL, several="first").parse(text, HERE).action == "3+4"
+
+
+values = st.dictionaries(
+    st.sampled_from(["to", "steps", "x"]),
+    st.text(max_size=9) | st.integers() | st.lists(st.booleans(), max_size=2),
+    max_size=3,
+)
+
+
+@given(st.sampled_from(["move", "answer_2"]), values, st.sampled_from(FORMS))
+def test_what_is_written_is_read(name: str, arguments: dict[str, Any], form: Form) -> None:
+    assert read_calls(call_text(Call(name, arguments), form), []) == [Call(name, arguments)]
+    assert calls_in(calls_out([Call(name, arguments)])) == [Call(name, arguments)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_grammar_is_of_calls(form: Form, model_folder: Callable[[str], Path]) -> None:
+    config = TransformersConfig.model_validate({"model": "", "device": "cpu"})
+    policy = TransformersPolicy(config, str(model_folder("qwen3")), 0)
+    constraints = Constraints(policy.tokens)
+
+    def holds(grammar: str, text: str) -> bool:
+        follower = constraints.follow(Constraint(grammar=grammar))
+        for token in policy.tokens.completion(text):
+            if token not in follower.allowed():
+                return False
+            follower.take(token)
+        return follower.over
+
+    both = calls_grammar([TOOL, MOVE], form)
+    assert holds(both, call_text(CALL, form))
+    assert holds(both, call_text(Call("move", {"steps": 3, "to": "a"}), form))
+    assert holds(both, call_text(Call("move", {"to": "a"}), form))
+    for wrong in (Call("move", {}), Call("go", {"to": "a"}), Call("answer", {"expression": "x"})):
+        assert not holds(both, call_text(wrong, form))
+    # Whatever is sampled under it, the agent reads; of a world without tools, too.
+    listed = Observation("here", actions=("go north", "wait"))
+    for agent, seen in ((agent_of(TOOL, form=form), HERE), (agent_of(form=form), listed)):
+        player = PolicyPlayer(agent, policy, Sampling(1.0, max_tokens=120), constrain=True)
+
+        async def answers(player: PolicyPlayer = player, seen: Observation = seen) -> list[Action]:
+            asked = (player.answer(TASK, (), seen, k) for k in range(16))
+            return await asyncio.wait_for(asyncio.gather(*asked), 60)
+
+        done = [one for one in asyncio.run(answers()) if one.completion.finish == "stop"]
+        assert done and not any(one.invalid for one in done)
+        assert not seen.actions or {one.text for one in done} <= set(seen.actions)
+
+
+def test_a_conversation_is_calls_and_results() -> None:
+    shot = Shot(task="s", instruction="Make 5.", turns=(Turn(text="", action="2+3"),))
+    agent = agent_of(TOOL, examples=(shot,), system="Be brief.", template={"date": "today"})
+    said = call_text(CALL, "hermes")
+    first = Step(HERE, Action("3+4", Completion(said)), 0.0)
+    second = Step(Observation("wrong"), Action("", Completion("hm"), invalid="No call."), 0.0)
+    prompt = agent.prompt(TASK, (first, second), Observation("No call."))
+    assert [(m.role, m.text) for m in prompt.messages] == [
+        ("system", "Be brief."),
+        ("user", "Make 5."),
+        ("assistant", said.replace("3+4", "2+3")),
+        ("user", "Make 7 from 3 4."),
+        ("assistant", said),
+        ("tool", "wrong"),
+        ("assistant", "hm"),
+        ("user", "No call."),
+    ]
+    (offered,) = prompt.tools
+    schema = json.loads(TOOL.parameters)
+    del schema["properties"]["expression"]["pattern"]  # Which no model would read.
+    assert offered == Tool(TOOL.name, TOOL.description, canonical_json(schema))
+    assert prompt.template == '{"date":"today"}'
+    # An expert's action is a call; of a world without tools, of its listed actions.
+    assert agent.phrase("3+4") == said
+    assert agent_of().phrase("go") == call_text(Call("act", {"action": "go"}), "hermes")
+    assert (
+        agent_of().parse(agent_of().phrase("go"), Observation("", actions=("go",))).action == "go"
+    )
+
+
+def test_the_expert_plays_countdown_through_it() -> None:
+    async def played() -> None:
+        fleet = Fleet(parallel=8, isolation="inline")
+        async with await open_worlds("countdown", {}, fleet) as worlds:
+            agent = agent_of(*worlds.spec.tools)
+            tasks = await draw(worlds.tasks("train"), 6, 0)
+            for one in await rollouts(ExpertPlayer(agent), worlds, starts(tasks, 1, 0), 0):
+                assert one.success
+                for step in one.steps:
+                    read = agent.parse(step.action.completion.text, step.observation)
+                    assert read.action == step.action.text and not read.invalid
+
+    asyncio.run(played())
+
+
+def test_the_protocol_has_calls_and_results_with_ids() -> None:
+    said = as_text("", [CALL])
+    messages = [
+        {"role": "user", "content": "Make 7."},
+        {"role": "assistant", "content": said},
+        {"role": "tool", "content": "wrong"},
+        {"role": "assistant", "content": "hm"},
+        {"role": "tool", "content": "stray"},
+    ]
+    sent = list(with_calls(messages, (TOOL,)))
+    assert [one["role"] for one in sent] == ["user", "assistant", "tool", "assistant", "user"]
+    (call,) = sent[1]["tool_calls"]
+    assert sent[1]["content"] is None and sent[2]["tool_call_id"] == call["id"]
+    assert json.loads(call["function"]["arguments"]) == {"expression": "3+4"}
+    assert as_text("", calls_in(sent[1]["tool_calls"])) == said
+    # Without functions an assistant's text is text.
+    assert list(with_calls(messages[:2], ())) == messages[:2]
+    listless: tuple[Any, ...] = ("x", [1], [{"function": {}}])
+    for wrong in (*listless, [{"function": {"name": "a", "arguments": "[1]"}}]):
+        with pytest.raises(ValueError):
+            calls_in(wrong)
+
+
+def test_the_prompt_shows_tools_where_a_template_drops_them(
+    model_folder: Callable[[str], Path],
+) -> None:
+    from selfwright.core.models.open import open_tokens
+
+    tokens = open_tokens(str(model_folder("qwen3")))
+    words = Message("system", ("Be brief.",))
+    for messages in ((words, Message("user", ("go",))), (Message("user", ("go",)),)):
+        text = tokens.text(tokens.prompt(Prompt(messages, (MOVE,))))
+        assert '"name": "move"' in text and text.count("go") >= 1
+        plain = tokens.text(tokens.prompt(Prompt(messages)))
+        assert "move" not in plain
