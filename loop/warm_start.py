@@ -20,6 +20,7 @@ from ..core.files import DRAFT, read_json, write_json
 from ..core.hosting.pool import Worlds
 from ..core.models.cache import is_made, kept, making
 from ..core.models.gguf import resolved
+from ..core.models.open import save_merged
 from ..core.play.draw import draw, starts
 from ..core.play.episode import turn_seed
 from ..core.play.players import ExpertPlayer, PolicyPlayer
@@ -95,6 +96,13 @@ def story_of(folder: Path) -> str:
     return words
 
 
+def _warmed(recipe: Recipe, warm: WarmStart | None) -> dict[str, Any] | None:
+    if warm is None:
+        return None
+    adapter = {"adapter": warm.rank} if method_of(recipe) == "lora" else {}
+    return warm.model_dump(exclude={"method", "rank"}) | adapter
+
+
 def made_as(folder: Path) -> str:
     """The ``key_of`` what a model made here was made from."""
     return read_json(folder / STORY).get("key", "")
@@ -120,8 +128,8 @@ def key_of(recipe: Recipe) -> str:
         "version": [__version__, MADE],
         "model": config.model,
         "files": _contents(config.model),
-        "warm_start": None if config.warm_start is None else config.warm_start.model_dump(),
-        "sampling": [config.max_tokens, config.stop, config.listed],
+        "warm_start": _warmed(recipe, config.warm_start),
+        "sampling": [config.max_tokens, config.stop, config.constrain],
         **played,
         "data": {name: _hash(Path(name)) for name in sorted(_named(played))},
         "code": code_of(recipe.environment.plugin, recipe.agent.plugin),
@@ -236,11 +244,21 @@ def _cloner(recipe: Recipe, warm: WarmStart) -> tuple[type[Any], Config]:
     """The class and the config of the learner of a warm start."""
     from ..trainers.learning.learner import LearnerConfig, PlainLearner
 
-    settings: dict[str, Any] = {"method": "full", "learning_rate": warm.learning_rate}
+    settings: dict[str, Any] = {"method": method_of(recipe), "learning_rate": warm.learning_rate}
     settings |= {"batch_size": warm.batch_size, "warmup": 20}
+    settings |= {"rank": warm.rank, "alpha": 2 * warm.rank}
     if isinstance(recipe.learner.config, LearnerConfig):
         settings["device"] = recipe.learner.config.device  # One for all of a process's learners.
     return PlainLearner, LearnerConfig.model_validate(settings)
+
+
+def method_of(recipe: Recipe) -> str:
+    """Which weights the warm start changes."""
+    config = recipe.policy.config
+    assert isinstance(config, PolicyConfig)
+    new = config.model.startswith(scratch.PREFIX)
+    given = config.warm_start.method if config.warm_start else None
+    return given or ("full" if new else "lora")
 
 
 async def _clone(
@@ -254,7 +272,7 @@ async def _clone(
     folder: Path,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Full-weight cloning until the skill or the updates are reached; its story.
+    """Cloning until the skill or the updates are reached; its story.
 
     No clock has a say in it: the same recipe gives the same model on machines fast and slow.
     """
@@ -268,7 +286,7 @@ async def _clone(
         policy,
         Sampling(0.0, 1.0, config.max_tokens, tuple(config.stop)),
         config.timeout_s,
-        config.listed,
+        config.constrain,
     )
     done, share, tokens = 0, 0.0, 0.0
     loop = asyncio.get_running_loop()
@@ -290,7 +308,7 @@ async def _clone(
                 share = sum(t.success for t in played) / len(played)
                 if share >= warm.skill:
                     break
-        learner.export(folder)
+        await loop.run_in_executor(None, _save, recipe, learner, scratchpad, folder)
     finally:
         shutil.rmtree(scratchpad, ignore_errors=True)
         await policy.close()
@@ -302,6 +320,16 @@ async def _clone(
     skill = None if warm.skill is None else share
     reached = {"skill": skill, "wanted": warm.skill}
     return {"updates": done, "tokens_trained": int(tokens)} | reached
+
+
+def _save(recipe: Recipe, learner: Learner, scratchpad: Path, folder: Path) -> None:
+    """As a whole model, whatever the learner changed."""
+    if method_of(recipe) == "full":
+        learner.export(folder)
+        return
+    learner.export(scratchpad)
+    trust = getattr(recipe.policy.config, "trust_remote_code", False)
+    save_merged(str(scratchpad), folder, trust)
 
 
 def looked_at_by(config: PolicyConfig, model: str, seed: int) -> Policy:

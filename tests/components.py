@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,10 @@ WARM = """scratch:32x1, warm_start: {
 """With mistakes, so that it can go on after one."""
 
 
-def warmed(folder: Path, keys: str) -> tuple[Path, str]:
+def warmed(folder: Path, keys: str, model: str = "") -> tuple[Path, str]:
     """The base of ``SINGLE``, with those keys of its warm start; and what was said meanwhile."""
-    (folder / "tiny.yaml").write_text(SINGLE.replace("MODEL", WARM.replace("KEYS", keys)))
+    warm = re.sub(r"scratch:\w+", model, WARM) if model else WARM
+    (folder / "tiny.yaml").write_text(SINGLE.replace("MODEL", warm.replace("KEYS", keys)))
     recipe = read(folder / "tiny.yaml")
     said = io.StringIO()
 
