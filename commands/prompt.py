@@ -44,6 +44,9 @@ def words(found: dict[str, Any]) -> str:
     else:
         lines.append(f"prompt: {found['tokens']} tokens, and up to {found['max_tokens']} to answer")
         lines.append(f"---\n{found['text']}\n---")
+    if held := found["constraint"]:
+        choices = held["choices"]
+        lines.append(f"held to one of {choices}" if choices else f"held to\n{held['grammar']}\n---")
     if given := found["answer"]:
         read_as = given["action"] or f"no action: {given['invalid']}"
         lines.append(f"answer: {given['text']!r} ({given['tokens']} tokens, {given['finish']})")

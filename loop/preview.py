@@ -1,6 +1,6 @@
 """What a model would be asked at the beginning of a task, seen before anything is played."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from ..core.errors import WorldError
@@ -8,12 +8,12 @@ from ..core.hosting.pool import Worlds, open_worlds
 from ..core.models.open import open_tokens
 from ..core.play.briefing import briefed
 from ..core.play.draw import draw, starts
-from ..core.play.players import ExpertPlayer, Player
+from ..core.play.players import ExpertPlayer, Player, constraint_of
 from ..core.play.rollout import rollouts
 from ..core.protocols import Agent, Policy
 from ..core.recipe import Recipe
 from ..core.seeds import derive
-from ..core.types import Prompt, Stop, Task, Trajectory
+from ..core.types import Observation, Prompt, Stop, Task, Trajectory
 from .evaluate import player_of
 from .run import policy_of, trusting
 from .warm_start import made_here
@@ -48,8 +48,15 @@ async def preview(recipe: Recipe, split: str, number: int, answer: bool) -> dict
                 for one in prompt.messages
             ],
             "tools": [tool.name for tool in prompt.tools],
+            "constraint": _held(recipe, agent, seen),
         }
         return found | measured(recipe, prompt) | await _answered(recipe, worlds, task, answer)
+
+
+def _held(recipe: Recipe, agent: Agent, seen: Observation) -> dict[str, Any] | None:
+    """What an answer would be held to, if to anything."""
+    held = constraint_of(agent, seen) if policy_of(recipe).constrain else None
+    return asdict(held) if held else None
 
 
 def measured(recipe: Recipe, prompt: Prompt) -> dict[str, Any]:

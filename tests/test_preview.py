@@ -73,6 +73,18 @@ def test_it_is_for_reading_too(recipe: Path, capfd: pytest.CaptureFixture[str]) 
 
 def test_nothing_of_it_steers_a_terminal() -> None:
     found = {"task": "t\x1b[2J", "text": "a\x07\nb", "tokens": 3, "max_tokens": 4, "answer": None}
+    found["constraint"] = None
     assert words(found) == (
         "task: t\\x1b[2J\nprompt: 3 tokens, and up to 4 to answer\n---\na\\x07\nb\n---"
     )
+
+
+def test_it_shows_what_an_answer_is_held_to(
+    recipe: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    line = [str(recipe), "-o", "agent.use=react", "-o", "policy.constrain=true"]
+    text = shown(capfd, *line)
+    assert "held to" in text and 'start:  "Action: " action' in text
+    held = json.loads(shown(capfd, *line, "--answer", "--json"))
+    assert held["constraint"]["choices"] == [] and "action: t0" in held["constraint"]["grammar"]
+    assert json.loads(shown(capfd, str(recipe), "--json"))["constraint"] is None
