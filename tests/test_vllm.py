@@ -200,7 +200,7 @@ def test_stop_texts_and_constraints(run: Runner, either: VLLMPolicy, model_folde
     assert {one.text for one in said} <= {"1 + 2", "3 * 4"}
     grammar = Constraint(grammar="start: /[1-9]( \\+ [1-9]){0,3}/")
     summed = [
-        run(policy.complete(PROMPTS[0], Sampling(3.0, max_tokens=30, constraint=grammar), seed))
+        run(policy.complete(PROMPTS[0], Sampling(2.0, max_tokens=30, constraint=grammar), seed))
         for seed in range(8)
     ]
     assert all(re.fullmatch(r"[1-9]( \+ [1-9]){0,3}", one.text) for one in summed)
