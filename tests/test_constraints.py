@@ -225,6 +225,7 @@ def accepts(policy: TransformersPolicy, grammar: str, text: str) -> bool:
     return True
 
 
+@pytest.mark.method
 @settings(max_examples=30)
 @given(given_=arguments)
 def test_the_grammar_of_tools_holds_every_call(
@@ -241,6 +242,7 @@ def test_the_grammar_of_tools_holds_every_call(
     assert accepts(policy, grammar, "3 * (4 - 1)")
 
 
+@pytest.mark.method
 @given(st.from_regex(EXPRESSION, fullmatch=True, alphabet="123+*-/() "))
 def test_countdowns_grammar_is_of_expressions(text: str) -> None:
     try:
@@ -249,6 +251,7 @@ def test_countdowns_grammar_is_of_expressions(text: str) -> None:
         assert str(fault) in ("division by zero", "too long")
 
 
+@pytest.mark.method
 @pytest.mark.parametrize("thoughts", [False, True])
 @pytest.mark.parametrize("actions", [(), ("go north", 'say "x"')])
 @pytest.mark.parametrize("tools", [(), (TOOL,)])

@@ -111,6 +111,7 @@ pieces = st.lists(st.integers(5, 250), max_size=6)
 turns = st.lists(st.tuples(st.booleans(), pieces, pieces, st.booleans()), min_size=1, max_size=4)
 
 
+@pytest.mark.method
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=12, deadline=None)
 @given(drawn=turns, tools=st.booleans(), keep=st.booleans())

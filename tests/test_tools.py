@@ -124,6 +124,7 @@ def test_what_is_written_is_read(name: str, arguments: dict[str, Any], form: For
     assert calls_in(calls_out([Call(name, arguments)])) == [Call(name, arguments)]
 
 
+@pytest.mark.method
 @pytest.mark.parametrize("form", FORMS)
 def test_the_grammar_is_of_calls(form: Form, model_folder: Callable[[str], Path]) -> None:
     config = TransformersConfig.model_validate({"model": "", "device": "cpu"})
