@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnkn
 from test_learner import learner_of, talks
 
 from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
-from selfwright.agents.engines.vllm import RANKS, VLLMConfig, VLLMPolicy, room_for
+from selfwright.agents.engines.vllm import RANKS, VLLMConfig, VLLMPolicy, home, room_for
 from selfwright.agents.engines.vllm_server import Gone, Replica
 from selfwright.core.config import JudgeConfig
 from selfwright.core.errors import DiskError, PolicyError, RecipeError
@@ -528,3 +528,13 @@ def test_what_is_no_answer_is_named(answer: bytes, kind: type[PolicyError], why:
             server.close()
 
     asyncio.run(main())
+
+
+def test_conversations_behind_the_same_shots_are_spread_and_keep_their_place() -> None:
+    shots = (Message("user", ("2 and 3",)), Message("assistant", ("5",)))
+    firsts = [(*shots, Message("user", (f"{k} and 4",))) for k in range(32)]
+    assert len({home(Prompt(one)) % 4 for one in firsts}) == 4
+    answer = Message("assistant", ("8",), token_ids=(1, 2))
+    for one in firsts:
+        later = Prompt((*one, answer, Message("user", ("no",))))
+        assert home(later) == home(Prompt(one))
