@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeAlias, cast
 
-from ..core.actions import Call, tight
+from ..core.actions import DECODER, Call, tight
 from ..core.files import canonical_json
+from ..core.thoughts import spoken
 from ..core.types import Tool
 
 Form: TypeAlias = Literal["hermes", "json", "mistral"]
 """How a call is written: Hermes' (also Qwen's, SmolLM's, Granite's), Llama 3's, Mistral's."""
 
-DECODER = json.JSONDecoder()
 AROUND: dict[Form, tuple[str, str, str]] = {
     "hermes": ("<tool_call>\n", "arguments", "\n</tool_call>"),
     "json": ("", "parameters", ""),
@@ -37,9 +37,9 @@ def read_calls(text: str, tools: Sequence[str]) -> list[Call]:
     lists, in ``<tool_call>`` tags or after ``[TOOL_CALLS]``; arguments in JSON after the name of a
     function; and calls in Python's syntax with JSON's or Python's plain values.
     """
-    spoken = text.rpartition("</think>")[2]
-    found = list(_json_calls(spoken))
-    return found or list(_python_calls(spoken, set(tools)))
+    said_aloud = spoken(text)
+    found = list(_json_calls(said_aloud))
+    return found or list(_python_calls(said_aloud, set(tools)))
 
 
 def _json_calls(text: str) -> Iterator[Call]:

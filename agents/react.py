@@ -14,6 +14,7 @@ from pydantic import Field
 from ..core.actions import in_words, texts_grammar
 from ..core.config import Config, Shot, Variables
 from ..core.protocols import Briefing
+from ..core.thoughts import spoken, thinks_still
 from ..core.types import Constraint, Message, Observation, Parsed, Prompt, Step, Task
 from .conversation import before, conversation, sampled, variables
 
@@ -112,10 +113,9 @@ class React:
         return Constraint(grammar=rules + ("\nTHOUGHT: /[^\\n]+/" if thought else ""))
 
     def parse(self, text: str, observation: Observation) -> Parsed:
-        _, closed, spoken = text.rpartition("</think>")
-        if not closed and "<think>" in text:
+        if thinks_still(text):
             return Parsed("", "The thought did not end.")
-        found = re.search(rf"^[ \t]*{MARK}(.*)$", spoken, re.M | re.I)
+        found = re.search(rf"^[ \t]*{MARK}(.*)$", spoken(text), re.M | re.I)
         if found is None:
             return Parsed("", f"No action: begin a line with {MARK!r}.")
         action = found[1].strip()

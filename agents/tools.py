@@ -11,6 +11,7 @@ from ..core.actions import Call, listed, read_call, written
 from ..core.config import Config, Function, Shot, Variables
 from ..core.files import canonical_json
 from ..core.protocols import Briefing
+from ..core.thoughts import thinks_still
 from ..core.types import Constraint, Message, Observation, Parsed, Prompt, Step, Task, Tool
 from .calls import Form, call_text, calls_grammar, read_calls
 from .conversation import before, conversation, sampled, variables
@@ -104,8 +105,7 @@ class Tools:
 
     def parse(self, text: str, observation: Observation) -> Parsed:
         tools = self._own or (listed(observation.actions),)
-        _, closed, _ = text.rpartition("</think>")
-        if not closed and "<think>" in text:
+        if thinks_still(text):
             return Parsed("", "The thought did not end.")
         calls = read_calls(text, [tool.name for tool in tools])
         if not calls:

@@ -31,7 +31,7 @@ def calls_in(given: Any) -> list[Call]:
         raise ValueError("tool_calls is no list")
     calls: list[Call] = []
     for one in cast(list[Any], given):
-        function = _fields(_fields(one).get("function"))
+        function = fields(fields(one).get("function"))
         name, text = function.get("name"), function.get("arguments") or "{}"
         if not isinstance(name, str):
             raise ValueError(f"a call of no function: {str(one)[:80]}")
@@ -72,5 +72,6 @@ def with_calls(
         yield dict(message)
 
 
-def _fields(value: Any) -> dict[str, Any]:
+def fields(value: Any) -> dict[str, Any]:
+    """An object's; none of anything else."""
     return cast(dict[str, Any], value) if isinstance(value, dict) else {}

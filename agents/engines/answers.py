@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
-from ..wire import as_text, calls_in
+from ..wire import as_text, calls_in, fields
 
 PASSING = frozenset({408, 409, 425, 429})
 """Status codes that may be gone at the next try, beside those of broken servers."""
@@ -178,11 +178,6 @@ def tokens_of(answer: Any) -> int | None:
     total, *both = (usage.get(f"{one}_tokens") for one in ("total", "prompt", "completion"))
     counts = [one for one in ([total] if total else both) if isinstance(one, int) and one >= 0]
     return sum(counts) if counts else None
-
-
-def fields(value: Any) -> dict[str, Any]:
-    """An object's; none of anything else."""
-    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
 def shown(value: Any) -> str:

@@ -109,7 +109,8 @@ def attention(
 
 def _shared_before(module: Any, key: Tensor) -> tuple[Tensor, Tensor] | None:
     layers = _reading.get()
-    if not any(getattr(layer, "shared", None) for layer in layers):
+    # All of them share something, or none.
+    if not layers or getattr(layers[0], "shared", None) is None:
         return None
     layer = layers[module.layer_idx]
     if not isinstance(layer, RoomyLayer) or layer.keys is not key:

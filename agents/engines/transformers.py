@@ -17,7 +17,8 @@ from ...core.models.adapters import merge, restore
 from ...core.models.constraints import Constraints, Follower
 from ...core.models.open import device_of, open_model, open_weights, unready
 from ...core.models.origin import ADAPTER
-from ...core.models.tokens import cut, thinks_still
+from ...core.models.tokens import cut
+from ...core.thoughts import thinks_still
 from ...core.types import Completion, Prompt, Sampling
 
 

@@ -25,7 +25,8 @@ from ...core.models.canary import Canary, canary_ids, distance
 from ...core.models.constraints import in_any_tokens
 from ...core.models.open import bare, config_of, open_tokens, placeholder_of, save_merged, unready
 from ...core.models.origin import ADAPTER, WEIGHTS, belongs, parts_of
-from ...core.models.tokens import cut, thinks_still
+from ...core.models.tokens import cut
+from ...core.thoughts import thinks_still
 from ...core.types import Completion, Prompt, Sampling
 from .vllm_request import SCORING, after, request, scores
 from .vllm_server import MODEL, Answer, Gone, Replica, launched

@@ -52,7 +52,7 @@ def add_chat(app: FastAPI, room: Room) -> None:
             raise Refusal(404, fault, "model_not_found", "model")
         sampling = _sampling(asked, room.player.sampling, room.limits)
         prompt = await _prompt(asked, room)
-        held = _required(asked, prompt.tools, FORM)
+        held = _required(asked, prompt.tools)
         sampling = replace(sampling, constraint=held)
         seed = secrets.randbits(62) if asked.seed is None else derive(asked.seed)
         head = {
@@ -111,7 +111,7 @@ def _tools(asked: bodies.Chat) -> tuple[Tool, ...]:
     )
 
 
-def _required(asked: bodies.Chat, tools: Sequence[Tool], form: Form) -> Constraint | None:
+def _required(asked: bodies.Chat, tools: Sequence[Tool]) -> Constraint | None:
     """What holds an answer to a call, if one is asked for.
 
     Raises:
@@ -125,7 +125,7 @@ def _required(asked: bodies.Chat, tools: Sequence[Tool], form: Form) -> Constrai
     if not some:
         fault = f"tool_choice wants a call, but of {wanted or 'a function'} there is none in tools"
         raise Refusal(400, fault, "invalid_request", "tool_choice")
-    return Constraint(grammar=calls_grammar(some, form))
+    return Constraint(grammar=calls_grammar(some, FORM))
 
 
 def _refuse_unsupported(asked: bodies.Chat) -> None:

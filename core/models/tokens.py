@@ -337,11 +337,6 @@ def lead_of(asked: str) -> str:
     return found[0] if found else ""
 
 
-def thinks_still(text: str) -> bool:
-    """Whether an answer's text is in the middle of a thought."""
-    return "<think>" in text and "</think>" not in text
-
-
 def tools_in_words(tools: Sequence[Tool]) -> str:
     """For models whose template knows no functions: what they may call, and how."""
     schemas = "\n".join(json.dumps(one["function"], ensure_ascii=False) for one in functions(tools))
