@@ -6,8 +6,7 @@
 import asyncio
 import copy
 import random
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from test_decode import NEVER, shapes_read
 
 from selfwright.agents.engines import attention
 from selfwright.agents.engines.attention import attend, shares
@@ -26,7 +26,6 @@ from selfwright.agents.engines.transformers import TransformersConfig, Transform
 from selfwright.core.models.prefixes import LEAST, STEP
 from selfwright.core.types import Completion, Message, Prompt, Sampling
 
-NEVER = frozenset[int]()
 Folder = Callable[[str], Path]
 
 
@@ -40,20 +39,9 @@ def prompts_of(beginning: Sequence[int], lengths: Sequence[int]) -> list[tuple[i
     return [(*beginning, *(rng.randrange(5, 250) for _ in range(n))) for n in lengths]
 
 
-@contextmanager
-def read(model: Any) -> Generator[list[tuple[int, int]]]:
-    """(rows, columns) of every forward pass over more than one column."""
-    shapes: list[tuple[int, int]] = []
-
-    def see(_: Any, args: Any, kwargs: Any) -> None:
-        if kwargs["input_ids"].shape[1] > 1:
-            shapes.append(tuple(kwargs["input_ids"].shape))
-
-    hook = model.register_forward_pre_hook(see, with_kwargs=True)
-    try:
-        yield shapes
-    finally:
-        hook.remove()
+def long(passes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those over more than one column."""
+    return [one for one in passes if one[1] > 1]
 
 
 def check_same(results: Sequence[Sampled], others: Sequence[Sampled]) -> None:
@@ -78,8 +66,9 @@ def test_reading_it_once_changes_nothing(
     talks = prompts_of(range(5, 35), (1, 6, 11, 3, 3, 2))
     for turn in range(3):
         wants = [Want(talk, 10 * turn + k, max_tokens=2 + k) for k, talk in enumerate(talks)]
-        with read(net) as shapes:
+        with shapes_read(net) as passes:
             results = sample(net, wants, NEVER, kept, shared=30)
+        shapes = long(passes)
         check_same(results, sample(plain, wants, NEVER))
         if not memory or turn == 0:
             assert shapes[0] == (1, 30)
@@ -147,15 +136,17 @@ def test_it_is_kept_across_turns_and_rounds_until_the_weights_change(
     async def all_rounds() -> None:
         whole = len(policy.tokens.prompt(Prompt((words, Message("user", ("make 7",))))))
         for count, first in ((5, True), (5, False), (3, False), (1, False)):
-            with read(policy.model) as shapes:
+            with shapes_read(policy.model) as passes:
                 answers = await round_of(policy, count)
+            shapes = long(passes)
             assert sum(shape[0] == 1 and shape[1] > whole // 2 for shape in shapes) == first
             assert max(columns for _, columns in shapes[first:]) < whole // 4
             expected = await round_of(plain, count)
             assert [a.token_ids for a in answers] == [a.token_ids for a in expected]
         await policy.load(None)
-        with read(policy.model) as shapes:
+        with shapes_read(policy.model) as passes:
             await round_of(policy, 5)
+        shapes = long(passes)
         assert shapes[0][0] == 1 and shapes[0][1] > whole // 2
 
     asyncio.run(all_rounds())
