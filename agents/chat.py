@@ -2,23 +2,13 @@
 
 from collections.abc import Sequence
 
-from pydantic import Field
-
-from ..core.config import Config, Variables
 from ..core.types import Message, Observation, Parsed, Prompt, Step, Task
-from .conversation import conversation, variables
+from .conversation import ConversationConfig, conversation, variables
 
 
-class ChatConfig(Config):
+class ChatConfig(ConversationConfig):
     system: str = ""
     """A system message for every prompt; empty for none."""
-    window: int | None = Field(default=None, ge=1)
-    """How many turns the model sees, the present one included: the task, then the last
-    ``window - 1`` attempts with their answers. None shows all. (RISE uses 2.)"""
-    list_actions: bool = True
-    """Show every action that a world lists, below what it says."""
-    template: Variables = Field(default_factory=dict)
-    """The chat template's own variables, such as ``enable_thinking: false``."""
 
 
 class Chat:
@@ -36,7 +26,7 @@ class Chat:
     def prompt(self, task: Task, history: Sequence[Step], observation: Observation) -> Prompt:
         config = self._config
         system = [Message("system", (config.system,))] if config.system else []
-        turns = conversation(task, history, observation, config.window, config.list_actions)
+        turns = conversation(task, history, observation, config)
         return Prompt((*system, *turns), template=variables(config.template))
 
     def parse(self, text: str, observation: Observation) -> Parsed:

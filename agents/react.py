@@ -9,14 +9,11 @@ import json
 import re
 from collections.abc import Sequence
 
-from pydantic import Field
-
 from ..core.actions import in_words, texts_grammar
-from ..core.config import Config, Shot, Variables
 from ..core.protocols import Briefing
 from ..core.thoughts import spoken, thinks_still
 from ..core.types import Constraint, Message, Observation, Parsed, Prompt, Step, Task
-from .conversation import before, conversation, sampled, variables
+from .conversation import ShownConfig, before, conversation, sampled, variables
 
 MARK = "Action:"
 """What the line of the action begins with."""
@@ -24,7 +21,7 @@ SHOWN = 80
 """Characters of an action that an answer to it repeats."""
 
 
-class ReactConfig(Config):
+class ReactConfig(ShownConfig):
     system: str | None = None
     """The system message; None: words made here, of what the world says may be done and of how to
     answer. Empty: none."""
@@ -34,22 +31,11 @@ class ReactConfig(Config):
     keep_thoughts: bool = True
     """Whether the model sees what it thought in earlier turns. If not, those turns are its action
     alone, and a conversation is several rows to the learner."""
-    shots: int = Field(default=0, ge=0, le=64)
-    """How many training tasks to show, done by the world's expert, before the one at hand."""
-    examples: tuple[Shot, ...] = ()
-    """Those shots. A run fills them in, drawn by its seed, and its checkpoints keep them; or say
-    them here. One of the very task at hand is left out."""
     tools: tuple[str, ...] = ()
     """What may be done, a line each. A run fills in what its world declares."""
     grammar: str = ""
     """What a text of these tools may be, in Lark, with a rule ``action``, for ``policy.constrain``.
     A run fills it in."""
-    window: int | None = Field(default=None, ge=1)
-    """How many turns of the task at hand the model sees, as in ``chat``."""
-    list_actions: bool = True
-    """Show every action that a world lists, below what it says."""
-    template: Variables = Field(default_factory=dict)
-    """The chat template's own variables, such as ``enable_thinking: false``."""
 
 
 class React:
@@ -81,12 +67,10 @@ class React:
         return config.model_copy(update={"examples": examples, "tools": tools, "grammar": grammar})
 
     def prompt(self, task: Task, history: Sequence[Step], observation: Observation) -> Prompt:
-        messages = [*self._system]
         config = self._config
-        window, listed = config.window, config.list_actions
-        messages += before(task, config.examples, config.shots, self.phrase, listed)
-        messages += conversation(task, history, observation, window, listed, self._answered)
-        return Prompt(tuple(messages), template=variables(self._config.template))
+        messages = [*self._system, *before(task, config, self.phrase)]
+        messages += conversation(task, history, observation, config, self._answered)
+        return Prompt(tuple(messages), template=variables(config.template))
 
     def _answered(self, step: Step) -> Message:
         if self._config.keep_thoughts or step.action.invalid:

@@ -5,42 +5,31 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal, cast
 
-from pydantic import Field
-
 from ..core.actions import Call, listed, read_call, written
-from ..core.config import Config, Function, Shot, Variables
+from ..core.config import Function
 from ..core.files import canonical_json
 from ..core.protocols import Briefing
 from ..core.thoughts import thinks_still
 from ..core.types import Constraint, Message, Observation, Parsed, Prompt, Step, Task, Tool
 from .calls import Form, call_text, calls_grammar, read_calls
-from .conversation import before, conversation, sampled, variables
+from .conversation import ShownConfig, before, conversation, sampled, variables
 
 SHOWN = 80
 """Characters of a fault, or of a pattern, that the model is told."""
 
 
-class ToolsConfig(Config):
+class ToolsConfig(ShownConfig):
     system: str = ""
     """A system message for every prompt; empty for none of the agent's."""
     form: Form = "hermes"
     """How calls are written that the model did not sample itself: in shots, in demonstrations, and
     under ``policy.constrain``. What it samples is read in every common form."""
-    several: Literal["refuse", "first"] = "refuse"
-    """What becomes of an answer with several calls: it is invalid, or the first one is played."""
-    shots: int = Field(default=0, ge=0, le=64)
-    """How many training tasks to show, done by the world's expert, before the one at hand."""
-    examples: tuple[Shot, ...] = ()
-    """Those shots. A run fills them in, drawn by its seed, and its checkpoints keep them."""
+    several: Literal["refuse", "first", "in_order"] = "refuse"
+    """What becomes of an answer with several calls: it is invalid, the first one is played, or all
+    are, one a step, until one cannot be read or the episode is over."""
     functions: tuple[Function, ...] = ()
     """What may be called. A run fills in what its world declares; of a world that declares nothing
     it is ``act(action)``, of its listed actions."""
-    window: int | None = Field(default=None, ge=1)
-    """How many turns of the task at hand the model sees, as in ``chat``."""
-    list_actions: bool = True
-    """Show every action that a world lists, below what it says."""
-    template: Variables = Field(default_factory=dict)
-    """The chat template's own variables, such as ``enable_thinking: false``."""
 
 
 class Tools:
@@ -83,12 +72,8 @@ class Tools:
 
     def prompt(self, task: Task, history: Sequence[Step], observation: Observation) -> Prompt:
         config = self._config
-        messages = [*self._system]
-        listed_ = config.list_actions
-        messages += before(task, config.examples, config.shots, self.phrase, listed_, "tool")
-        messages += conversation(
-            task, history, observation, config.window, listed_, sampled, "tool"
-        )
+        messages = [*self._system, *before(task, config, self.phrase, "tool")]
+        messages += conversation(task, history, observation, config, sampled, "tool")
         # The list of a step would make of every prompt another; it stands in what is seen.
         tools = tuple(map(_offered, self._own or (listed(()),)))
         return Prompt(tuple(messages), tools, variables(config.template))
@@ -112,13 +97,24 @@ class Tools:
             return Parsed("", f"No call: call {_names(tools)}.")
         if len(calls) > 1 and self._config.several == "refuse":
             return Parsed("", f"{len(calls)} calls at once: make one a turn.")
-        call = calls[0]
-        tool = next((tool for tool in tools if tool.name == call.name), None)
-        if tool is None:
-            return Parsed("", f"There is no {call.name[:SHOWN]!r}: call {_names(tools)}.")
-        if fault := fault_of(call, tool):
-            return Parsed("", f"{tool.name}: {fault}")
-        return Parsed(written(tool, call.arguments))
+        return _parsed(calls[0], tools)
+
+    def parse_more(self, text: str, place: int, observation: Observation) -> Parsed | None:
+        """The call at ``place`` of those in ``text``; None: there is none, or it is not played."""
+        if self._config.several != "in_order":
+            return None
+        tools = self._own or (listed(observation.actions),)
+        calls = read_calls(text, [tool.name for tool in tools])
+        return _parsed(calls[place], tools) if place < len(calls) else None
+
+
+def _parsed(call: Call, tools: Sequence[Tool]) -> Parsed:
+    tool = next((tool for tool in tools if tool.name == call.name), None)
+    if tool is None:
+        return Parsed("", f"There is no {call.name[:SHOWN]!r}: call {_names(tools)}.")
+    if fault := fault_of(call, tool):
+        return Parsed("", f"{tool.name}: {fault}")
+    return Parsed(written(tool, call.arguments))
 
 
 @lru_cache(1 << 12)

@@ -8,6 +8,8 @@ from ..core.actions import Call
 from ..core.types import Tool
 from .calls import Form, call_text, read_calls
 
+NOT_DONE = "Not done."
+
 
 def calls_out(calls: Sequence[Call], first: int = 0) -> list[dict[str, Any]]:
     """``tool_calls`` of an assistant's message; ids count from ``first``."""
@@ -52,12 +54,18 @@ def with_calls(
 ) -> Iterator[dict[str, Any]]:
     """Messages of the protocol, whose assistants' texts become calls where they are some.
 
-    A result that follows no call is the user's words.
+    A result that follows no call is the user's words; a call without one came to nothing, which is
+    said, as the protocol wants a result of each.
     """
     count, waiting = 0, list[str]()
     names = [tool.name for tool in tools]
     for message in messages:
         role, content = message["role"], message["content"]
+        if role != "tool":
+            yield from (
+                {"role": "tool", "content": NOT_DONE, "tool_call_id": one} for one in waiting
+            )
+            waiting = []
         if role == "assistant" and isinstance(content, str):
             calls = calls_out(read_calls(content, names), count) if tools else []
             count, waiting = count + len(calls), [call["id"] for call in calls]

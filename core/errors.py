@@ -37,6 +37,10 @@ class PromptError(PolicyError, ValueError):
     """A policy cannot read a prompt: too long, images for a model of text, no such roles."""
 
 
+class PromptTooLong(PromptError):
+    """A prompt, and what is to be sampled, are more than the model reads."""
+
+
 class ModelError(PolicyError, ValueError):
     """The model that was named is not there, is not whole, or is of no use as a policy."""
 

@@ -23,6 +23,7 @@ METRICS = {
     "rollout/success": Metric("share", "episodes that the world says have succeeded"),
     "rollout/reward": Metric("1", "the world's reward per episode, summed over its steps"),
     "rollout/cut_share": Metric("share", "completions that ended at policy.max_tokens"),
+    "rollout/left_out": Metric("share", "prompts that left the oldest turns out, to fit the model"),
     "rollout/staleness": Metric("1", "iterations learned from since a completion, on average"),
     "rollout/staleness_max": Metric("count", "the same of the oldest completion"),
     "judge/score": Metric("share", "the judge's mean score, over episodes it decided"),

@@ -153,6 +153,14 @@ class HasPhrase(Protocol):
         ...
 
 
+class HasMore(Protocol):
+    """An agent that may read several actions in one completion; ``parse`` gives the first."""
+
+    def parse_more(self, text: str, place: int, observation: Observation) -> Parsed | None:
+        """The one at ``place``, from 1 on, when the world shows ``observation``; None: no more."""
+        ...
+
+
 @dataclass(frozen=True)
 class Briefing:
     """What an agent may be told of its world before it acts, once for a whole run."""

@@ -154,6 +154,12 @@ class Action:
     is another one. Empty where nobody was asked."""
     invalid: str = ""
     """Why no action could be read from the completion; empty if one could."""
+    place: int = 0
+    """Which of the actions of one answer it is, for agents that read several in one. Above 0 nobody
+    was asked anew: the completion and the prompt are empty, and those of the step that many before
+    hold it."""
+    left_out: int = 0
+    """How many of the episode's oldest turns the prompt leaves out, as the model reads no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +267,7 @@ class Start:
     prefix: tuple[Step, ...] = ()
     """Steps to replay before the policy acts."""
     turns: int | None = None
-    """How many actions the policy may take after the prefix; None: up to the task's limit."""
+    """How many answers the policy may give after the prefix; None: up to the task's limit."""
     parent: str = ""
     """The id of the episode that ``prefix`` comes from; empty if there is none."""
 
@@ -289,6 +295,16 @@ class Trajectory:
     """The id of the episode that the replayed steps come from; empty if there is none."""
     restored: int = 0
     """How many of those were not executed again, as the world went on from a snapshot."""
+
+    @property
+    def answers(self) -> tuple[int, ...]:
+        """Which steps begin with an answer: all but the later actions of one."""
+        return tuple(k for k, step in enumerate(self.steps) if not step.action.place)
+
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """Those of ``answers`` that were not replayed."""
+        return tuple(k for k in self.answers if k >= self.replayed)
 
     @property
     def executed(self) -> int:

@@ -70,7 +70,7 @@ class DiscriminatorJudge:
         return Verdict(like, f"taken for a teacher's with probability {like:.3f}", "discriminator")
 
     def _text(self, trajectory: Trajectory) -> Text:
-        action = trajectory.steps[-1].action
+        action = trajectory.steps[trajectory.answers[-1]].action
         return action.prompt, action.completion
 
 
@@ -78,7 +78,8 @@ def _fault(trajectory: Trajectory) -> str:
     """Why there is nothing to be read; empty if there is."""
     if trajectory.stop == Stop.FAILED or not trajectory.steps:
         return trajectory.error or "nothing was done"
-    return "" if trajectory.steps[-1].action.prompt.messages else "no prompt is known"
+    last = trajectory.steps[trajectory.answers[-1]]
+    return "" if last.action.prompt.messages else "no prompt is known"
 
 
 def _files(run: Path) -> list[Path]:

@@ -30,11 +30,12 @@ def summary(played: Sequence[Judged], asked: int = 0) -> Metrics:
     """
     trajectories = [j.trajectory for j in played]
     scores = [j.verdict.score for j in played if j.verdict.score is not None]
-    own = [step for t in trajectories for step in t.steps[t.replayed :]]
+    own = [t.steps[turn] for t in trajectories for turn in t.turns]
+    actions = [step.action for t in trajectories for step in t.steps[t.replayed :]]
     metrics: Metrics = {
         "rollout/episodes": float(len(played)),
         "rollout/environment_steps": float(sum(t.executed for t in trajectories)),
-        "rollout/invalid": float(sum(bool(s.action.invalid) for s in own)),
+        "rollout/invalid": float(sum(bool(action.invalid) for action in actions)),
         "rollout/tokens": float(tokens_sampled(trajectories) + asked),
         "rollout/failed": float(sum(t.stop == Stop.FAILED for t in trajectories)),
         "judge/undecided": float(len(played) - len(scores)),
@@ -49,6 +50,7 @@ def summary(played: Sequence[Judged], asked: int = 0) -> Metrics:
     if own:
         cut = sum(step.action.completion.finish == "length" for step in own)
         metrics["rollout/cut_share"] = cut / len(own)
+        metrics["rollout/left_out"] = sum(bool(s.action.left_out) for s in own) / len(own)
     return metrics
 
 

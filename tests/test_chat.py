@@ -76,3 +76,12 @@ def test_listed_actions_are_shown_below_what_the_world_says() -> None:
     assert shown.messages[1].tokenizer == "mine"
     hidden = Chat(ChatConfig(list_actions=False)).prompt(TASK, [], seen)
     assert hidden == prompt_of("Make 24.\nA room.")
+
+
+def test_of_a_long_list_the_first_actions_are_shown_and_how_many_more_there_are() -> None:
+    seen = Observation("A room.", actions=tuple(f"take {k}" for k in range(7)))
+    shown = Chat(ChatConfig(most_actions=5)).prompt(TASK, [], seen)
+    words = "Make 24.\nA room.\nActions: take 0; take 1; take 2; take 3; take 4"
+    assert shown == prompt_of(f"{words}; and 2 more")
+    whole = Chat(ChatConfig(most_actions=7)).prompt(TASK, [], seen)
+    assert whole == prompt_of(f"{words}; take 5; take 6")

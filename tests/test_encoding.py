@@ -135,11 +135,13 @@ def test_text_that_grows_is_the_text_of_the_whole(kind: str, data: st.DataObject
     tokens = tokens_of(kind)
     written = st.text("ab é€😀�", max_size=12).map(lambda text: list(tokens.completion(text)))
     ids = [i for part in data.draw(st.lists(kinds_of_ids(kind) | written)) for i in part]
-    growing, at, settled = tokens.growing(), 0, ""
+    growing, after, at, settled = tokens.growing(), tokens.growing(), 0, ""
     while at < len(ids):
         at += data.draw(st.integers(1, 3))
+        known, since = growing.settled, after.since(ids[:at])
         text = growing(ids[:at])
         assert text == tokens.text(ids[:at]) and text.startswith(settled)
+        assert since == text[known:] and after.settled == growing.settled
         settled = text[: growing.settled]
     # Whoever was lost on the way begins anew.
     assert growing(ids[:1]) == tokens.text(ids[:1])

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,24 @@ from prompts import grey, png
 
 from selfwright.agents.chat import Chat, ChatConfig
 from selfwright.core.config import Fleet
-from selfwright.core.errors import TooManyFailures
+from selfwright.core.errors import PromptTooLong, TooManyFailures
 from selfwright.core.hosting.pool import open_worlds
 from selfwright.core.images import STORE
 from selfwright.core.play.draw import draw, starts
-from selfwright.core.play.players import ExpertPlayer, Player, PolicyPlayer, RandomPlayer, sharing
+from selfwright.core.play.players import (
+    ExpertPlayer,
+    Player,
+    PolicyPlayer,
+    RandomPlayer,
+    omissions,
+    sharing,
+    without,
+)
 from selfwright.core.play.rollout import failures_by_name, rollouts
 from selfwright.core.types import (
     Action,
     Completion,
+    Judged,
     Message,
     Observation,
     Parsed,
@@ -34,7 +44,9 @@ from selfwright.core.types import (
     Stop,
     Task,
     Trajectory,
+    Verdict,
 )
+from selfwright.loop.measure import summary
 
 
 @pytest.fixture(autouse=True)
@@ -230,6 +242,74 @@ def test_the_prompts_of_an_episode_share_their_messages() -> None:
         prompts = [step.action.prompt.messages for step in again.steps]
         assert [len(messages) for messages in prompts] == [1, 3, 5, 7]
         assert len({id(message) for messages in prompts for message in messages}) == 7
+
+
+@dataclass
+class Narrow(Script):
+    """Reads so many messages at most."""
+
+    room: int = 5
+
+    async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
+        if len(prompt.messages) > self.room:
+            raise PromptTooLong(f"{len(prompt.messages)} messages exceed {self.room}")
+        return Completion("left")
+
+
+LONG = Start(Task("train 0", "Say right, 0.", 11), 5)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_prompt_that_is_too_long_leaves_the_oldest_turns_out(window: int | None) -> None:
+    player = PolicyPlayer(Chat(ChatConfig(window=window)), Narrow(()), Sampling())
+    (one,) = gone_on("Faulty", player, LONG)
+    prompts = [step.action.prompt.messages for step in one.steps]
+    # Two turns fit. The number doubles, but one turn stays.
+    wanted = [0, 0, 0, 1, 2, 4, 4, 6, 6, 8, 8] if window is None else [0] * 11
+    assert [step.action.left_out for step in one.steps] == wanted
+    assert max(map(len, prompts)) == 5
+    for k, messages in enumerate(prompts):
+        assert messages[0] == prompts[0][0]  # What was seen first may hold the task.
+        assert messages[-1].text.endswith(one.steps[k].observation.text)
+    if window is None:
+        assert prompts[8][:3] == prompts[7]
+        measured = summary([Judged(one, Verdict(None, "", "test"))])
+        assert measured["rollout/left_out"] == 8 / 11
+
+
+def test_what_is_too_long_by_itself_fails() -> None:
+    player = PolicyPlayer(Chat(ChatConfig()), Narrow((), room=0), Sampling())
+    (one,) = gone_on("Faulty", player, LONG)
+    assert one.stop == Stop.FAILED and one.error.startswith("PromptTooLong: 1 messages exceed 0")
+    narrow = PolicyPlayer(Chat(ChatConfig()), Narrow((), room=2), Sampling())
+    (one,) = gone_on("Faulty", narrow, LONG)
+    # One turn stays, as there was an answer to be shown: three messages.
+    assert len(one.steps) == 1 and one.error.startswith("PromptTooLong: 3 messages exceed 2")
+
+
+places = st.lists(st.integers(1, 3), max_size=12)
+
+
+@given(places, st.integers(0, 9))
+def test_what_is_left_out_doubles_and_spares_one_turn(actions: list[int], before: int) -> None:
+    steps = [
+        Step(Observation(f"{k} {place}"), Action("x", Completion("x"), place=place), 0.0)
+        for k, count in enumerate(actions)
+        for place in range(count)
+    ]
+    most = max(0, len(actions) - 1)
+    if steps:
+        asked = next(k for k in reversed(range(len(steps))) if not steps[k].action.place)
+        said = replace(steps[asked].action, left_out=min(before, most))
+        steps[asked] = replace(steps[asked], action=said)
+    counts = list(omissions(steps))
+    assert counts[0] == min(before, most if steps else 0) and counts[-1] == most
+    assert all(b in (max(1, 2 * a), most) and b > a for a, b in pairwise(counts))
+    for count in counts:
+        kept = without(steps, count)
+        assert sum(not step.action.place for step in kept) == len(actions) - count
+        assert [step.observation for step in kept[:1]] == [step.observation for step in steps[:1]]
+        assert [s.action for s in kept] == [s.action for s in steps[len(steps) - len(kept) :]]
 
 
 messages = st.lists(

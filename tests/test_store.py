@@ -124,7 +124,8 @@ def walks(draw: st.DrawFn) -> tuple[Step, ...]:
         prompt = draw(
             st.sampled_from([Prompt(tuple(said), offered, draw(variables))] * 3 + [Prompt()])
         )
-        action = Action(draw(texts), draw(completions), prompt, draw(texts))
+        counts = draw(st.integers(0, 2**31 - 1)), draw(st.integers(0, 2**31 - 1))
+        action = Action(draw(texts), draw(completions), prompt, draw(texts), *counts)
         steps.append(Step(draw(observations), action, draw(floats), draw(st.none() | texts)))
     return tuple(steps)
 
@@ -488,10 +489,10 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
 
 def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(parquet, "VERSION", 5)
+        patch.setattr(parquet, "VERSION", 6)
         write_trajectories(tmp_path, [episode()], tmp_path / "images")
     for path in (tmp_path, tmp_path / EPISODES):
-        with pytest.raises(StoreError, match=r"has schema version 5.* reads 2 to 4"):
+        with pytest.raises(StoreError, match=r"has schema version 6.* reads 2 to 5"):
             read_trajectories(path)
     table = pq.read_table(tmp_path / EPISODES)
     pq.write_table(table.replace_schema_metadata(None), tmp_path / EPISODES)

@@ -134,20 +134,25 @@ def test_a_damaged_file_of_schema_2_is_named(tmp_path: Path) -> None:
     assert judged[0] != replace(judged[0], verdict=Verdict(None, "", ""))
 
 
-def test_a_folder_of_schema_3_lacks_only_what_came_later(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [3, 4])
+def test_a_folder_of_an_older_schema_lacks_only_what_came_later(
+    version: int, tmp_path: Path
+) -> None:
     judged = read_trajectories(FILES[0])
     write_trajectories(tmp_path, judged, tmp_path / "images")
     for path in sorted(tmp_path.rglob("*.parquet")):
         table = pq.read_table(path)
         metadata = dict(table.schema.metadata)
-        about = json.loads(metadata[b"selfwright"]) | {"schema": 3}
+        about = json.loads(metadata[b"selfwright"]) | {"schema": version}
         if path.name == STEPS:
             rows = table.to_pylist()
             for row in rows:
-                del row["completion"]["constraint"], row["completion"]["constrained"]
-                if row["prompt"]:
-                    del row["prompt"]["template"]
-            table = pa.Table.from_pylist(rows, STEP.older[3].schema)
+                del row["place"], row["left_out"]
+                if version < 4:
+                    del row["completion"]["constraint"], row["completion"]["constrained"]
+                    if row["prompt"]:
+                        del row["prompt"]["template"]
+            table = pa.Table.from_pylist(rows, STEP.older[version].schema)
         metadata = {b"selfwright": json.dumps(about).encode()}
         pq.write_table(table.replace_schema_metadata(metadata), path)
     assert read_trajectories(tmp_path) == judged
@@ -158,7 +163,7 @@ def test_a_folder_of_schema_3_lacks_only_what_came_later(tmp_path: Path) -> None
     verdicts = {one.trajectory.id: Verdict(0.5, "", other.hash) for one in judged}
     write_verdicts(tmp_path, other, verdicts)
     assert {one.verdict.score for one in read_trajectories(tmp_path, other.hash)} == {0.5}
-    # Columns that schema 3 never had are damage, not something to be guessed at.
+    # Columns that it never had are damage, not something to be guessed at.
     table = pq.read_table(tmp_path / STEPS)
     pq.write_table(table.drop_columns(["reward"]), tmp_path / STEPS)
     with pytest.raises(StoreError, match="its columns are not those of its schema version"):

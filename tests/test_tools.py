@@ -2,8 +2,11 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -23,19 +26,27 @@ from selfwright.core.play.draw import draw, starts
 from selfwright.core.play.players import ExpertPlayer, PolicyPlayer
 from selfwright.core.play.rollout import rollouts
 from selfwright.core.protocols import Briefing
+from selfwright.core.store.trajectories import read_trajectories
+from selfwright.core.store.writing import write_trajectories
 from selfwright.core.types import (
     Action,
     Completion,
     Constraint,
+    Judged,
     Message,
     Observation,
     Prompt,
     Sampling,
+    Start,
     Step,
     Task,
     Tool,
+    Trajectory,
+    Verdict,
 )
 from selfwright.environments.countdown import TOOL
+from selfwright.trainers.learning.examples import imitate, reinforce
+from selfwright.trainers.parts.advantage import own_turns
 
 TASK, HERE = Task("t", "Make 7 from 3 4.", 3), Observation("")
 FORMS: tuple[Form, ...] = ("hermes", "json", "mistral")
@@ -109,6 +120,93 @@ def test_anything_else_is_no_action_and_the_model_is_told_why(text: str, invalid
 def test_the_first_of_several_may_be_played() -> None:
     text = SAID["hermes"] + SAID["hermes"].replace("3+4", "4+3")
     assert agent_of(TOOL, several="first").parse(text, HERE).action == "3+4"
+
+
+@dataclass
+class Says:
+    """Says these in turn, one each time it is asked; remembers how often it was."""
+
+    words: Sequence[str]
+    asked: int = 0
+    checkpoint: str = "says"
+
+    def batch_slot(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    async def complete(self, prompt: Prompt, sampling: Sampling, seed: int) -> Completion:
+        self.asked += 1
+        return Completion(self.words[self.asked - 1])
+
+    async def score(self, prompt: Prompt, completion: Completion) -> Completion:
+        raise NotImplementedError
+
+    async def load(self, checkpoint: Path | None) -> None: ...
+    async def close(self) -> None: ...
+
+
+def in_countdown(
+    agent: Tools, answers: Sequence[str], turns: int | None = None
+) -> tuple[Says, Trajectory]:
+    """An episode of six attempts at making 99 of 3, 4 and 5, which cannot be done."""
+    policy = Says(answers)
+
+    async def played() -> Trajectory:
+        fleet = Fleet(parallel=1, isolation="inline")
+        async with await open_worlds("countdown", {"attempts": 6}, fleet) as worlds:
+            task = await worlds.tasks("train").at(0)
+            player = PolicyPlayer(agent, policy, Sampling())
+            (one,) = await rollouts(player, worlds, [Start(task, 0, turns=turns)], 0)
+            return one
+
+    return policy, asyncio.run(played())
+
+
+def several(*expressions: str) -> str:
+    return as_text("", [Call("answer", {"expression": one}) for one in expressions])
+
+
+def test_several_calls_are_played_in_order_a_step_each() -> None:
+    agent = agent_of(TOOL, several="in_order")
+    policy, one = in_countdown(agent, [several("1+1", "2+2"), several("3+3"), several(*"4567")])
+    assert [step.action.text for step in one.steps] == ["1+1", "2+2", "3+3", *"456"]
+    assert [step.action.place for step in one.steps] == [0, 1, 0, 0, 1, 2]
+    assert policy.asked == 3 and one.answers == one.turns == (0, 2, 3)
+    # Its results follow one another, and nobody was asked between them.
+    prompt = one.steps[2].action.prompt
+    assert [m.role for m in prompt.messages] == ["user", "assistant", "tool", "tool"]
+    assert [m.text for m in prompt.messages[2:]] == [s.observation.text for s in one.steps[1:3]]
+    assert one.steps[1].action == Action("2+2", Completion(""), place=1)
+    # An answer is learned once, whatever it holds.
+    assert [e.completion.text for e in imitate(one)] == policy.words
+    assert [e.advantage for e in reinforce(one, [1.0, 2.0, 3.0])] == [1.0, 2.0, 3.0]
+    assert [turn for turn, _ in own_turns(Judged(one, Verdict(0.0, "", "test")))] == [0, 2, 3]
+    with TemporaryDirectory() as room:
+        judged = [Judged(one, Verdict(0.0, "", "test"))]
+        write_trajectories(Path(room), judged, Path(room, "images"))
+        assert read_trajectories(Path(room))[0].trajectory.steps == one.steps
+
+
+def test_an_answer_is_played_to_its_end_but_for_what_cannot_be_read() -> None:
+    agent = agent_of(TOOL, several="in_order")
+    wrong = Call("answer", {"expression": 7})
+    text = as_text("", [CALL, wrong, CALL])
+    policy, one = in_countdown(agent, [text, several("1+1", "2+2"), "none"], turns=2)
+    assert [(s.action.text, bool(s.action.invalid)) for s in one.steps] == [
+        ("3+4", False),
+        ("", True),
+        ("1+1", False),
+        ("2+2", False),
+    ]
+    assert policy.asked == 2 and one.steps[1].action.place == 1
+    roles = [m.role for m in one.steps[2].action.prompt.messages]
+    assert roles == ["user", "assistant", "tool", "user"]
+    # A window counts answers.
+    narrow = agent_of(TOOL, several="in_order", window=2)
+    roles = [m.role for m in narrow.prompt(TASK, one.steps, HERE).messages]
+    assert roles == ["user", "assistant", "tool", "tool"]
+    # Going on from its midst, what is left of it comes first.
+    left = PolicyPlayer(agent, Says([]), Sampling()).more(one.steps[:3], HERE)
+    assert left is not None and left.text == "2+2"
 
 
 values = st.dictionaries(
@@ -219,6 +317,13 @@ def test_the_protocol_has_calls_and_results_with_ids() -> None:
     assert sent[1]["content"] is None and sent[2]["tool_call_id"] == call["id"]
     assert json.loads(call["function"]["arguments"]) == {"expression": "3+4"}
     assert as_text("", calls_in(sent[1]["tool_calls"])) == said
+    # Every call has a result, also one that was not played.
+    twice = [{"role": "assistant", "content": as_text("", [CALL, CALL])}, *messages[2:3]]
+    for after in ([], [{"role": "user", "content": "No."}]):
+        sent = list(with_calls([messages[0], *twice[:1], *after, *twice], (TOOL,)))
+        results = [one["tool_call_id"] for one in sent if one["role"] == "tool"]
+        made = [call["id"] for one in sent for call in one.get("tool_calls", ())]
+        assert results == made[:3] and [one["role"] for one in sent][2:4] == ["tool", "tool"]
     # Without functions an assistant's text is text.
     assert list(with_calls(messages[:2], ())) == messages[:2]
     listless: tuple[Any, ...] = ("x", [1], [{"function": {}}])

@@ -14,7 +14,7 @@ import httpx2
 from pydantic import Field, field_validator, model_validator
 
 from ...core.config import PolicyConfig
-from ...core.errors import PolicyError
+from ...core.errors import PolicyError, PromptTooLong
 from ...core.models.tokens import cut, functions
 from ...core.types import Completion, Message, Prompt, Sampling
 from ..wire import with_calls
@@ -25,6 +25,8 @@ TOP = 20
 """Alternatives that are asked for when one word is scored."""
 LONGEST_WAIT_S = 60.0
 """Between two tries, whatever the endpoint asks for."""
+TOO_LONG = re.compile(r"context_length_exceeded|maximum context length|context window", re.I)
+"""What endpoints say of a prompt that is too long."""
 SHOWN = 300
 """Characters of an endpoint's answer that an error shows."""
 
@@ -199,7 +201,9 @@ class OpenAIPolicy:
             message = f"{response.status_code} {self._shown(answer.came)}"
             if not answer.passing:
                 hint = self._hint(response.status_code, answer)
-                raise PolicyError(f"{config.url} {answer.how}: {message}{hint}")
+                long = TOO_LONG.search(shown(answer.came))
+                error = PromptTooLong if long else PolicyError
+                raise error(f"{config.url} {answer.how}: {message}{hint}")
             wait = max(wait, asked_wait(response.headers.get("retry-after", "")))
         raise PolicyError(
             f"{config.url} did not answer in {config.tries} tries; the last: {message}"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ...core.config import PolicyConfig
-from ...core.errors import ModelError, PolicyError, PromptError
+from ...core.errors import ModelError, PolicyError, PromptTooLong
 from ...core.models.adapters import merge, restore
 from ...core.models.constraints import Constraints, Follower
 from ...core.models.open import device_of, open_model, open_weights, unready
@@ -149,7 +149,7 @@ class TransformersPolicy:
         if self._closed:
             raise PolicyError("this policy was closed")
         if prompt + more > self._context:
-            raise PromptError(
+            raise PromptTooLong(
                 f"a prompt of {prompt} tokens and {more} to sample exceed the "
                 f"model's context of {self._context}; shorten the agent's window or max_tokens"
             )
@@ -277,7 +277,7 @@ class TransformersPolicy:
         if not stops and heard is None and request.sampling.thought is None:
             return None
         ends, text = tokens.ends_of(stops), tokens.growing()
-        longest = max(map(len, stops), default=0)
+        longest, before = max(map(len, stops), default=0), ""
 
         def stopped(ids: Sequence[int]) -> bool:
             if heard is not None:
@@ -286,10 +286,14 @@ class TransformersPolicy:
                 len(ids) == request.sampling.thought and self._rambles(request, ids)
             ):
                 return True
-            # What was settled before was looked at then.
-            begin = max(0, text.settled - longest)
-            decoded = text(ids) if stops else ""
-            return any(decoded.find(stop, begin) >= 0 for stop in stops)
+            if not stops:
+                return False
+            nonlocal before
+            settled = text.settled
+            # What was settled before was looked at then, but a stop text may begin there.
+            fresh = before + text.since(ids)
+            before = fresh[: len(before) + text.settled - settled][-longest:]
+            return any(stop in fresh for stop in stops)
 
         return stopped
 

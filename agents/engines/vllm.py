@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from ...core.config import PolicyConfig
-from ...core.errors import DiskError, PolicyError, PromptError
+from ...core.errors import DiskError, PolicyError, PromptTooLong
 from ...core.files import DRAFT, hard_link
 from ...core.models.adapters import changes, fits
 from ...core.models.canary import Canary, canary_ids, distance
@@ -245,7 +245,7 @@ class VLLMPolicy:
         await self._ready()
         context = self._replicas[0].context
         if prompt + more > context:
-            raise PromptError(
+            raise PromptTooLong(
                 f"a prompt of {prompt} tokens and {more} to sample exceed the server's context of "
                 f"{context}; shorten the agent's window or max_tokens, or raise policy.context"
             )

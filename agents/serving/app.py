@@ -191,6 +191,7 @@ def _add_sessions(app: FastAPI, room: Room) -> None:
             token_ids=list(completion.token_ids),
             logprobs=list(completion.logprobs),
             tokenizer=completion.tokenizer,
+            place=action.place,
         )
 
     @app.delete("/v1/sessions/{id}", status_code=204)

@@ -153,6 +153,8 @@ class Acted(Config):
     token_ids: list[int]
     logprobs: list[float]
     tokenizer: str
+    place: int = 0
+    """Above 0: one more action of an answer given before, which nobody was asked for anew."""
 
 
 class OfferAdapter(Config):

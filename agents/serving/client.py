@@ -197,7 +197,7 @@ class RemoteSession:
         checked_completion(completion, "the server")
         if fault := no_text(answer.action):
             raise PolicyError(f"the server's action is {fault}; wanted a str")
-        action = Action(answer.action, completion, invalid=answer.invalid)
+        action = Action(answer.action, completion, invalid=answer.invalid, place=answer.place)
         return Acted(action, answer.valid, answer.checkpoint, answer.step)
 
     async def end(self) -> None:

@@ -122,25 +122,33 @@ class Growing:
         """Ids from there on whose text is known: it is the end of ``_settled``."""
         self._shown = 0
         """Characters that they alone make."""
-        self._settled = ""
-
-    @property
-    def settled(self) -> int:
+        self._settled: list[str] = []
+        self.settled = 0
         """Characters at the beginning of the text that ids to come leave as they are."""
-        return len(self._settled)
 
     def __call__(self, ids: Sequence[int]) -> str:
         """``ids``: those of the last call and more; any others begin anew."""
-        middle = self._begin + len(self._held)
-        if list(ids[self._begin : middle]) != self._held:
-            self._clear()
-            middle = 0
+        self._known(ids)
+        before = "".join(self._settled)
+        return before + self.since(ids)
+
+    def since(self, ids: Sequence[int]) -> str:
+        """The same but for what was settled before, in a time that does not grow with that."""
+        middle = self._known(ids)
         text = self._decode(ids[self._begin :])
         new = text[self._shown :]
-        whole = self._settled + new
         piece = self._piece(ids[-1]) if new and not new.endswith("\ufffd") else ""
         if piece and not BYTE.fullmatch(piece):
             held = list(ids[middle:])
             self._begin, self._held, self._shown = middle, held, len(self._decode(held))
-            self._settled = whole
-        return whole
+            self._settled.append(new)
+            self.settled += len(new)
+        return new
+
+    def _known(self, ids: Sequence[int]) -> int:
+        """How many of ``ids`` have a text that is known."""
+        middle = self._begin + len(self._held)
+        if list(ids[self._begin : middle]) == self._held:
+            return middle
+        self._clear()
+        return 0

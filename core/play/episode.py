@@ -17,7 +17,7 @@ from ..types import (
     TimeStep,
     Trajectory,
 )
-from .players import Player
+from .players import Player, PolicyPlayer
 from .waiting import deadline
 
 
@@ -119,13 +119,17 @@ async def play(
     start, steps = episode.start, episode.steps
     task, prefix = start.task, len(start.prefix)
     await episode.begin()
-    limit = task.max_steps if start.turns is None else prefix + start.turns
-    while not episode.over and len(steps) < min(limit, task.max_steps):
-        turn = turn_seed(seed, start, len(steps))
-        seen = episode.observation
-        action = await player.act(episode.world, task, steps, seen, turn)
+    answers = sum(not action.place for _, action in episode.chosen)
+    while not episode.over and len(steps) < task.max_steps:
+        seen, turn = episode.observation, turn_seed(seed, start, len(steps))
+        if answers == start.turns:
+            # Of what was answered something may be left to do.
+            action = player.more(steps, seen) if isinstance(player, PolicyPlayer) else None
+        else:
+            action = await player.act(episode.world, task, steps, seen, turn)
         if action is None:
             break
+        answers += not action.place
         episode.chosen.append((seen, action))
         await episode.execute(action)
         stepped(steps[-1])

@@ -1,13 +1,13 @@
 """Who acts: a policy through its agent, a world's own expert, chance."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ..checked import checked_completion, no_text
-from ..errors import PolicyError
+from ..errors import PolicyError, PromptTooLong
 from ..hosting.world import World
 from ..protocols import Agent, Policy
 from ..types import (
@@ -15,6 +15,7 @@ from ..types import (
     Completion,
     Constraint,
     Observation,
+    Parsed,
     Prompt,
     Sampling,
     Step,
@@ -71,27 +72,93 @@ class PolicyPlayer:
     ) -> Action | None:
         return await self.answer(task, history, observation, seed)
 
+    def more(self, history: Sequence[Step], observation: Observation) -> Action | None:
+        """The next action of the last answer; None: it held no more, or one could not be read."""
+        read: Callable[[str, int, Observation], Parsed | None] | None
+        read = getattr(self.agent, "parse_more", None)
+        if read is None or not history or history[-1].action.invalid:
+            return None
+        place = history[-1].action.place + 1
+        parsed = read(history[-place].action.completion.text, place, observation)
+        if parsed is None:
+            return None
+        self._check(parsed)
+        return Action(parsed.action, Completion(""), invalid=parsed.invalid, place=place)
+
     async def answer(
         self, task: Task, history: Sequence[Step], observation: Observation, seed: int
     ) -> Action:
-        """What it does; no world is needed for that.
+        """What it does, asked only if nothing is left of its last answer; no world is needed.
 
         Raises:
             PolicyError: what was said, or what the agent made of it, is no text.
+            PromptTooLong: the prompt is, with no more than one turn before.
         """
+        if (left := self.more(history, observation)) is not None:
+            return left
         sampling = self.sampling
         if self.constrain:
             sampling = replace(sampling, constraint=constraint_of(self.agent, observation))
-        prompt = sharing(self.agent.prompt(task, history, observation), history)
         version = self.version()
         async with deadline(self.timeout_s, "the policy's completion"):
-            completion = await self.policy.complete(prompt, sampling, seed)
+            prompt, completion, left_out = await self._asked(
+                task, history, observation, sampling, seed
+            )
         completion = replace(checked_completion(completion, self.name), version=version)
         parsed = self.agent.parse(completion.text, observation)
+        self._check(parsed)
+        return Action(parsed.action, completion, prompt, invalid=parsed.invalid, left_out=left_out)
+
+    async def _asked(
+        self,
+        task: Task,
+        history: Sequence[Step],
+        observation: Observation,
+        sampling: Sampling,
+        seed: int,
+    ) -> tuple[Prompt, Completion, int]:
+        """With how many of the oldest turns left out, as few as ``omissions`` and the model let."""
+        refused: PromptTooLong | None = None
+        before: Prompt | None = None
+        for left_out in omissions(history):
+            prompt = self.agent.prompt(task, without(history, left_out), observation)
+            if prompt == before:
+                continue  # It does not show those turns anyway.
+            before = prompt = sharing(prompt, history)
+            try:
+                return prompt, await self.policy.complete(prompt, sampling, seed), left_out
+            except PromptTooLong as error:
+                refused = error
+        assert refused is not None, "it was asked at least once"
+        raise refused
+
+    def _check(self, parsed: Parsed) -> None:
         for text in (parsed.action, parsed.invalid):
             if fault := no_text(text):
                 raise PolicyError(f"{type(self.agent).__name__}.parse gave {fault}; wanted a str")
-        return Action(parsed.action, completion, prompt, parsed.invalid)
+
+
+def omissions(history: Sequence[Step]) -> Iterator[int]:
+    """How many of the oldest turns to leave out, from as many as were at the last turn.
+
+    0, then 1, 2, 4, 8, and at most all but one. As the number doubles, the prompts of an episode
+    that has outgrown its model still go on from one another most of the time.
+    """
+    most = max(0, sum(not step.action.place for step in history) - 1)
+    count = min(most, next((s.action.left_out for s in reversed(history) if not s.action.place), 0))
+    while count < most:
+        yield count
+        count = max(1, 2 * count)
+    yield most
+
+
+def without(history: Sequence[Step], turns: int) -> Sequence[Step]:
+    """``history`` but for its oldest ``turns``; what was seen first stays: it may hold the task."""
+    if not turns:
+        return history
+    answers = [k for k, step in enumerate(history) if not step.action.place]
+    first = replace(history[answers[turns]], observation=history[0].observation)
+    return [first, *history[answers[turns] + 1 :]]
 
 
 def constraint_of(agent: Agent, observation: Observation) -> Constraint | None:
@@ -112,7 +179,8 @@ def sharing(prompt: Prompt, history: Sequence[Step]) -> Prompt:
     """
     if not history:
         return prompt
-    before, now = history[-1].action.prompt.messages, prompt.messages
+    asked = history[-1 - history[-1].action.place]
+    before, now = asked.action.prompt.messages, prompt.messages
     same = next(
         (k for k, (a, b) in enumerate(zip(before, now, strict=False)) if a != b),
         min(len(before), len(now)),

@@ -18,7 +18,7 @@ from ..errors import StoreError
 from ..files import atomic_write, canonical_json
 from .shapes import Record
 
-VERSION = 4
+VERSION = 5
 _KEY = b"selfwright"
 _DAMAGE: tuple[type[Exception], ...] = (OSError, ValueError, pa.ArrowException)
 

@@ -1,4 +1,4 @@
-"""The columns of schema 4, and those of 3 where they differ. Nothing is null but by ``Maybe``."""
+"""The columns of schema 5, and where 4 and 3 differ. Nothing is null but by ``Maybe``."""
 
 # pyarrow has no types.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
@@ -65,6 +65,8 @@ class StepRow(NamedTuple):
     completion: Completion
     prompt: PromptRow | None
     """None: nobody was asked."""
+    place: int = 0
+    left_out: int = 0
 
 
 class VerdictRow(NamedTuple):
@@ -156,7 +158,9 @@ _STEP = {
     "answer": Maybe(TEXT),
     "reward": DOUBLE,
 }
-STEP = Record(StepRow, **_STEP, completion=COMPLETION, prompt=Maybe(PROMPT))
+_STEP_4 = {**_STEP, "completion": COMPLETION, "prompt": Maybe(PROMPT)}
+STEP = Record(StepRow, **_STEP_4, place=INT32, left_out=INT32)
+STEP.older[4] = Record(StepRow, **_STEP_4)
 STEP.older[3] = Record(
     StepRow,
     **_STEP,
@@ -172,4 +176,4 @@ VERDICT = Record(
     steps=Many(Maybe(DOUBLE)),
 )
 for _same in (EPISODE, VERDICT):
-    _same.older[3] = _same
+    _same.older |= {3: _same, 4: _same}

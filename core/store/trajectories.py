@@ -192,7 +192,7 @@ def _trajectory(row: EpisodeRow, left: Iterator[StepRow]) -> Trajectory:
                 f"there is step {one.turn} of {one.episode!r}, not {turn} of {row.id!r}"
             )
         prompt = unfold.whole(one.observation.actor, one.prompt)
-        action = Action(one.action, one.completion, prompt, one.invalid)
+        action = Action(one.action, one.completion, prompt, one.invalid, one.place, one.left_out)
         steps.append(Step(one.observation, action, one.reward, one.answer))
     if len(steps) < row.steps:
         raise ValueError(f"episode {row.id!r} has {len(steps)} steps, not {row.steps}")

@@ -145,6 +145,8 @@ def _step_rows(trajectory: Trajectory) -> list[StepRow]:
             step.reward,
             step.action.completion,
             prompt,
+            step.action.place,
+            step.action.left_out,
         )
         for turn, step, prompt in zip(
             count(), trajectory.steps, shared(trajectory.steps), strict=False

@@ -41,30 +41,28 @@ def prompted(trajectory: Trajectory, agent: Agent) -> Trajectory:
     """The same, with prompts where there are none, as the agent makes them today."""
     steps = list(trajectory.steps)
     for turn, step in enumerate(steps):
-        if not step.action.prompt.messages:
+        if not (step.action.prompt.messages or step.action.place):
             prompt = agent.prompt(trajectory.task, steps[:turn], step.observation)
             steps[turn] = replace(step, action=replace(step.action, prompt=prompt))
     return replace(trajectory, steps=tuple(steps))
 
 
 def reinforce(trajectory: Trajectory, advantages: Sequence[float]) -> list[Example]:
-    """Every turn that was not replayed, as sampled, with its log-probabilities of then.
+    """Every turn of its own, as sampled, with its log-probabilities of then.
 
     Args:
-        advantages: one for each of those turns.
+        advantages: one for each of ``trajectory.turns``.
     """
-    own = range(trajectory.replayed, len(trajectory.steps))
     return [
         Example(
             asked(trajectory, turn),
             trajectory.steps[turn].action.completion,
             advantage,
         )
-        for turn, advantage in zip(own, advantages, strict=True)
+        for turn, advantage in zip(trajectory.turns, advantages, strict=True)
     ]
 
 
 def imitate(trajectory: Trajectory, weight: float = 1.0) -> list[Example]:
-    """Every turn that was not replayed."""
-    turns: Sequence[int] = range(trajectory.replayed, len(trajectory.steps))
-    return [example(trajectory, turn, weight) for turn in turns]
+    """Every turn of its own."""
+    return [example(trajectory, turn, weight) for turn in trajectory.turns]

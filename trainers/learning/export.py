@@ -58,7 +58,7 @@ def to_messages(trajectories: Sequence[Trajectory]) -> "datasets.Dataset":
     rows: list[dict[str, object]] = []
     for trajectory in trajectories:
         if trajectory.steps:
-            last = len(trajectory.steps) - 1
+            last = trajectory.answers[-1]
             answer = _answer(trajectory.steps[last].action.completion)
             rows.append({"messages": _chat(asked(trajectory, last)) + answer})
     return _dataset(rows)

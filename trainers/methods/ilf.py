@@ -206,7 +206,7 @@ class ILF:
             scores = [score(one) for one in group]
             weights = [1.0] * len(group) if beta is None else shares(scores, beta)
             for one, weight in zip(group, weights, strict=True):
-                turns = range(one.trajectory.replayed - 1, len(one.trajectory.steps))
+                turns = (one.trajectory.replayed - 1, *one.trajectory.turns)
                 examples += [example(one.trajectory, turn, weight) for turn in turns[:most]]
         return examples
 

@@ -130,7 +130,7 @@ class SIL:
         worth: dict[int, float] = {}
         for place in looked:
             one, turn = self._kept[places[place][0]], places[place][1]
-            at = one.trajectory.replayed + turn
+            at = one.trajectory.turns[turn]
             remembered[place] = example(one.trajectory, at, 1.0)
             worth[place] = returns(one, config.gamma)[turn]
         values = self._value.values([remembered[place].prompt for place in looked])

@@ -56,8 +56,7 @@ def step_advantages(
 
 
 def own_turns(one: Judged) -> list[tuple[int, Step]]:
-    own = range(one.trajectory.replayed, len(one.trajectory.steps))
-    return [(turn, one.trajectory.steps[turn]) for turn in own]
+    return [(turn, one.trajectory.steps[turn]) for turn in one.trajectory.turns]
 
 
 async def divergences(

@@ -120,5 +120,5 @@ def paired(students: Sequence[Judged], teachers: Sequence[Judged]) -> list[tuple
 
 def whole_text(one: Judged) -> Text:
     """All of an episode: its last prompt and what was answered."""
-    last = len(one.trajectory.steps) - 1
+    last = one.trajectory.answers[-1]
     return asked(one.trajectory, last), one.trajectory.steps[last].action.completion

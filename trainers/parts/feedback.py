@@ -81,6 +81,8 @@ def _item(line: Line, given: Sequence[Judged], threshold: float) -> Item:
     if line.step >= len(judged.trajectory.steps):
         count = len(judged.trajectory.steps)
         raise ValueError(f"step {line.step} of trajectory {line.trajectory} is none of its {count}")
+    if judged.trajectory.steps[line.step].action.place:
+        raise ValueError(f"step {line.step} of trajectory {line.trajectory} goes on with an answer")
     if judged.verdict.score is None or judged.verdict.score >= threshold:
         raise ValueError(f"trajectory {line.trajectory} did not fail: {judged.verdict.score}")
     return Item(judged, line.step, line.feedback, line.refinement)
@@ -119,8 +121,8 @@ def failures(
         if failed and not (solved and pool == "unsolved"):
             rng = random.Random(derive(seed, group[0].trajectory.task.id))
             one = rng.choice(failed)
-            last = len(one.trajectory.steps) - 1
-            items.append(Item(one, rng.randint(0, last) if about == "any" else last))
+            answers = one.trajectory.answers
+            items.append(Item(one, rng.choice(answers) if about == "any" else answers[-1]))
     return items
 
 

@@ -47,7 +47,7 @@ class Lesson:
                 # Held below what overflows; the learner says so if it is more than it can bear.
                 math.exp(min((total * gamma ** (last - turn) - self.baseline) / tau, 700)),
             )
-            for turn in range(trajectory.replayed, len(trajectory.steps))
+            for turn in trajectory.turns
         ]
 
 

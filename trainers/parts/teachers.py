@@ -88,17 +88,18 @@ class Teachers:
         questions = [
             (asked(t, turn), step.action.completion)
             for t in (one.trajectory for one in many)
-            for turn, step in enumerate(t.steps)
+            for turn in t.answers
+            for step in [t.steps[turn]]
         ]
         answers = iter(await score_all(self._context.policy, questions))
         scored: list[Judged] = []
         for one in many:
-            completions = [next(answers) for _ in one.trajectory.steps]
-            steps = [
-                replace(step, action=replace(step.action, completion=text))
-                for step, text in zip(one.trajectory.steps, completions, strict=True)
-                if text is not None
-            ]
-            if len(steps) == len(completions):
+            steps = [*one.trajectory.steps]
+            own = {turn: next(answers) for turn in one.trajectory.answers}
+            for turn, text in own.items():
+                if text is not None:
+                    action = replace(steps[turn].action, completion=text)
+                    steps[turn] = replace(steps[turn], action=action)
+            if None not in own.values():
                 scored.append(replace(one, trajectory=replace(one.trajectory, steps=tuple(steps))))
         return scored
