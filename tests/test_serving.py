@@ -8,6 +8,7 @@ import re
 import socket
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import redirect_stdout, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,24 @@ from prompts import png, prompt_of
 from serving import Echo, limits, running, served, transformers_policy, until
 from test_rollout import said
 
+from selfwright.agents.calls import call_text
+from selfwright.agents.react import React, ReactConfig
 from selfwright.agents.serving.client import Client, ServedPlayer
 from selfwright.agents.serving.guarded_policy import certain
 from selfwright.agents.serving.images import checked_images
 from selfwright.agents.serving.limits import Limits, Refusal
 from selfwright.agents.serving.room import Served
+from selfwright.agents.tools import Tools, ToolsConfig
+from selfwright.core.actions import Call
 from selfwright.core.config import Config, Fleet
 from selfwright.core.errors import PolicyError
 from selfwright.core.hosting.pool import open_worlds
 from selfwright.core.images import picture
 from selfwright.core.models.open import open_tokens
 from selfwright.core.play.draw import draw, starts
+from selfwright.core.play.players import PolicyPlayer
 from selfwright.core.play.rollout import rollouts
+from selfwright.core.protocols import Briefing
 from selfwright.core.types import (
     Completion,
     Message,
@@ -42,6 +49,7 @@ from selfwright.core.types import (
     TimeStep,
     WorldSpec,
 )
+from selfwright.environments import countdown
 
 pytestmark = pytest.mark.server
 
@@ -863,6 +871,52 @@ def test_a_served_agent_plays_as_it_does_here(player: Path) -> None:
         )
         assert acted == wanted
         assert max(len(t.steps) for t in far) == 3, "some episodes need several turns"
+
+    asyncio.run(main())
+
+
+def test_a_session_is_held_to_what_its_world_lists(model_folder: Callable[[str], Path]) -> None:
+    """By a model that knows nothing, and would say nothing of it freely."""
+    policy = transformers_policy(model_folder("scratch"))
+    agent = React(ReactConfig())
+    player = PolicyPlayer(agent, policy, Sampling(1.0, 1.0, 8), constrain=True)
+
+    async def acted(held: bool) -> list[bool]:
+        what = Served("tiny", player if held else replace(player, constrain=False))
+        async with running(what) as client:
+            id = await opened(client, max_steps=12)
+            url, listed = f"/v1/sessions/{id}/act", [["go", "stay put"], ["a", "b", "c"]]
+            every = [
+                (await client.post(url, json=seen(actions=listed[k % 2]))).json() for k in range(12)
+            ]
+            allowed = [one["action"] in listed[k % 2] for k, one in enumerate(every)]
+            assert [one["valid"] for one in every] == allowed
+            return allowed
+
+    assert asyncio.run(acted(held=True)) == [True] * 12
+    policy = transformers_policy(model_folder("scratch"))
+    player = replace(player, policy=policy)
+    assert asyncio.run(acted(held=False)) == [False] * 12
+
+
+def test_calls_of_one_answer_are_handed_out_one_by_one() -> None:
+    tools = (countdown.TOOL,)
+    agent = Tools(Tools.briefed(ToolsConfig(several="in_order"), Briefing(tools)))
+    calls = [call_text(Call("answer", {"expression": one}), "hermes") for one in ("1+1", "2+2")]
+
+    async def main() -> None:
+        policy = said("\n".join(calls), calls[0]).policy
+        what = Served("tiny", PolicyPlayer(agent, policy, Sampling()))
+        async with await open_worlds("countdown", WORLD, Fleet(parallel=1)) as worlds:
+            begin = starts(await worlds.tasks("train").take(range(1)), 1, 1)
+            (direct,) = await rollouts(what.player, worlds, begin, 5)
+            async with running(what) as http, Client(str(http.base_url)) as client:
+                there = ServedPlayer(client)
+                (far,) = await rollouts(there, worlds, begin, 5)
+                await there.close()
+        for one in (direct, far):
+            assert [step.action.text for step in one.steps] == ["1+1", "2+2", "1+1"]
+            assert [step.action.place for step in one.steps] == [0, 1, 0]
 
     asyncio.run(main())
 
