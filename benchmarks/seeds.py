@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/seeds"))
     arguments = parser.parse_args()
     overrides = cast("list[str]", arguments.overrides)
-    name = Path(arguments.recipe).stem
+    name = "-".join(Path(arguments.recipe).with_suffix("").parts[-2:])
     rows: list[dict[str, Any]] = []
     for seed in range(arguments.seeds):
         folder = arguments.output / f"{name}-{seed}"

@@ -39,6 +39,7 @@ def failed(report: CheckReport) -> dict[str, str]:
     ("name", "config"),
     [
         ("countdown", {}),
+        ("pictures", {"attempts": 2}),
         *(
             pytest.param(name, config, marks=pytest.mark.multi)
             for name, config in [
