@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image as Pillow
-from scipy import ndimage
+from scipy import ndimage  # pyright: ignore[reportMissingTypeStubs]
 
 from selfwright.core.images import STORE
 from selfwright.core.types import Image, Observation, Task
@@ -48,6 +48,12 @@ def inked(image: Image) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     return shown, np.ptp(shown, axis=2) > 0
 
 
+def parts_of(ink: NDArray[np.bool_]) -> tuple[NDArray[np.int64], int]:
+    """Which part each pixel belongs to, from 1 on, and how many there are."""
+    images: Any = ndimage
+    return images.label(ink, np.ones((3, 3)))
+
+
 def looked(task: PicturesTask, image: Image) -> str:
     """The answer, by looking at nothing but the picture."""
     shown, ink = inked(image)
@@ -59,7 +65,7 @@ def looked(task: PicturesTask, image: Image) -> str:
             return next(name for name, rgb in COLOURS.items() if rgb == colour)
         case "count":
             # Triangles have corners that touch nothing but by their own corners.
-            return str(ndimage.label(ink, np.ones((3, 3)))[1])
+            return str(parts_of(ink)[1])
         case "position":
             middle = task.size / 2
             if abs(x - middle) > abs(y - middle):
@@ -68,7 +74,7 @@ def looked(task: PicturesTask, image: Image) -> str:
         case "click":
             _, colour, shape = task.instruction.split(":")[0].rsplit(" ", 2)
             mine = (shown == COLOURS[colour]).all(axis=2)
-            parts, count = ndimage.label(mine)
+            parts, count = parts_of(mine)
             assert count in (1, 2), "one of that colour, or two of different shapes"
             for k in range(1, count + 1):
                 ys, xs = np.nonzero(parts == k)
@@ -139,7 +145,8 @@ def test_splits_share_no_drawing_and_drawings_come_again() -> None:
 
 
 def test_no_answer_is_much_more_usual_than_another() -> None:
-    for question, kinds in (("colour", 4), ("count", 4), ("position", 4), ("digit", 10)):
+    sizes: dict[Question, int] = {"colour": 4, "count": 4, "position": 4, "digit": 10}
+    for question, kinds in sizes.items():
         counts = Counter(task.answer for task in Drawings("test", config(question))[:1000])
         assert len(counts) == kinds and max(counts.values()) < 1.25 * 1000 / kinds
 

@@ -3,7 +3,7 @@
 # torch's tolist and numpy's random are partly untyped.
 # pyright: reportUnknownMemberType=false
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -14,6 +14,8 @@ from transformers.cache_utils import Cache
 
 from ...core.models.constraints import Follower
 from ...core.models.tokens import PAD
+from ...core.models.vision import Eye
+from ...core.types import Image
 from .attention import plain, reading, shares
 from .cache import Place, PrefixCache, Read, attends_only, check_used, copy_places, layers_for
 
@@ -31,12 +33,13 @@ class Want:
     """If given: begins what says which tokens are allowed, and when the completion is whole."""
     stopped: Callable[[Sequence[int]], bool] | None = None
     """Asked after every token whether the text so far is complete."""
-    images: tuple[str, ...] = ()
-    """The content hashes of the prompt's pictures: the same ids may show others."""
+    images: tuple[Image, ...] = ()
+    """The prompt's pictures."""
 
     @property
     def read(self) -> Read:
-        return self.prompt, self.images
+        """By content: the same ids may show other pictures."""
+        return self.prompt, tuple(image.sha256 for image in self.images)
 
 
 @dataclass
@@ -56,6 +59,7 @@ def sample(
     ends: Set[int],
     memory: PrefixCache | None = None,
     shared: int = 0,
+    eye: Eye | None = None,
 ) -> list[Sampled]:
     """Completions of ``wants``, in order. Equal prompts are read once, remembered ones not again.
 
@@ -63,47 +67,50 @@ def sample(
     attend to what they have read are asked prompts of one length at a time, and remember nothing.
 
     ``ends``: the tokens that end a completion. ``shared``: how many ids all prompts begin with that
-    are read once, and kept for others; each prompt has another behind them.
+    are read once, and kept for others; each prompt has another behind them. ``eye``: the model's,
+    if there are pictures.
 
     Raises:
         FloatingPointError: the model's logits are not finite.
         ValueError: the model keeps what it has read in a way of its own.
     """
     if attends_only(model):
-        return _sample(model, wants, ends, memory, shared)
+        return _sample(model, wants, ends, memory, shared, eye)
     samples: dict[int, Sampled] = {}
     for length in dict.fromkeys(len(want.prompt) for want in wants):
         group = [k for k, want in enumerate(wants) if len(want.prompt) == length]
-        found = _sample(model, [wants[k] for k in group], ends, None, 0)
+        found = _sample(model, [wants[k] for k in group], ends, None, 0, eye)
         samples |= zip(group, found, strict=True)
     return [samples[k] for k in range(len(wants))]
 
 
 def _sample(
-    model: Any, wants: Sequence[Want], ends: Set[int], memory: PrefixCache | None, shared: int
+    model: Any,
+    wants: Sequence[Want],
+    ends: Set[int],
+    memory: PrefixCache | None,
+    shared: int,
+    eye: Eye | None,
 ) -> list[Sampled]:
     device = model.device
-    prompts = list(dict.fromkeys(want.read for want in wants))
+    pictures = {want.read: want.images for want in wants}
     steps = max(want.max_tokens for want in wants)
-    base = _beginning(model, prompts[0][0][:shared], memory) if shared else None
-    layers, real, logits = _read(model, prompts, steps, memory, base)
+    base = _beginning(model, wants[0].prompt[:shared], memory) if shared else None
+    layers, real, logits, after = _read(model, pictures, steps, memory, base, eye)
     if not shares(model):
         base = None  # It was copied into every row.
     before = base.length if base else 0
     cache: Any = Cache(layers=list(layers))
     longest = real.shape[1] - steps
-    padded = any(len(ids) < before + longest for ids, _ in prompts)
-    ready = plain(model)
-    place = {prompt: k for k, prompt in enumerate(prompts)}
+    padded = any(len(ids) < before + longest for ids, _ in pictures)
+    place = {prompt: k for k, prompt in enumerate(pictures)}
     rows = torch.tensor([place[want.read] for want in wants], device=device)
-    if len(prompts) != len(wants):
+    if len(pictures) != len(wants):
         cache.reorder_cache(rows)
-    real, logits = real[rows], logits[rows]
-    lengths = torch.tensor([len(want.prompt) for want in wants], device=device)
-
+    real, logits, after = real[rows], logits[rows], after[rows]
     results = [Sampled() for _ in wants]
     followers = [want.follow() if want.follow else None for want in wants]
-    chooser = Chooser(wants, followers, steps, device)
+    chooser = Chooser(wants, followers, steps, device, eye.vision.placeholder if eye else None)
     live = torch.arange(len(wants), device=device)
 
     def remember(finished: Tensor) -> None:
@@ -133,10 +140,34 @@ def _sample(
             remember(~running)
             keep = running.nonzero()[:, 0].to(device)
             cache.reorder_cache(keep)
-            real, live, tokens, lengths = real[keep], live[keep], tokens[keep], lengths[keep]
-        seen = _mask(real[:, : longest + step + 1], 1, ready) if padded else None
-        logits = _forward(model, tokens[:, None], seen, (lengths + step)[:, None], cache)
+            real, live, tokens, after = real[keep], live[keep], tokens[keep], after[keep]
+        mask = _mask(real[:, : longest + step + 1], 1, plain(model)) if padded else None
+        logits = _forward(model, tokens[:, None], mask, (after + step)[:, None], cache)
     return results
+
+
+class Seen:
+    """Prompts with pictures, and who looks at those.
+
+    What a picture's tokens are, and where, hangs on all that stands before them.
+    """
+
+    def __init__(self, eye: Eye, pictures: Mapping[Read, tuple[Image, ...]]) -> None:
+        self._eye = eye
+        self._images = list(pictures.values())
+        ids, real = _left_padded([ids for ids, _ in pictures], 0)
+        device = eye.device
+        self._ids, self._real = ids.to(device), real.to(device)
+
+    def whole_from(self, read: int) -> int:
+        """How many of the last columns to read, at least ``read``, so that no picture is cut."""
+        width = self._ids.shape[1]
+        return width - self._eye.whole_from(self._ids, width - read)
+
+    def given(self, read: int) -> tuple[Tensor, dict[str, Any]]:
+        """The positions of the last ``read`` columns, and what else a pass over them is given."""
+        positions = self._eye.positions(self._ids, self._real, self._images)
+        return positions[..., -read:], self._eye.arguments(self._ids, self._images, read)
 
 
 def _beginning(model: Any, ids: tuple[int, ...], memory: PrefixCache | None) -> Place:
@@ -155,16 +186,21 @@ def _beginning(model: Any, ids: tuple[int, ...], memory: PrefixCache | None) -> 
 
 def _read(
     model: Any,
-    prompts: Sequence[Read],
+    pictures: Mapping[Read, tuple[Image, ...]],
     steps: int,
     memory: PrefixCache | None,
     base: Place | None,
-) -> tuple[list[Any], Tensor, Tensor]:
-    """The cache after the prompts, which columns are real (B, T + steps), and (B, V) logits.
+    eye: Eye | None,
+) -> tuple[list[Any], Tensor, Tensor, Tensor]:
+    """The cache after prompts, which columns are real (B, T + steps), (B, V) logits, and (B,) the
+    positions that follow. ``pictures``: of every prompt.
 
     Prompts stand flush right, without their common beginning if the model lets that stand by
     itself. What memory knows of every one of them is copied, the rest read.
     """
+    prompts, seen = list(pictures), None
+    if eye is not None and any(pictures.values()):
+        seen = Seen(eye, pictures)
     before = base.length if base and shares(model) else 0
     own = [ids[before:] for ids, _ in prompts]
     ids, real = _left_padded(own, steps)
@@ -180,18 +216,22 @@ def _read(
         places = [at or base for at in places]
     known, remembered = 0, [at for at in places if at]
     if len(remembered) == len(prompts):
-        known = longest - max(
-            len(p) - at.length for (p, _), at in zip(prompts, remembered, strict=True)
-        )
-        copy_places(layers, remembered, [longest - len(p) for p in own], known)
+        new = max(len(p) - at.length for (p, _), at in zip(prompts, remembered, strict=True))
+        known = longest - (min(longest, seen.whole_from(new)) if seen else new)
+        if known:
+            copy_places(layers, remembered, [longest - len(p) for p in own], known)
     padded = any(len(p) < longest for p in own)
-    seen = None
+    mask = None
     if padded or known or before:
-        seen = _mask(real[:, :longest], longest - known, plain(model))
+        mask = _mask(real[:, :longest], longest - known, plain(model))
     positions = (real[:, :longest].cumsum(1) - 1).clamp(min=0)[:, known:] + before
-    logits = _forward(model, ids[:, known:], seen, positions, Cache(layers=list(layers)))
+    more: dict[str, Any] = {}
+    if seen is not None:
+        positions, more = seen.given(longest - known)
+    logits = _forward(model, ids[:, known:], mask, positions, Cache(layers=list(layers)), more)
     check_used(layers)
-    return layers, real, logits
+    last = positions[..., -1]
+    return layers, real, logits, (last.amax(0) if last.dim() > 1 else last) + 1
 
 
 def _left_padded(prompts: Sequence[tuple[int, ...]], steps: int) -> tuple[Tensor, Tensor]:
@@ -218,7 +258,12 @@ def _mask(real: Tensor, queries: int, ready: bool) -> Tensor:
 
 
 def _forward(
-    model: Any, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache
+    model: Any,
+    ids: Tensor,
+    mask: Tensor | None,
+    positions: Tensor,
+    cache: Cache,
+    more: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """(B, V) float32 logits of the last position."""
     with reading(cache.layers):
@@ -229,6 +274,7 @@ def _forward(
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **(more or {}),
         )
     return out.logits[:, -1].float()
 
@@ -291,8 +337,14 @@ class Chooser:
         followers: Sequence[Follower | None],
         steps: int,
         device: torch.device,
+        never: int | None = None,
     ) -> None:
+        """``never``: a token that is not drawn, though log-probabilities do not know of that.
+
+        Whoever says what stands for a picture would read it as one in the next turn.
+        """
         self._followers = followers
+        self._never = never
         self._temperature = torch.tensor([w.temperature for w in wants], device=device)
         self._top_p = torch.tensor([w.top_p for w in wants], device=device)
         # Philox is counter-based: a stream costs nothing to start.
@@ -315,6 +367,11 @@ class Chooser:
         logits_own = logits
         if self._constrained:
             logits = self._constrain(logits, live, results)
+        held = logits
+        if self._never is not None:
+            logits = logits.index_fill(
+                1, torch.tensor([self._never], device=logits.device), -torch.inf
+            )
         tokens = logits.argmax(-1)
         if not self._greedy:
             temperature = self._temperature[live]
@@ -323,7 +380,7 @@ class Chooser:
             drawn = self._draw(scaled, self._top_p[live[hot]], self._draws[live[hot], step])
             tokens[hot] = drawn
         free = _chosen(logits_own, tokens)
-        return tokens, free, _chosen(logits, tokens) if self._constrained else free
+        return tokens, free, _chosen(held, tokens) if self._constrained else free
 
     def _draw(self, logits: Tensor, top_p: Tensor, draws: Tensor) -> Tensor:
         """Inverse-CDF sampling; (B,) uniform ``draws`` in [0, 1), float64."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -19,7 +19,10 @@ from ...core.models.open import device_of, open_model, open_weights, unready
 from ...core.models.origin import ADAPTER
 from ...core.models.tokens import cut
 from ...core.thoughts import thinks_still
-from ...core.types import Completion, Prompt, Sampling
+from ...core.types import Completion, Image, Prompt, Sampling
+
+if TYPE_CHECKING:
+    from ...core.models.vision import Eye
 
 
 class TransformersConfig(PolicyConfig):
@@ -37,6 +40,7 @@ class TransformersConfig(PolicyConfig):
 @dataclass
 class Request:
     prompt: tuple[int, ...]
+    images: tuple[Image, ...]
     sampling: Sampling
     most: int
     """Tokens."""
@@ -46,6 +50,11 @@ class Request:
     answer: asyncio.Future[Completion]
     heard: Callable[[Sequence[int]], None] | None
     """Told of the ids sampled so far, in the event loop's thread."""
+
+    @property
+    def read(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """What the model reads, by content."""
+        return self.prompt, tuple(image.sha256 for image in self.images)
 
 
 class TransformersPolicy:
@@ -74,6 +83,7 @@ class TransformersPolicy:
         self.model: Any = frozen(opened[0])
         self.tokens = opened[1]
         _try(self.model, model, self.tokens.end)
+        self._eye = self._opened_eye()
         self.checkpoint = "base"
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self._context: int = limit or 1 << 30
@@ -124,7 +134,8 @@ class TransformersPolicy:
         self._fit(len(ids), most)
         lead = self.tokens.lead(prompt)
         answer: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self._waiting.append(Request(ids, sampling, most, lead, seed, answer, heard))
+        images = prompt.images
+        self._waiting.append(Request(ids, images, sampling, most, lead, seed, answer, heard))
         self._kick()
         return await answer
 
@@ -132,7 +143,7 @@ class TransformersPolicy:
         before, ids = self.tokens.prompt(prompt), self.tokens.answer(completion)
         self._fit(len(before), len(ids))
         loop = asyncio.get_running_loop()
-        logprobs = await loop.run_in_executor(self._thread, self._score, before, ids)
+        logprobs = await loop.run_in_executor(self._thread, self._score, before, ids, prompt.images)
         return Completion(
             completion.text, ids, logprobs, completion.finish, self.tokens.fingerprint
         )
@@ -186,7 +197,7 @@ class TransformersPolicy:
         asked, self._waiting = self._waiting, []
         # A fixed order, whoever came first, so that a run's batches repeat exactly; equal
         # prompts stand together and are read once.
-        asked.sort(key=lambda r: (len(r.prompt), r.prompt, r.seed))
+        asked.sort(key=lambda r: (len(r.prompt), *r.read, r.seed))
         loop = asyncio.get_running_loop()
         try:
             for group, shared in self._batches(asked):
@@ -216,7 +227,7 @@ class TransformersPolicy:
         """What is sampled together, and how many ids it all begins with that are read once."""
         from .plan import plan
 
-        for which, shared in plan([(request.prompt, ()) for request in asked], self._memory):
+        for which, shared in plan([request.read for request in asked], self._memory):
             for k in range(0, len(which), self._config.batch_size):
                 yield [asked[i] for i in which[k : k + self._config.batch_size]], shared
 
@@ -237,10 +248,11 @@ class TransformersPolicy:
                 request.most,
                 self._follow(request.sampling),
                 self._stopper(request),
+                request.images,
             )
             for request in requests
         ]
-        samples = sample(self.model, wants, tokens.ends, self._memory, shared)
+        samples = sample(self.model, wants, tokens.ends, self._memory, shared, self._eye)
         return [
             Completion(
                 self._text(request, tuple(one.ids)),
@@ -297,12 +309,16 @@ class TransformersPolicy:
 
         return stopped
 
-    def _score(self, prompt: tuple[int, ...], ids: tuple[int, ...]) -> tuple[float, ...]:
+    def _score(
+        self, prompt: tuple[int, ...], ids: tuple[int, ...], images: tuple[Image, ...]
+    ) -> tuple[float, ...]:
         import torch
 
         with torch.inference_mode():
             row = torch.tensor([[*prompt, *ids]], device=self.model.device)
-            logits = self.model(row[:, :-1], logits_to_keep=len(ids)).logits[0].float()
+            read = row[:, :-1]
+            given = self._eye.given(read, [images]) if self._eye and images else {}
+            logits = self.model(read, logits_to_keep=len(ids), **given).logits[0].float()
             chosen = logits.gather(1, row[0, -len(ids) :, None])[:, 0]
             return tuple((chosen - logits.logsumexp(-1)).tolist())
 
@@ -316,6 +332,17 @@ class TransformersPolicy:
 
     def _load(self, folder: Path | None) -> None:
         self._forget()
+        try:
+            self._put(folder)
+        finally:
+            self._eye = self._opened_eye()
+
+    def _opened_eye(self) -> "Eye | None":
+        from ...core.models.vision import eye_of
+
+        return eye_of(self.tokens, self.model)
+
+    def _put(self, folder: Path | None) -> None:
         self._restore_base()
         self.checkpoint = "base"
         if folder is None:

@@ -17,7 +17,7 @@ def open_model(
 
     Raises:
         ModelError: it is not there, is damaged or incomplete, or is no causal language model with
-            a chat template.
+            a chat template, nor one of texts and pictures.
         PolicyError: there is no such device.
     """
     weights = open_weights(model, device, dtype, trust_remote_code)
@@ -27,7 +27,13 @@ def open_model(
 def open_tokens(
     model: str, trust_remote_code: bool = False, placeholder: int | None = None
 ) -> ChatTokens:
-    """The tokenizer alone; ``placeholder``: as in ``ChatTokens``. Raises: ModelError: as above."""
+    """The tokenizer alone, with what spells out pictures if the model sees.
+
+    ``placeholder``: as in ``ChatTokens``; pictures are then left for others to spell out.
+
+    Raises:
+        ModelError: as above.
+    """
     # Untyped: their from_pretrained is only partly known to a type checker.
     from transformers import AutoTokenizer
 
@@ -37,7 +43,33 @@ def open_tokens(
         tokenizer = tokenizers.from_pretrained(base, trust_remote_code=trust_remote_code)
     except Exception as cause:
         raise _cannot_open(model, cause) from cause
-    return ChatTokens(tokenizer, placeholder=placeholder, ends=_ends(base, trust_remote_code))
+    ends = _ends(base, trust_remote_code)
+    config = config_of(base, trust_remote_code)
+    if placeholder is not None or not sees(config):
+        return ChatTokens(tokenizer, placeholder=placeholder, ends=ends)
+    from .vision import open_vision
+
+    try:
+        vision, tokenizer = open_vision(base, config, tokenizer)
+    except Exception as cause:
+        raise _cannot_open(model, cause) from cause
+    return ChatTokens(tokenizer, ends=ends, vision=vision)
+
+
+def sees(config: Any) -> bool:
+    """Whether a model of this config reads pictures beside text."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN,
+    )
+
+    return config.model_type in KNOWN and hasattr(config, "vision_config")
+
+
+def model_class(config: Any) -> Any:
+    """transformers' class that opens such models, with their heads."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
 
 
 def _ends(model: str, trust_remote_code: bool) -> list[int]:
@@ -72,18 +104,16 @@ def config_of(model: str, trust_remote_code: bool = False) -> Any:
 
 
 def bare(config: Any, trust_remote_code: bool = False) -> Any:
-    """A causal language model without values, on torch's meta device: its layers and their shapes.
+    """A model without values, on torch's meta device: its layers and their shapes.
 
     Raises:
         ModelError: there is no such architecture.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    models: Any = AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            return models.from_config(config, trust_remote_code=trust_remote_code)
+            return model_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as cause:
         raise _cannot_open(config.name_or_path, cause) from cause
 
@@ -132,14 +162,13 @@ def device_of(device: str) -> str:
 
 def open_weights(model: str, device: str, dtype: str, trust_remote_code: bool) -> Any:
     """The same without the tokenizer, as learners export it."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
     device = device_of(device)
-    models: Any = AutoModelForCausalLM
     base, adapters = layers_of(model)
+    models = model_class(config_of(base, trust_remote_code))
     try:
         weights, report = models.from_pretrained(
             base,
@@ -173,6 +202,8 @@ def save_merged(model: str, folder: Path, trust_remote_code: bool = False) -> No
     weights, tokens = open_model(model, "cpu", "auto", trust_remote_code)
     weights.save_pretrained(folder)
     tokens.tokenizer.save_pretrained(folder)
+    if tokens.vision is not None:
+        tokens.vision.save(folder)
 
 
 def _cannot_open(model: str, cause: Exception) -> ModelError:

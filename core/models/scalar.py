@@ -6,14 +6,14 @@ torch is imported when called.
 # torch is partly untyped.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from pydantic import Field
 
 from ..config import Config
-from ..types import Completion, Prompt
+from ..types import Completion, Image, Prompt
 from . import optimizer
 from .open import open_model
 from .tokens import PAD
@@ -22,6 +22,14 @@ DISCRIMINATOR = "discriminator.safetensors"
 """What a trainer with a discriminator keeps of it in an iteration's folder, for judges to find."""
 Text: TypeAlias = tuple[Prompt, Completion]
 """A prompt and what was answered; an answer that was not sampled and is empty adds nothing."""
+
+
+class Row(list[int]):
+    """A text's ids, and the pictures that placeholders among them stand for."""
+
+    def __init__(self, ids: Iterable[int], images: tuple[Image, ...]) -> None:
+        super().__init__(ids)
+        self.images = images
 
 
 class ScalarConfig(Config):
@@ -40,24 +48,28 @@ class ScalarModel:
         """Raises: ModelError, PolicyError: the model cannot be opened there."""
         import torch
 
+        from .vision import eye_of
+
         self._budget = config.token_budget
         device = config.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         whole, self._tokens = open_model(model, device, "float32", False)
-        self.body: Any = whole.get_decoder()
+        self._eye = eye_of(self._tokens, whole)
+        # A model that sees reads pictures around its decoder; what looks at them stays frozen.
+        self.body: Any = whole.model if self._eye else whole.get_decoder()
         self.head = torch.nn.Linear(whole.config.get_text_config().hidden_size, 1).to(device)
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
-        self._trained = [*self.body.parameters(), *self.head.parameters()]
+        self._trained = [*whole.get_decoder().parameters(), *self.head.parameters()]
         self._optimizer = torch.optim.AdamW(self._trained, lr=config.learning_rate, weight_decay=0)
         self._named = {str(k): weight for k, weight in enumerate(self._trained)}
         self.updates = 0
 
-    def ids(self, text: Text) -> list[int]:
+    def ids(self, text: Text) -> Row:
         prompt, completion = text
         answer = self._tokens.answer(completion) if completion.text or completion.token_ids else ()
-        return [*self._tokens.prompt(prompt), *answer]
+        return Row((*self._tokens.prompt(prompt), *answer), prompt.images)
 
     def values(self, texts: Sequence[Text]) -> list[float]:
         """z of each, without gradient."""
@@ -86,14 +98,20 @@ class ScalarModel:
                 parts.append([k])
         return parts
 
-    def forward(self, rows: Sequence[list[int]]) -> Any:
+    def forward(self, rows: Sequence[Row]) -> Any:
         """(B,) z, read at each row's last token; carries the gradient."""
         import torch
 
         longest, device = max(map(len, rows)), self.head.weight.device
         ids = torch.tensor([row + [PAD] * (longest - len(row)) for row in rows], device=device)
         last = torch.tensor([len(row) - 1 for row in rows], device=device)
-        hidden = self.body(input_ids=ids, use_cache=False).last_hidden_state
+        seen: dict[str, Any] = {}
+        images = [row.images for row in rows]
+        if self._eye and any(images):
+            real = torch.arange(longest, device=device)[None] <= last[:, None]
+            with torch.no_grad():
+                seen = self._eye.given(ids, images, real)
+        hidden = self.body(input_ids=ids, use_cache=False, **seen).last_hidden_state
         return self.head(hidden[torch.arange(len(rows), device=device), last])[:, 0]
 
     def clear(self) -> None:

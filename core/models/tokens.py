@@ -7,13 +7,27 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from jinja2 import TemplateError
 
 from ..errors import ModelError, PolicyError, PromptError
-from ..types import Completion, Message, Prompt, Tool
+from ..types import Completion, Image, Message, Prompt, Tool
 from .encoding import Encoder, Growing
+
+
+class Pictures(Protocol):
+    """What knows how pictures are spelt (``core.models.vision``)."""
+
+    @property
+    def placeholder(self) -> int:
+        """The id of each token that features stand in for."""
+        ...
+
+    def expanded(self, text: str, images: Sequence[Image]) -> str: ...
+    def size(self, image: Image) -> int: ...
+    def save(self, folder: Path) -> None: ...
 
 
 class Rendered(NamedTuple):
@@ -58,6 +72,7 @@ class ChatTokens:
         remember: int = 1 << 22,
         placeholder: int | None = None,
         ends: Iterable[int] = (),
+        vision: Pictures | None = None,
     ) -> None:
         """``tokenizer``: a transformers tokenizer with a chat template.
 
@@ -66,6 +81,8 @@ class ChatTokens:
 
         ``placeholder``: the id that stands for an image, one for each, in models that read images;
         whoever samples makes as many of it as the image is worth.
+
+        ``vision``: instead, what spells out all that stands for an image.
 
         ``ends``: the ids that end an answer by the model's own settings, beside what its tokenizer
         calls the end.
@@ -82,7 +99,8 @@ class ChatTokens:
         if not given:
             raise ModelError(f"the tokenizer of {tokenizer.name_or_path!r} has no end token")
         self.tokenizer = tokenizer
-        self._placeholder = placeholder
+        self.vision = vision
+        self._placeholder = placeholder if vision is None else vision.placeholder
         self._encode = Encoder(tokenizer)
         self.fingerprint = _fingerprint(tokenizer)
         """Of the vocabulary: what an id means."""
@@ -106,15 +124,18 @@ class ChatTokens:
             PromptError: there are images, and not as many placeholders in the template's words;
                 or the template refuses these messages.
         """
-        prompt = bare(prompt)
-        images = len(prompt.images)
+        images = prompt.images
         if images and self._placeholder is None:
             raise PromptError("this model reads text only, but the prompt holds images")
-        rendered = self._prompt(prompt)
+        # Looked at while their bytes are at hand.
+        tokens = sum(map(self.vision.size, images)) if self.vision else len(images)
+        rendered = self._prompt(bare(prompt))
         places = rendered.ids.count(self._placeholder)
-        if self._placeholder is not None and places != images:
+        if self._placeholder is not None and places != tokens:
             raise PromptError(
-                f"the prompt holds {images} images, but {places} times "
+                f"the prompt holds {len(images)} images"
+                + (f" of {tokens} tokens" if self.vision else "")
+                + f", but {places} times "
                 f"{self.tokenizer.convert_ids_to_tokens(self._placeholder)!r}, which stands for one"
             )
         self.prompts += 1
@@ -250,12 +271,13 @@ class ChatTokens:
 
     def _render(self, prompt: Prompt, add_generation_prompt: bool = False) -> str:
         prompt = self._spoken(prompt)
-        return self._applied(
+        text = self._applied(
             [{"role": m.role, "content": self._content(m)} for m in prompt.messages],
             functions(prompt.tools),
             json.loads(prompt.template) if prompt.template else {},
             add_generation_prompt,
         )
+        return self.vision.expanded(text, prompt.images) if self.vision else text
 
     def _applied(
         self,

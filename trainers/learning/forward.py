@@ -1,6 +1,6 @@
 """Forward passes over packed rows: what a loss sees of them."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -15,6 +15,7 @@ from ...core.errors import LearnerError, PolicyError
 from ...core.models.constraints import Constraints
 from ...core.models.open import open_model
 from ...core.models.tokens import PAD, ChatTokens
+from ...core.models.vision import Eye, eye_of
 from ...core.types import DistributionLoss, Loss, Need, TokenArrays
 from .pack import Row, micro_batches, shared
 
@@ -37,8 +38,11 @@ class Forward:
     precision: str
     checkpointed: bool
     trust_remote_code: bool
-    teachers: dict[str, Any]
-    """Those that are open, by name."""
+    teachers: dict[str, tuple[Any, Eye | None]]
+    """Those that are open, by name, and what looks at pictures for them."""
+    eye: Eye | None = None
+    """What looks at pictures, if it sees."""
+    eye_learns: bool = False
     constraints: Constraints = field(init=False)
     head: Any = field(init=False)
     layers: Any = field(init=False)
@@ -73,27 +77,33 @@ class Forward:
         """
         kinds = getattr(self.sizes, "layer_types", None) or ["full_attention"]
         plain = set(kinds) == {"full_attention"} and not getattr(self.sizes, "kv_lora_rank", None)
-        return shared(rows) if plain and not self.checkpointed else 0
+        if not plain or self.checkpointed:
+            return 0
+        return shared(rows, self.eye.vision.placeholder if self.eye else None)
 
     def arrays(self, rows: Sequence[Row], loss: Loss) -> TokenArrays:
         """What ``loss`` sees of these rows."""
         ids, where = self._tensors(rows)
         alike = self.alike(rows)
-        logits, states = self.logits(self.model, self.head, self.last, ids, where, alike)
+        seen = self._seen(rows, ids, alike, self.eye)
+        logits, states = self.logits(self.model, self.head, self.last, ids, where, alike, seen)
         barred = self._barred(rows, logits.shape[1])
         # Of all ways to say this, the one that holds the fewest copies of the logits.
         logprobs = -functional.cross_entropy(held(logits, barred), ids[where], reduction="none")
         arrays = self.given(rows, logprobs)
         if Need.REFERENCE in loss.needs:
             with torch.no_grad(), self.model.disable_adapter():
-                other, _ = self.logits(self.model, self.head, self.last, ids, where, alike)
+                other, _ = self.logits(self.model, self.head, self.last, ids, where, alike, seen)
                 other = held(other, barred)
                 reference = -functional.cross_entropy(other, ids[where], reduction="none")
             arrays = replace(arrays, reference_logprobs=reference)
         if Need.DISTRIBUTION in loss.needs:
-            teacher = self._teacher(cast(DistributionLoss, loss).teacher)
+            teacher, eye = self._teacher(cast(DistributionLoss, loss).teacher)
             with torch.no_grad():
-                theirs, _ = self.logits(teacher, teacher.get_output_embeddings(), None, ids, where)
+                head = teacher.get_output_embeddings()
+                theirs, _ = self.logits(
+                    teacher, head, None, ids, where, 0, self._seen(rows, ids, 0, eye)
+                )
             arrays = replace(
                 arrays,
                 distribution=logits.log_softmax(-1),
@@ -102,6 +112,18 @@ class Forward:
         if Need.STATES in loss.needs:
             arrays = replace(arrays, states=states.detach().float())
         return arrays
+
+    def _seen(
+        self, rows: Sequence[Row], ids: Tensor, alike: int, eye: Eye | None
+    ) -> dict[str, Any]:
+        """What a pass is given for the pictures of ``rows``, behind their first ``alike`` ids."""
+        images = [row.images for row in rows]
+        if eye is None or not any(images):
+            return {}
+        lengths = torch.tensor([len(row.ids) for row in rows], device=self.device)
+        real = torch.arange(ids.shape[1], device=self.device)[None] < lengths[:, None]
+        with torch.set_grad_enabled(self.eye_learns and torch.is_grad_enabled()):
+            return eye.given(ids, images, real, ids.shape[1] - alike)
 
     def _barred(self, rows: Sequence[Row], width: int) -> Tensor | None:
         """(N, V) what the constraints that trained tokens were sampled under ruled out, if any.
@@ -138,7 +160,7 @@ class Forward:
         old = old.where(~old.isnan(), logprobs.detach())
         return TokenArrays(logprobs, old, advantages, None, examples, groups)
 
-    def _teacher(self, name: str) -> Any:
+    def _teacher(self, name: str) -> tuple[Any, Eye | None]:
         """A frozen model of the same vocabulary, opened once. Raises: LearnerError: it is not."""
         if name not in self.teachers:
             dtype = self.precision
@@ -150,7 +172,7 @@ class Forward:
                     f"model in training ({sizes[0]}): their distributions cannot be compared; "
                     "learn from its text instead"
                 )
-            self.teachers[name] = weights.eval()
+            self.teachers[name] = weights.eval(), eye_of(tokens, weights)
         return self.teachers[name]
 
     def _tensors(self, rows: Sequence[Row]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -174,6 +196,7 @@ class Forward:
         ids: Tensor,
         where: tuple[Tensor, Tensor],
         alike: int = 0,
+        seen: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(N, V) float32, and (N, D) what the head made them from, that predict these tokens.
 
@@ -184,13 +207,13 @@ class Forward:
         mixed = torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
         )
-        given: dict[str, Any] = {"use_cache": False}
+        given: dict[str, Any] = {"use_cache": False, **(seen or {})}
         if alike:
             cache = DynamicCache(config=model.config)
             with mixed:
                 model(input_ids=ids[:1, :alike], past_key_values=cache, logits_to_keep=1)
             cache.batch_repeat_interleave(len(ids))
-            given = {"past_key_values": cache, "use_cache": True}
+            given |= {"past_key_values": cache, "use_cache": True}
         with only(head, last, rows, at - 1 - alike) as read, mixed:
             logits = model(input_ids=ids[:, alike:], **given).logits.float()
         return logits, read[0]

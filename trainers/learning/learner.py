@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import re
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +25,7 @@ from ...core.models import optimizer
 from ...core.models.canary import Canary, canary_ids
 from ...core.models.open import open_model
 from ...core.models.origin import note_base
+from ...core.models.vision import eye_of
 from ...core.seeds import derive
 from ...core.types import (
     AdversarialLoss,
@@ -49,7 +51,9 @@ class LearnerConfig(Config):
     """LoRA's scale is alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: Targets = "all-linear"
-    """The last parts of the names of the layers that get a LoRA."""
+    """The last parts of the names of the layers that get a LoRA. Of a model that sees, only those
+    of its language model do, and train with ``method: full``; with ``vision`` all linear ones, of
+    what looks at pictures, too."""
     learning_rate: float = Field(default=1e-4, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Over the whole run, or phase."""
@@ -133,6 +137,14 @@ class PlainLearner:
         if config.gradient_checkpointing:
             weights.gradient_checkpointing_enable({"use_reentrant": False})
             weights.enable_input_require_grads()
+        looks = config.targets == "vision"
+        # What a frozen eye makes of a picture stays as it is.
+        eye = eye_of(self._tokens, weights, 0) if looks else eye_of(self._tokens, weights)
+        if eye is not None and not looks:
+            parts = (weights.get_decoder(), weights.get_output_embeddings())
+            language = {id(weight) for part in parts for weight in part.parameters()}
+            for weight in weights.parameters():
+                weight.requires_grad_(id(weight) in language)
         self._model: Any = self._adapt(weights) if config.method == "lora" else weights
         self._model.train()
         self._forward = Forward(
@@ -145,6 +157,8 @@ class PlainLearner:
             config.gradient_checkpointing,
             config.trust_remote_code,
             self._teachers,
+            eye,
+            looks,
         )
         if self._mesh is not None:
             for layer in self._forward.layers:
@@ -169,7 +183,8 @@ class PlainLearner:
             r=config.rank,
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
-            target_modules=config.targets,
+            target_modules="all-linear" if config.targets == "vision" else config.targets,
+            exclude_modules=self._other_than_language(weights),
             task_type="CAUSAL_LM",
         )
         try:
@@ -180,6 +195,14 @@ class PlainLearner:
                 f"no LoRA can be put on {self._base!r} ({type(weights).__name__}) with "
                 f"learner.targets: {config.targets}: {cause}"
             ) from cause
+
+    def _other_than_language(self, weights: Any) -> str | None:
+        """A regular expression of the layers that get no LoRA; None: all may."""
+        if self._tokens.vision is None or self._config.targets == "vision":
+            return None
+        decoder = weights.get_decoder()
+        name = next(name for name, module in weights.named_modules() if module is decoder)
+        return rf"(?!{re.escape(name)}\.).*"
 
     @contextmanager
     def _randomness(self, *parts: int | str) -> Generator[None]:

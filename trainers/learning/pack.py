@@ -145,11 +145,17 @@ def token_weights(
     return [[[weight(span)] * (span.end - span.begin) for span in row.spans] for row in rows]
 
 
-def shared(rows: Sequence[Row]) -> int:
-    """How many ids all ``rows`` begin with, none of which says anything that is trained."""
+def shared(rows: Sequence[Row], placeholder: int | None = None) -> int:
+    """How many ids all ``rows`` begin with, none of which says anything that is trained.
+
+    ``placeholder``: the id that stands for pictures; what is shared ends before the first one.
+    """
     if len(rows) < 2:
         return 0
-    return common([row.ids[: min((s.begin for s in row.spans), default=1)] for row in rows])
+    ends = [min((span.begin for span in row.spans), default=1) for row in rows]
+    if placeholder is not None and placeholder in rows[0].ids:
+        ends = [min(end, rows[0].ids.index(placeholder) + 1) for end in ends]
+    return common([row.ids[:end] for row, end in zip(rows, ends, strict=True)])
 
 
 def micro_batches(

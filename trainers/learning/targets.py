@@ -17,7 +17,7 @@ def _named(targets: list[str] | str) -> list[str] | str:
     return targets
 
 
-Targets: TypeAlias = Annotated[list[str] | Literal["all-linear"], AfterValidator(_named)]
+Targets: TypeAlias = Annotated[list[str] | Literal["all-linear", "vision"], AfterValidator(_named)]
 """The last parts of layers' dotted names; or all linear ones but the output layer."""
 
 

@@ -74,10 +74,13 @@ class TRLLearner(PlainLearner):
         """``batch.epochs`` passes over the examples, in optimiser steps of ``batch_size``.
 
         Raises:
-            LearnerError: no examples, a loss that is not NLL, weights that TRL cannot honour, or a
-                loss that is not finite (the weights are spoiled then: restore an earlier state).
+            LearnerError: no examples, or pictures in them; a loss that is not NLL, weights that
+                TRL cannot honour, or a loss that is not finite (the weights are spoiled then:
+                restore an earlier state).
         """
         self._look_at(batch.loss)
+        if any(example.prompt.images for example in batch.examples):
+            raise LearnerError("the learner trl reads text only; use learner.use: plain")
         if batch.fresh:
             self._begin()
             progress = 0.0
@@ -413,7 +416,7 @@ def _lora(config: LearnerConfig, task: str, **more: Any) -> Any:
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=config.targets,
+        target_modules="all-linear" if config.targets == "vision" else config.targets,
         task_type=task,
         **more,
     )

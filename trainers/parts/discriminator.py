@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from ...core.models.scalar import DISCRIMINATOR, ScalarConfig, ScalarModel, Text
+from ...core.models.scalar import DISCRIMINATOR, Row, ScalarConfig, ScalarModel, Text
 from ...core.seeds import derive
 from ...core.types import Judged, Metrics
 from ..learning.examples import asked
@@ -78,7 +78,7 @@ class Discriminator:
             "discriminator/accuracy": sum(right) / len(right),
         }
 
-    def _step(self, pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[float, float]:
+    def _step(self, pairs: Sequence[tuple[Row, Row]]) -> tuple[float, float]:
         self.net.clear()
         total, right = 0.0, 0
         order = sorted(range(len(pairs)), key=lambda k: max(map(len, pairs[k])))
