@@ -189,7 +189,7 @@ class PolicyConfig(Config):
 
     model: str
     """A folder, a hub id, a ``.gguf`` file, ``package:NAME`` for the one in an installed package,
-    or ``scratch:WIDTHxLAYERS`` for a small one made here."""
+    or ``scratch:WIDTHxLAYERS`` for a small one made here, ``scratch-vlm:`` for one that sees."""
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_tokens: int = Field(default=64, ge=1)

@@ -231,7 +231,9 @@ class Draft:
             elif one := self.plugged("policy", value, ("policies", name)):
                 found[name] = one
                 assert isinstance(one.config, PolicyConfig)
-                if one.config.warm_start or one.config.model.startswith("scratch:"):
+                if one.config.warm_start or one.config.model.startswith(
+                    ("scratch:", "scratch-vlm:")
+                ):
                     message = "only the policy in training is made here; give a model that is there"
                     self.fault(("policies", name), message)
         return found

@@ -40,7 +40,7 @@ def _learner(recipe: Recipe, model: str) -> Iterator[str]:
 
 def _layers(model: str, trust_remote_code: bool) -> Any:
     """The model without values: nothing of it is made or loaded for that."""
-    if model.startswith(scratch.PREFIX):
+    if scratch.is_scratch(model):
         return bare(scratch.config_of(model))
     return bare(config_of(model, trust_remote_code), trust_remote_code)
 
@@ -66,4 +66,4 @@ def _unready(section: Section, model: str) -> str:
     unready: Callable[[Any, str], str] | None = getattr(section.plugin, "unready", None)
     if unready is None:
         return ""
-    return unready(section.config, "" if model.startswith(scratch.PREFIX) else model)
+    return unready(section.config, "" if scratch.is_scratch(model) else model)

@@ -59,7 +59,7 @@ async def prepare(
     """
     config = recipe.policy.config
     assert isinstance(config, PolicyConfig)
-    if config.model.startswith(scratch.PREFIX):
+    if scratch.is_scratch(config.model):
         scratch.parse(config.model)
     model = resolved(config.model)
     if not made_here(config):
@@ -82,7 +82,7 @@ async def prepare(
 
 def made_here(config: PolicyConfig) -> bool:
     """Whether the base model is one that this package makes or changes before the run."""
-    return config.model.startswith(scratch.PREFIX) or config.warm_start is not None
+    return scratch.is_scratch(config.model) or config.warm_start is not None
 
 
 def story_of(folder: Path) -> str:
@@ -197,7 +197,7 @@ async def _make(
             "there is nothing to warm up on"
         )
     model = resolved(config.model)
-    if model.startswith(scratch.PREFIX):
+    if scratch.is_scratch(model):
         texts = [text for trajectory in shown[:WORDS] for text in _texts(trajectory)]
         scratch.make(model, texts, folder, derive(recipe.seed, "scratch"))
         model = str(folder)
@@ -247,6 +247,9 @@ def _cloner(recipe: Recipe, warm: WarmStart) -> tuple[type[Any], Config]:
     settings: dict[str, Any] = {"method": method_of(recipe), "learning_rate": warm.learning_rate}
     settings |= {"batch_size": warm.batch_size, "warmup": 20}
     settings |= {"rank": warm.rank, "alpha": 2 * warm.rank}
+    policy = recipe.policy.config
+    if isinstance(policy, PolicyConfig) and policy.model.startswith(scratch.SEEING):
+        settings["targets"] = "vision"  # It knows no pictures yet.
     if isinstance(recipe.learner.config, LearnerConfig):
         settings["device"] = recipe.learner.config.device  # One for all of a process's learners.
     return PlainLearner, LearnerConfig.model_validate(settings)
@@ -256,7 +259,7 @@ def method_of(recipe: Recipe) -> str:
     """Which weights the warm start changes."""
     config = recipe.policy.config
     assert isinstance(config, PolicyConfig)
-    new = config.model.startswith(scratch.PREFIX)
+    new = scratch.is_scratch(config.model)
     given = config.warm_start.method if config.warm_start else None
     return given or ("full" if new else "lora")
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from selfwright.agents.engines import openai as module
 from selfwright.agents.engines.answers import text_of, tokens_of
 from selfwright.agents.engines.openai import OpenAIConfig, OpenAIPolicy
-from selfwright.core.errors import PolicyError
+from selfwright.core.errors import PolicyError, PromptTooLong
 from selfwright.core.play.asking import yes_share
 from selfwright.core.recipe import read
 from selfwright.core.store import read_trajectories
@@ -341,6 +341,14 @@ def test_endpoints_that_know_the_limit_by_another_name() -> None:
     top = likely(("yes", 0.5))
     _, endpoint = with_policy(lambda p: p.score(PROMPT, Completion("yes")), top, limit_name=name)
     assert endpoint.asked[0][1][name] == 1 and "max_tokens" not in endpoint.asked[0][1]
+
+
+def test_a_prompt_that_is_too_long_is_told_as_that() -> None:
+    """So that whoever asks may leave the oldest turns out."""
+    words = "This model's maximum context length is 8192 tokens. However, you requested 9001."
+    for told in ({"code": "context_length_exceeded"}, {"message": words}):
+        with pytest.raises(PromptTooLong, match="refused the request: 400"):
+            completed((400, error(type="invalid_request_error", **told)))
 
 
 def test_what_does_not_pass_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,9 +201,7 @@ def save_merged(model: str, folder: Path, trust_remote_code: bool = False) -> No
     """
     weights, tokens = open_model(model, "cpu", "auto", trust_remote_code)
     weights.save_pretrained(folder)
-    tokens.tokenizer.save_pretrained(folder)
-    if tokens.vision is not None:
-        tokens.vision.save(folder)
+    tokens.save(folder)
 
 
 def _cannot_open(model: str, cause: Exception) -> ModelError:

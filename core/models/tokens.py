@@ -172,6 +172,12 @@ class ChatTokens:
             clean_up_tokenization_spaces=False,
         )
 
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer, and what spells out pictures."""
+        self.tokenizer.save_pretrained(folder)
+        if self.vision is not None:
+            self.vision.save(folder)
+
     def growing(self) -> Growing:
         """``text`` of ids that come one after another."""
         return Growing(self.text, self._piece)

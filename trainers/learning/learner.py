@@ -450,7 +450,7 @@ class PlainLearner:
             if lora:
                 note_base(folder, self._base)
             else:
-                self._tokens.tokenizer.save_pretrained(folder)
+                self._tokens.save(folder)
             canary.write(folder)
 
     def _canary(self) -> Canary:
