@@ -62,9 +62,7 @@ def with_calls(
     for message in messages:
         role, content = message["role"], message["content"]
         if role != "tool":
-            yield from (
-                {"role": "tool", "content": NOT_DONE, "tool_call_id": one} for one in waiting
-            )
+            yield from _unanswered(waiting)
             waiting = []
         if role == "assistant" and isinstance(content, str):
             calls = calls_out(read_calls(content, names), count) if tools else []
@@ -78,6 +76,11 @@ def with_calls(
                 continue
             message = {**message, "role": "user"}
         yield dict(message)
+    yield from _unanswered(waiting)
+
+
+def _unanswered(calls: Sequence[str]) -> Iterator[dict[str, Any]]:
+    return ({"role": "tool", "content": NOT_DONE, "tool_call_id": one} for one in calls)
 
 
 def fields(value: Any) -> dict[str, Any]:

@@ -73,6 +73,8 @@ def covered(
         replays: whether prefixes are replayed, and not gone on from.
     """
     own = [one.trajectory.steps[one.trajectory.replayed :] for one in like]
+    answers = sum(len(one.trajectory.turns) for one in like)
+    per_answer = sum(map(len, own)) / answers if answers else 1.0
     sampled = [
         len(step.action.completion.token_ids)
         for steps in own
@@ -87,8 +89,8 @@ def covered(
             break
         for start in group:
             left = start.task.max_steps - len(start.prefix)
-            actions = min(left, usual if start.turns is None else start.turns)
+            actions = min(left, usual if start.turns is None else start.turns * per_answer)
             again = len(start.prefix) if replays else 0
-            spent = spent.and_more(Costs(again + actions, each * actions))
+            spent = spent.and_more(Costs(again + actions, each * actions / per_answer))
             kept.append(start)
     return kept

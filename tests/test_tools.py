@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -46,7 +47,10 @@ from selfwright.core.types import (
 )
 from selfwright.environments.countdown import TOOL
 from selfwright.trainers.learning.examples import imitate, reinforce
-from selfwright.trainers.parts.advantage import own_turns
+from selfwright.trainers.parts.advantage import followed, own_turns
+from selfwright.trainers.parts.feedback import Item
+from selfwright.trainers.parts.lessons import Lesson, texts
+from selfwright.trainers.parts.replay import returns
 
 TASK, HERE = Task("t", "Make 7 from 3 4.", 3), Observation("")
 FORMS: tuple[Form, ...] = ("hermes", "json", "mistral")
@@ -186,6 +190,25 @@ def test_several_calls_are_played_in_order_a_step_each() -> None:
         assert read_trajectories(Path(room))[0].trajectory.steps == one.steps
 
 
+def test_an_answer_of_several_actions_is_one_turn_to_whoever_learns() -> None:
+    agent = agent_of(TOOL, several="in_order")
+    _, one = in_countdown(agent, [several("1+1", "2+2"), several("3+3"), several(*"4567")])
+    judged = Judged(one, Verdict(1.0, "", "test"))
+    assert followed(one) == {0: 2, 2: 1, 3: 0}
+    assert returns(judged, 0.5) == [0.25, 0.5, 1.0]
+    assert texts(one.steps) == ["1+1\n2+2", "3+3", "4\n5\n6"]
+    # What was paid at the end counts for the whole of the last answer.
+    weights = [e.advantage for e in Lesson(judged, 0.0, None, 0, []).examples(1.0, 0.0)]
+    assert weights == pytest.approx([1.0, 1.0, math.e])
+    item = Item(judged, 3, "")
+    assert (item.end, item.old_text) == (6, "4\n5\n6")
+    assert Item(judged, 0, "").end == 2
+    # Somebody else's turn does not go on with it.
+    player = PolicyPlayer(agent, Says([]), Sampling())
+    assert player.more(one.steps[:1], HERE) is not None
+    assert player.more(one.steps[:1], Observation("", actor="other")) is None
+
+
 def test_an_answer_is_played_to_its_end_but_for_what_cannot_be_read() -> None:
     agent = agent_of(TOOL, several="in_order")
     wrong = Call("answer", {"expression": 7})
@@ -323,7 +346,7 @@ def test_the_protocol_has_calls_and_results_with_ids() -> None:
         sent = list(with_calls([messages[0], *twice[:1], *after, *twice], (TOOL,)))
         results = [one["tool_call_id"] for one in sent if one["role"] == "tool"]
         made = [call["id"] for one in sent for call in one.get("tool_calls", ())]
-        assert results == made[:3] and [one["role"] for one in sent][2:4] == ["tool", "tool"]
+        assert results == made and [one["role"] for one in sent][2:4] == ["tool", "tool"]
     # Without functions an assistant's text is text.
     assert list(with_calls(messages[:2], ())) == messages[:2]
     listless: tuple[Any, ...] = ("x", [1], [{"function": {}}])

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from prompts import prompt_of
 from seeing import KINDS, make, noise
 
 from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
-from selfwright.core.errors import ModelError, PromptError
+from selfwright.core.errors import LearnerError, ModelError, PromptError
 from selfwright.core.images import STORE
 from selfwright.core.models.open import open_model, save_merged
 from selfwright.core.models.scalar import ScalarConfig, ScalarModel
@@ -29,7 +30,7 @@ from selfwright.core.types import (
     Sampling,
 )
 from selfwright.trainers.learning.learner import LearnerConfig, PlainLearner
-from selfwright.trainers.learning.loss import NLL, MomentGap
+from selfwright.trainers.learning.loss import NLL, Clip, MomentGap
 from selfwright.trainers.learning.pack import pack, shared
 
 FIRST = KINDS[:3]
@@ -249,9 +250,9 @@ def test_marks_and_pictures_must_be_as_many(
     seeing: Callable[[str], str], album: list[Image]
 ) -> None:
     model, tokens = open_model(seeing("idefics3"), "cpu", "float32", False)
-    with pytest.raises(PromptError, match=r"holds 1 images, but 2 times '<image>'"):
+    with pytest.raises(PromptError, match=r"holds 1 images of 20 tokens, but 21 times '<image>'"):
         tokens.prompt(prompt_of("an <image> ", album[0]))
-    with pytest.raises(PromptError, match=r"holds 0 images, but 1 times"):
+    with pytest.raises(PromptError, match=r"holds 0 images of 0 tokens, but 1 times"):
         tokens.prompt(prompt_of("<image>"))
     # What a model says itself shows nothing.
     mark = tokens.tokenizer.convert_tokens_to_ids("<image>")
@@ -259,6 +260,18 @@ def test_marks_and_pictures_must_be_as_many(
     asked_ = prompt_of(album[0], "?").messages
     with pytest.raises(PromptError, match="images of"):
         tokens.prompt(Prompt((*asked_, answer, Message("user", ("so",)))))
+    with pytest.raises(LearnerError, match="holds what stands for a picture"):
+        pack([Example(Prompt(asked_), Completion("an <image>"), 1.0)], tokens)
+    # Nor does it if it spells it in letters, and then nothing else is wrong.
+    spelt = (
+        *(i for part in ("<", "image", ">") for i in tokens.tokenizer.encode(part)),
+        tokens.end,
+    )
+    answer = Message("assistant", (tokens.text(spelt),), spelt, tokens.fingerprint)
+    assert answer.text == "<image>"
+    before = tokens.prompt(Prompt(asked_))
+    ids = tokens.prompt(Prompt((*asked_, answer, Message("user", ("so",)))))
+    assert ids[: len(before) + len(spelt)] == (*before, *spelt)
     ids = torch.tensor([tokens.prompt(prompt_of(album[0], album[1]))])
     with pytest.raises(ModelError, match="its 1 images are"):
         eye_of(model, tokens).arguments(ids, [album[:1]])
@@ -299,6 +312,13 @@ def test_lora_is_on_the_language_model_or_on_all(
         assert any("text_model" in name for name in names)
         assert any("vision_model" in name or "connector" in name for name in names) is sees
         learner.update(Batch(NLL(), tuple(examples), 2), 0.0)
+        moved = {
+            name.split(".lora_B")[0]
+            for name, weight in learner._trained.items()  # pyright: ignore[reportPrivateUsage]
+            if "lora_B" in name and bool(weight.detach().any())
+        }
+        # All of them but of what sees nothing of the gradient: none.
+        assert any("vision_model" in name for name in moved) is sees
         out = tmp_path / targets
         out.mkdir()
         learner.export(out)
@@ -311,18 +331,30 @@ def test_lora_is_on_the_language_model_or_on_all(
             return flat(found)
 
         assert learned(learner, examples) == pytest.approx(asyncio.run(scored()), abs=1e-4)
+    # What its drift is measured by looks with the base's own eye.
+    loss = Clip(kl=0.1)
+    rows = pack(examples, learner._tokens)  # pyright: ignore[reportPrivateUsage]
+    with torch.no_grad():
+        arrays = learner._forward.arrays(rows, loss)  # pyright: ignore[reportPrivateUsage]
+        base = learner_of(folder)._forward.arrays(rows, NLL())  # pyright: ignore[reportPrivateUsage]
+    torch.testing.assert_close(arrays.reference_logprobs, base.logprobs, atol=1e-4, rtol=0)
 
 
-def test_a_merged_model_still_sees(
-    seeing: Callable[[str], str], album: list[Image], tmp_path: Path
+@kinds
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_whole_model_that_was_saved_still_sees(
+    method: str, kind: str, seeing: Callable[[str], str], album: list[Image], tmp_path: Path
 ) -> None:
-    learner = learner_of(seeing("idefics3"))
+    learner = learner_of(seeing(kind), method=method)
     prompt = asked(album)[0]
     learner.update(Batch(NLL(), (Example(prompt, Completion("1+1"), 1.0),), 1), 0.0)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     learner.export(adapter)
-    save_merged(str(adapter), tmp_path / "whole")
+    if method == "lora":
+        save_merged(str(adapter), tmp_path / "whole")
+    else:
+        shutil.copytree(adapter, tmp_path / "whole")
 
     async def scored(folder: str, checkpoint: Path | None) -> list[float]:
         policy = policy_of(folder)
@@ -331,8 +363,9 @@ def test_a_merged_model_still_sees(
         await policy.close()
         return flat([found])
 
-    mine = asyncio.run(scored(seeing("idefics3"), adapter))
+    mine = asyncio.run(scored(seeing(kind), adapter))
     assert mine == pytest.approx(asyncio.run(scored(str(tmp_path / "whole"), None)), abs=1e-4)
+    assert mine != pytest.approx(asyncio.run(scored(seeing(kind), None)), abs=1e-4)
 
 
 def test_rows_of_pictures_share_the_words_before_them(
@@ -378,3 +411,27 @@ def test_a_teacher_looks_for_itself(seeing: Callable[[str], str], album: list[Im
         arrays = learner._forward.arrays(rows, loss)  # pyright: ignore[reportPrivateUsage]
     # A fresh adapter changes nothing: both are the same model, and see the same picture.
     torch.testing.assert_close(arrays.distribution, arrays.teacher, atol=1e-4, rtol=0)
+
+
+def test_nothing_is_read_from_the_midst_of_a_picture_on(
+    seeing: Callable[[str], str], album: list[Image]
+) -> None:
+    """Though a picture may be several squares, with words between them."""
+    model, tokens = open_model(seeing("idefics3"), "cpu", "float32", False)
+    eye = eye_of(model, tokens)
+    prompt = prompt_of("Make ", album[0], " and ", album[1])
+    ids = torch.tensor([tokens.prompt(prompt)])
+    marks = [i == eye.vision.placeholder for i in tokens.prompt(prompt)]
+    sizes = [eye.vision.size(image) for image in prompt.images]
+    assert marks.count(True) == sum(sizes)
+    for column in range(len(marks)):
+        found = eye.whole_from(ids, [prompt.images], column)
+        assert found <= column and sum(marks[found:]) in (0, sizes[1], sum(sizes))
+        # As far to the right as can be.
+        assert all(
+            sum(marks[k:]) not in (0, sizes[1], sum(sizes)) for k in range(found + 1, column + 1)
+        )
+        with torch.no_grad():
+            eye.arguments(ids, [prompt.images], len(marks) - found)
+    with pytest.raises(ModelError, match="from the midst of a picture on"):
+        eye.arguments(ids, [prompt.images], 2 + len(marks) - marks.index(True) - 4)

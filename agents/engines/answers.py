@@ -22,6 +22,10 @@ BUSY = re.compile(
 """Names and words of errors that may be gone at the next try."""
 PAGE = re.compile(r"(?:error|title|h1|status)\W{1,8}(?:code\W{1,3})?(?:429|5\d\d)\b", re.I)
 """Where a gateway's page says that it is one of these."""
+TOO_LONG = re.compile(
+    r"context_length_exceeded|maximum (?:context|model) length|context window", re.I
+)
+"""What is said of a prompt that is too long."""
 BROKEN_OFF = frozenset({"error", "abort", "insufficient_system_resource"})
 """Reasons to finish that are the server's own trouble."""
 THOUGHTS = frozenset({"thinking", "redacted_thinking", "reasoning", "reasoning_content"})

@@ -162,7 +162,7 @@ class Seen:
     def whole_from(self, read: int) -> int:
         """How many of the last columns to read, at least ``read``, so that no picture is cut."""
         width = self._ids.shape[1]
-        return width - self._eye.whole_from(self._ids, width - read)
+        return width - self._eye.whole_from(self._ids, self._images, width - read)
 
     def given(self, read: int) -> tuple[Tensor, dict[str, Any]]:
         """The positions of the last ``read`` columns, and what else a pass over them is given."""

@@ -19,14 +19,12 @@ from ...core.models.tokens import cut, functions
 from ...core.types import Completion, Message, Prompt, Sampling
 from ..wire import with_calls
 from . import data_url
-from .answers import Failure, names, read, shown, text_of, tokens_of
+from .answers import TOO_LONG, Failure, names, read, shown, text_of, tokens_of
 
 TOP = 20
 """Alternatives that are asked for when one word is scored."""
 LONGEST_WAIT_S = 60.0
 """Between two tries, whatever the endpoint asks for."""
-TOO_LONG = re.compile(r"context_length_exceeded|maximum context length|context window", re.I)
-"""What endpoints say of a prompt that is too long."""
 SHOWN = 300
 """Characters of an endpoint's answer that an error shows."""
 

@@ -103,7 +103,7 @@ class VLLMPolicy:
     @staticmethod
     def unready(config: VLLMConfig, model: str) -> str:
         """Why ``model`` could not be opened; empty if it can."""
-        return unready(model) if model else ""
+        return unready(model, elsewhere=True) if model else ""
 
     @staticmethod
     def unfit(config: VLLMConfig, learner: Mapping[str, Any]) -> str:
@@ -112,6 +112,8 @@ class VLLMPolicy:
             return "vLLM swaps adapters, not whole models; wanted learner.method: lora"
         if (rank := learner.get("rank", 0)) > config.max_rank:
             return f"adapters of rank {rank} need policy.max_rank: {room_for(rank)}"
+        if learner.get("targets") == "vision":
+            return "vLLM serves no adapter on what looks at pictures; leave targets: vision out"
         outer = {"lm_head", "embed_tokens"} & set(learner.get("targets") or ())
         if outer:
             return f"vLLM serves no adapter on {', '.join(sorted(outer))}; leave it out"

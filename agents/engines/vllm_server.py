@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, cast
 
 import aiohttp
 
-from ...core.errors import PolicyError
+from ...core.errors import PolicyError, PromptTooLong
 from ...core.hosting.supervised import Supervised
 from ...core.types import Image
 from . import data_url
+from .answers import TOO_LONG
 
 MODEL = "base"
 """What our servers call their model."""
@@ -263,7 +264,8 @@ class Replica:
         if status >= 500:
             raise Gone(f"{self.url} is broken: {status} {text[:SHOWN]}{self.words()}")
         if status >= 400:
-            raise PolicyError(f"{self.url}{path} refused: {status} {text[:SHOWN]}")
+            error = PromptTooLong if TOO_LONG.search(text) else PolicyError
+            raise error(f"{self.url}{path} refused: {status} {text[:SHOWN]}")
         try:
             return json.loads(text)
         except ValueError:

@@ -51,8 +51,8 @@ def open_tokens(
 
     try:
         vision, tokenizer = open_vision(base, config, tokenizer)
-    except Exception as cause:
-        raise _cannot_open(model, cause) from cause
+    except Exception as cause:  # It may still be used for text.
+        return ChatTokens(tokenizer, ends=ends, blind=f": {cause}")
     return ChatTokens(tokenizer, ends=ends, vision=vision)
 
 
@@ -139,11 +139,14 @@ def vocabulary_size(model: str) -> int:
     return int(config_of(model).get_text_config().vocab_size)
 
 
-def unready(model: str, trust_remote_code: bool = False) -> str:
-    """Why ``model`` cannot be opened, as far as that shows without its weights; empty if it can."""
+def unready(model: str, trust_remote_code: bool = False, elsewhere: bool = False) -> str:
+    """Why ``model`` cannot be opened, as far as that shows without its weights; empty if it can.
+
+    ``elsewhere``: others look at its pictures.
+    """
     try:
         config_of(model, trust_remote_code)
-        open_tokens(model, trust_remote_code)
+        open_tokens(model, trust_remote_code, placeholder_of(model) if elsewhere else None)
     except ModelError as error:
         return str(error)
     return ""

@@ -25,6 +25,7 @@ class Pictures(Protocol):
         """The id of each token that features stand in for."""
         ...
 
+    def worded(self, text: str) -> str: ...
     def expanded(self, text: str, images: Sequence[Image]) -> str: ...
     def size(self, image: Image) -> int: ...
     def save(self, folder: Path) -> None: ...
@@ -73,6 +74,7 @@ class ChatTokens:
         placeholder: int | None = None,
         ends: Iterable[int] = (),
         vision: Pictures | None = None,
+        blind: str = "",
     ) -> None:
         """``tokenizer``: a transformers tokenizer with a chat template.
 
@@ -83,6 +85,8 @@ class ChatTokens:
         whoever samples makes as many of it as the image is worth.
 
         ``vision``: instead, what spells out all that stands for an image.
+
+        ``blind``: why there is none, though the model would see.
 
         ``ends``: the ids that end an answer by the model's own settings, beside what its tokenizer
         calls the end.
@@ -100,6 +104,7 @@ class ChatTokens:
             raise ModelError(f"the tokenizer of {tokenizer.name_or_path!r} has no end token")
         self.tokenizer = tokenizer
         self.vision = vision
+        self._blind = blind
         self._placeholder = placeholder if vision is None else vision.placeholder
         self._encode = Encoder(tokenizer)
         self.fingerprint = _fingerprint(tokenizer)
@@ -126,7 +131,8 @@ class ChatTokens:
         """
         images = prompt.images
         if images and self._placeholder is None:
-            raise PromptError("this model reads text only, but the prompt holds images")
+            message = "this model reads text only, but the prompt holds images"
+            raise PromptError(f"{message}{self._blind}")
         # Looked at while their bytes are at hand.
         tokens = sum(map(self.vision.size, images)) if self.vision else len(images)
         rendered = self._prompt(bare(prompt))
@@ -354,8 +360,9 @@ class ChatTokens:
     def _content(self, message: Message) -> Any:
         if self._placeholder is None:
             return message.text
+        words = self.vision.worded if self.vision else str
         return [
-            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+            {"type": "text", "text": words(part)} if isinstance(part, str) else {"type": "image"}
             for part in message.parts
         ]
 

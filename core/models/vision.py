@@ -12,12 +12,14 @@ torch is imported when called.
 
 import io
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from ..errors import ModelError, PromptError
+from ..files import write_json
 from ..images import STORE
 from ..types import Image
 from .tokens import ChatTokens
@@ -29,6 +31,12 @@ else:
 
 REMEMBERED = 1 << 28
 """Bytes of features that are kept."""
+PICTURES = 1 << 16
+"""Of so many it is kept how they are spelt."""
+AT_ONCE = 1 << 23
+"""Numbers that an eye is given at once, about."""
+HIDDEN = "\ue000\uf8ff"
+"""Stands for a model's mark in what somebody says: characters of no meaning."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +56,10 @@ class Features:
 class Vision:
     """What a model's processor knows of pictures. Knows no prompts but their words."""
 
-    def __init__(self, processor: Any, placeholder: int) -> None:
+    def __init__(self, processor: Any, placeholder: int, settings: Mapping[str, Any]) -> None:
+        """``settings``: what its processor was opened with, but for its parts."""
         self._processor = processor
+        self._opened = settings
         self.mark: str = processor.image_token
         """What a chat template writes for a picture."""
         self.placeholder = placeholder
@@ -57,13 +67,17 @@ class Vision:
         self.marks_kinds = "token_type_ids" in processor.model_input_names
         """Whether the model is told which tokens are a picture's: they see one another."""
         # As the processor itself would be called.
-        settings = processor._merge_kwargs(
+        defaults = processor._merge_kwargs(
             processor.valid_processor_kwargs, tokenizer_init_kwargs={}
         )
-        self._settings: dict[str, Any] = settings["images_kwargs"]
-        self._token: str = processor.tokenizer.convert_ids_to_tokens(self.placeholder)
-        self._words: dict[str, str] = {}
+        self._settings: dict[str, Any] = defaults["images_kwargs"]
+        self._token: str = processor.tokenizer.convert_ids_to_tokens(placeholder)
+        self._sizes: OrderedDict[str, Spelt] = OrderedDict()
         self._same: dict[str, str] = {}
+
+    def worded(self, text: str) -> str:
+        """``text``, in which nothing passes for a picture until ``expanded`` puts it back."""
+        return text.replace(self.mark, HIDDEN)
 
     def expanded(self, text: str, images: Sequence[Image]) -> str:
         """``text``, in which all that stands for ``images`` is spelt out.
@@ -77,20 +91,34 @@ class Vision:
                 f"the prompt holds {len(images)} images, but {len(parts) - 1} times "
                 f"{self.mark!r}, which stands for one"
             )
-        words = [*map(self.words, images), ""]
-        return "".join(part + word for part, word in zip(parts, words, strict=True))
-
-    def words(self, image: Image) -> str:
-        """What stands for a picture in the prompt."""
-        if image.sha256 not in self._words:
-            words = self._read(image)[1]
-            # Most are those of another one: they are long, and kept once.
-            self._words[image.sha256] = self._same.setdefault(words, words)
-        return self._words[image.sha256]
+        words = [*(self._spelt(image).words for image in images), ""]
+        whole = "".join(part + word for part, word in zip(parts, words, strict=True))
+        return whole.replace(HIDDEN, self.mark)
 
     def size(self, image: Image) -> int:
         """Tokens that its features stand in for."""
-        return self.words(image).count(self._token)
+        return self._spelt(image).size
+
+    def grid(self, image: Image) -> tuple[int, ...]:
+        """Its patches in time, rows and columns, of models that are told; else nothing."""
+        return self._spelt(image).grid
+
+    def _spelt(self, image: Image) -> "Spelt":
+        found = self._sizes.get(image.sha256)
+        if found is None:
+            tensors, words = self._read(image)
+            # Most are spelt as another one is, and that is long: each way is kept once.
+            words = self._same.setdefault(words, words)
+            grid: list[int] = tensors["image_grid_thw"][0].tolist() if self._grids(tensors) else []
+            found = Spelt(words, words.count(self._token), tuple(grid))
+            if len(self._sizes) >= PICTURES:
+                self._sizes.popitem(last=False)
+            self._sizes[image.sha256] = found
+        return found
+
+    @staticmethod
+    def _grids(tensors: Mapping[str, Any]) -> bool:
+        return "image_grid_thw" in tensors
 
     def tensors(self, image: Image) -> dict[str, Tensor]:
         """What the model's eye is given."""
@@ -105,42 +133,54 @@ class Vision:
                 images=[opened.convert("RGB")], text=[self.mark]
             )
         found = processor.image_processor(layout[0], return_tensors="pt", **self._settings)
-        words = processor.replace_image_token(found, 0)
+        words = processor.replace_image_token(found, 0, **self._settings)
         unused = {*processor.unused_input_names, "rows", "cols"}
         return {k: v for k, v in found.items() if k not in unused}, words
 
     def save(self, folder: Path) -> None:
-        """Write all that ``open_vision`` reads beside the model's config."""
-        self._processor.save_pretrained(folder)
+        """Write all that ``open_vision`` reads beside the model's config and its tokenizer."""
+        self._processor.image_processor.save_pretrained(folder)
+        write_json(folder / "processor_config.json", self._opened)
+
+
+class Spelt(NamedTuple):
+    """How a picture stands in a prompt."""
+
+    words: str
+    size: int
+    grid: tuple[int, ...]
 
 
 def open_vision(model: str, config: Any, tokenizer: Any) -> tuple[Vision, Any]:
     """What a model's processor knows of pictures, and its tokenizer.
 
     Videos are left out: their part of a processor wants libraries that nothing else does.
+
+    Raises whatever transformers does; ModelError: it has parts that nothing here knows.
     """
     import transformers
     from transformers.models.auto import processing_auto
 
     hf: Any = transformers
-    images: Any = hf.AutoImageProcessor
     known: Any = processing_auto
     kind: Any = getattr(hf, known.PROCESSOR_MAPPING_NAMES[config.model_type])
-    settings, _ = kind.get_processor_dict(model)
+    wanted = kind.get_attributes()
+    if others := {*wanted} - {"image_processor", "tokenizer", "video_processor"}:
+        raise ModelError(f"{kind.__name__} wants {', '.join(others)}, which nothing here knows")
+    given, _ = kind.get_processor_dict(model)
     parts: dict[str, Any] = {
-        "image_processor": images.from_pretrained(model),
+        "image_processor": hf.AutoImageProcessor.from_pretrained(model),
         "tokenizer": tokenizer,
         "video_processor": None,
     }
-    wanted = kind.get_attributes()
-    if others := [name for name in wanted if name not in parts]:
-        raise ModelError(f"{kind.__name__} wants {', '.join(others)}, which nothing here knows")
     silent = type(kind.__name__, (_WithoutVideo, kind), {})
-    settings = {k: one for k, one in settings.items() if k not in parts}
-    processor = silent.from_args_and_dict([parts[name] for name in wanted], settings)
+    settings = {k: one for k, one in given.items() if k not in parts}
+    arguments = [parts[name] for name in wanted]
+    processor = silent.from_args_and_dict(arguments, dict(settings))
     if not getattr(tokenizer, "chat_template", None):
         tokenizer.chat_template = processor.chat_template
-    return Vision(processor, config.image_token_id), tokenizer
+    settings = {**settings, "processor_class": kind.__name__}
+    return Vision(processor, config.image_token_id, settings), tokenizer
 
 
 def eye_of(tokens: ChatTokens, model: Any, limit: int = REMEMBERED) -> "Eye | None":
@@ -169,7 +209,7 @@ class Eye:
         self._inner: Any = model.model
         self._limit = limit
         self._known: OrderedDict[str, Features] = OrderedDict()
-        self._grids: dict[str, Tensor] = {}
+        self._bytes = 0
         self._listed = False
         """Whether features come as a list of a picture's each,"""
         self._block = 0
@@ -184,50 +224,63 @@ class Eye:
     def forget(self) -> None:
         """What was made of pictures: the weights are others now."""
         self._known.clear()
+        self._bytes = 0
 
     def features(self, images: Sequence[Image]) -> list[Features]:
         """Of each picture; equal ones are looked at once."""
-        found = {
-            image.sha256: self._known[image.sha256]
-            for image in images
-            if image.sha256 in self._known
-        }
-        new = {one.sha256: one for one in images if one.sha256 not in found}
-        found |= self._looked([*new.values()])
+        found: dict[str, Features] = {}
+        new: dict[str, Image] = {}
+        for image in images:
+            kept = self._known.get(image.sha256)
+            if kept is None:
+                new[image.sha256] = image
+            else:
+                self._known.move_to_end(image.sha256)
+                found[image.sha256] = kept
+        for name, one in self._looked([*new.values()]):
+            found[name] = one
+            self._keep(name, one)
         return [found[image.sha256] for image in images]
 
-    def _looked(self, images: Sequence[Image]) -> dict[str, Features]:
-        """Those of one size are looked at together."""
-        import torch
+    def _keep(self, name: str, one: Features) -> None:
+        if one.nbytes > self._limit:
+            return
+        self._known[name] = one
+        self._bytes += one.nbytes
+        while self._bytes > self._limit:
+            self._bytes -= self._known.popitem(last=False)[1].nbytes
 
+    def _looked(self, images: Sequence[Image]) -> Iterator[tuple[str, Features]]:
+        """Those of one size are looked at together, as many as ``AT_ONCE`` lets."""
         alike: dict[Any, list[tuple[Image, dict[str, Tensor]]]] = {}
         for image in images:
             tensors = self.vision.tensors(image)
-            shapes = tuple((key, *value.shape) for key, value in sorted(tensors.items()))
-            alike.setdefault(shapes, []).append((image, tensors))
-        found: dict[str, Features] = {}
-        device = self.device
+            shape = tuple((key, *value.shape) for key, value in sorted(tensors.items()))
+            several = alike.setdefault(shape, [])
+            several.append((image, tensors))
+            if len(several) * sum(value.numel() for value in tensors.values()) >= AT_ONCE:
+                yield from self._look(alike.pop(shape))
         for several in alike.values():
-            given = {
-                key: torch.cat([tensors[key] for _, tensors in several]).to(device)
-                for key in several[0][1]
-            }
-            out = self._inner.get_image_features(**given, return_dict=True)
-            self._listed = isinstance(out.pooler_output, list | tuple)
-            if not self._listed and out.pooler_output.dim() == 3:
-                self._block = out.pooler_output.shape[1]
-            whole = _flat(out.pooler_output)
-            deeper = [_flat(one) for one in getattr(out, "deepstack_features", None) or ()]
-            for k, (image, tensors) in enumerate(several):
-                own = [one.chunk(len(several))[k] for one in (whole, *deeper)]
-                found[image.sha256] = one = Features(own[0], tuple(own[1:]))
-                if "image_grid_thw" in tensors:
-                    self._grids[image.sha256] = tensors["image_grid_thw"]
-                if self._limit:
-                    self._known[image.sha256] = one
-        while self._known and sum(one.nbytes for one in self._known.values()) > self._limit:
-            self._known.popitem(last=False)
-        return found
+            yield from self._look(several)
+
+    def _look(
+        self, several: Sequence[tuple[Image, dict[str, Tensor]]]
+    ) -> Iterator[tuple[str, Features]]:
+        import torch
+
+        given = {
+            key: torch.cat([tensors[key] for _, tensors in several]).to(self.device)
+            for key in several[0][1]
+        }
+        out = self._inner.get_image_features(**given, return_dict=True)
+        self._listed = isinstance(out.pooler_output, list | tuple)
+        if not self._listed and out.pooler_output.dim() == 3:
+            self._block = out.pooler_output.shape[1]
+        sizes = [self.vision.size(image) for image, _ in several]
+        layers = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
+        parts: list[Any] = [_flat(one).split(sizes) for one in layers]
+        for k, (image, _) in enumerate(several):
+            yield image.sha256, Features(parts[0][k], tuple(part[k] for part in parts[1:]))
 
     def arguments(
         self, ids: Tensor, images: Sequence[Sequence[Image]], read: int | None = None
@@ -247,44 +300,47 @@ class Eye:
         marks = ids == self.vision.placeholder
         if not any(images) and not marks.any():
             return {}
-        features = [self.features(row) for row in images]
-        for k, (row, mine) in enumerate(zip(marks, features, strict=True)):
-            tokens, wanted = int(row.sum()), sum(len(one.tokens) for one in mine)
-            if tokens != wanted:
-                raise ModelError(
-                    f"row {k} holds {tokens} placeholders, but its {len(mine)} images are "
-                    f"{wanted} tokens to the model"
-                )
         shown = marks[:, -read:] if read else marks
-        # Of what was read before, nothing is given again.
-        counts = [int(row.sum()) for row in shown]
-        if not sum(counts):
+        wanted: list[Image] = []
+        for k, (row, mine) in enumerate(zip(images, marks, strict=True)):
+            sizes = [self.vision.size(image) for image in row]
+            if sum(sizes) != int(mine.sum()):
+                raise ModelError(
+                    f"row {k} holds {int(mine.sum())} placeholders, but its {len(row)} images are "
+                    f"{sum(sizes)} tokens to the model"
+                )
+            # Of what was read before, nothing is given again.
+            left, first = int(shown[k].sum()), len(row)
+            while left > 0:
+                first -= 1
+                left -= sizes[first]
+            if left:
+                raise ModelError(f"row {k} is read from the midst of a picture on")
+            wanted += row[first:]
+        if not wanted:
             return {}
-
-        def last(of: Sequence[Sequence[Tensor]]) -> Tensor:
-            parts = [
-                torch.cat([*row])[-count:] for row, count in zip(of, counts, strict=True) if count
-            ]
-            return torch.cat(parts)
-
-        tokens = last([[one.tokens for one in row] for row in features])
+        features = self.features(wanted)
+        tokens: Any = torch.cat([one.tokens for one in features])
         if self._block:
             tokens = tokens.unflatten(0, (-1, self._block))
-        levels = max((len(one.deeper) for row in features for one in row), default=0)
-        out: Any = _output(
-            [tokens] if self._listed else tokens,
-            [
-                [last([[one.deeper[level] for one in row] for row in features])]
-                for level in range(levels)
-            ],
-        )
+        deeper = [
+            [torch.cat(layer)] for layer in zip(*(one.deeper for one in features), strict=True)
+        ]
+        out = _output([tokens] if self._listed else tokens, deeper)
         given: dict[str, Any] = {"mm_encoder_outputs": {"image": out}}
         return given | ({"token_type_ids": shown.int()} if self.vision.marks_kinds else {})
 
-    def whole_from(self, ids: Tensor, column: int) -> int:
+    def whole_from(self, ids: Tensor, images: Sequence[Sequence[Image]], column: int) -> int:
         """The last column up to that one at which no row of (B, T) ``ids`` is in a picture."""
         marks = ids == self.vision.placeholder
-        while column and (marks[:, column - 1] & marks[:, column]).any():
+        # How many placeholders may follow: those of the last picture, of the last two, and so on.
+        whole = [
+            {0, *accumulate(self.vision.size(image) for image in reversed(row))} for row in images
+        ]
+        while column:
+            after: list[int] = marks[:, column:].sum(1).tolist()
+            if all(count in mine for count, mine in zip(after, whole, strict=True)):
+                break
             column -= 1
         return column
 
@@ -314,14 +370,12 @@ class Eye:
 
         if not self.winds:
             return (real.cumsum(1) - 1).clamp(min=0)
-        every = [image for row in images for image in row]
-        self.features(every)
-        grids = [self._grids[image.sha256] for image in every]
+        grids = [self.vision.grid(image) for row in images for image in row]
         kinds = (ids == self.vision.placeholder).int()
         found, _ = self._inner.get_rope_index(
             ids,
             kinds,
-            image_grid_thw=torch.cat(grids).to(ids.device) if grids else None,
+            image_grid_thw=torch.tensor(grids, device=ids.device) if grids else None,
             attention_mask=real.int(),
         )
         return found

@@ -78,6 +78,8 @@ class PolicyPlayer:
         read = getattr(self.agent, "parse_more", None)
         if read is None or not history or history[-1].action.invalid:
             return None
+        if history[-1].actor != observation.actor:
+            return None  # It is another one's turn.
         place = history[-1].action.place + 1
         parsed = read(history[-place].action.completion.text, place, observation)
         if parsed is None:

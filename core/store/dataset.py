@@ -21,6 +21,7 @@ class _Row(NamedTuple):
     iteration: int
     episode: str
     turn: int
+    place: int
     task_id: str
     instruction: str
     seed: int
@@ -45,6 +46,7 @@ _SHAPE = Record(
     iteration=INT32,
     episode=TEXT,
     turn=INT32,
+    place=INT32,
     task_id=TEXT,
     instruction=TEXT,
     seed=INT64,
@@ -91,6 +93,7 @@ def _rows(iteration: int, folder: Path) -> list[_Row]:
             iteration,
             t.id,
             turn,
+            step.action.place,
             t.task.id,
             t.task.instruction,
             t.seed,

@@ -93,6 +93,8 @@ class Forward:
         arrays = self.given(rows, logprobs)
         if Need.REFERENCE in loss.needs:
             with torch.no_grad(), self.model.disable_adapter():
+                if self.eye_learns:  # The base looks with its own eye.
+                    seen = self._seen(rows, ids, alike, self.eye)
                 other, _ = self.logits(self.model, self.head, self.last, ids, where, alike, seen)
                 other = held(other, barred)
                 reference = -functional.cross_entropy(other, ids[where], reduction="none")

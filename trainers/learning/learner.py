@@ -231,6 +231,11 @@ class PlainLearner:
         if not batch.examples:
             raise LearnerError("the batch holds no examples: nothing can be learned from it")
         self._look_at(batch.loss)
+        if self._mesh is not None and any(one.prompt.images for one in batch.examples):
+            raise LearnerError(
+                "what looks at pictures cannot be sharded; train with one process, or with "
+                "several that each hold the model"
+            )
         if batch.fresh:
             self._begin()
             progress = 0.0  # A whole training of its own: the run's schedule is not its.

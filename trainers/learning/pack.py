@@ -43,7 +43,8 @@ def pack(examples: Sequence[Example], tokens: ChatTokens) -> list[Row]:
     (a window that moved on, a template that rewrites earlier turns) starts a row of its own.
 
     Raises:
-        LearnerError: a completion with another number of log-probabilities than of tokens.
+        LearnerError: a completion with another number of log-probabilities than of tokens, or with
+            a token that stands for a picture.
     """
     encoded = [(tokens.prompt(e.prompt), tokens.answer(e.completion)) for e in examples]
     rows: list[Row] = []
@@ -60,6 +61,11 @@ def pack(examples: Sequence[Example], tokens: ChatTokens) -> list[Row]:
             rows.append(row)
         else:
             row.ids += prompt[len(row.ids) :]
+        if tokens.vision is not None and tokens.vision.placeholder in completion:
+            raise LearnerError(
+                f"the answer of example {k} holds what stands for a picture: "
+                f"{examples[k].completion.text[:80]!r}"
+            )
         row.images = images
         begin = len(row.ids)
         row.ids += completion

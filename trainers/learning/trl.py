@@ -452,6 +452,8 @@ def _dtype(config: LearnerConfig) -> str:
 
 
 def _pair_ids(pairs: Sequence[Pair], tokens: ChatTokens) -> list[dict[str, list[int]]]:
+    if any(pair.prompt.images for pair in pairs):
+        raise LearnerError("TRL reads text only here, but there are pictures in the pairs")
     return [
         {
             "prompt_ids": list(tokens.prompt(pair.prompt)),

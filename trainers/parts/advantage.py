@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 from ...core.play.asking import score_all
 from ...core.protocols import Context
-from ...core.types import Judged, Observation, Step
+from ...core.types import Judged, Observation, Step, Trajectory
 from ..learning.examples import asked
 from ..learning.loss import KL
 
@@ -48,11 +48,16 @@ def step_advantages(
     """
     returns: dict[Observation, list[float]] = {}
     for one, reward in zip(group, rewards, strict=True):
+        after = followed(one.trajectory)
         for turn, step in own_turns(one):
-            left = len(one.trajectory.steps) - 1 - turn
-            returns.setdefault(step.observation, []).append(gamma**left * reward)
+            returns.setdefault(step.observation, []).append(gamma ** after[turn] * reward)
     remaining = {seen: iter(advantages(those, how)) for seen, those in returns.items()}
     return [[next(remaining[step.observation]) for _, step in own_turns(one)] for one in group]
+
+
+def followed(trajectory: Trajectory) -> dict[int, int]:
+    """By the step that an answer begins with: how many answers follow."""
+    return {turn: k for k, turn in enumerate(reversed(trajectory.answers))}
 
 
 def own_turns(one: Judged) -> list[tuple[int, Step]]:

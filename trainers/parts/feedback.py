@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ...core.errors import RecipeError
 from ...core.play.asking import ask
+from ...core.play.players import without
 from ...core.protocols import Context
 from ...core.seeds import derive
 from ...core.types import Judged, Observation, Prompt, Step, Trajectory
@@ -44,8 +45,20 @@ class Item:
 
     @property
     def old_step(self) -> Step:
-        """The action to be refined."""
+        """The action to be refined; the first of those in its answer."""
         return self.trajectory.steps[self.step]
+
+    @property
+    def end(self) -> int:
+        """Index of the step after its answer."""
+        after = (k for k in self.trajectory.answers if k > self.step)
+        return next(after, len(self.trajectory.steps))
+
+    @property
+    def old_text(self) -> str:
+        """All actions of its answer."""
+        steps = self.trajectory.steps[self.step : self.end]
+        return "\n".join(step.action.text for step in steps)
 
 
 class Line(BaseModel):
@@ -147,7 +160,7 @@ def _feedback(item: Item, source: Source) -> str:
         return NO_FEEDBACK
     if source == "judge":
         return item.judged.verdict.feedback
-    later = item.trajectory.steps[item.step + 1 :]
+    later = item.trajectory.steps[item.end :]
     return later[0].observation.text if later else item.trajectory.final.text
 
 
@@ -156,7 +169,7 @@ def _asked(item: Item, context: Context) -> Prompt:
 
 
 def _continued(item: Item, text: str, context: Context) -> Prompt:
-    before = item.trajectory.steps[: item.step + 1]
+    before = without(item.trajectory.steps[: item.end], item.old_step.action.left_out)
     return context.agent.prompt(item.trajectory.task, before, Observation(text))
 
 
@@ -168,9 +181,7 @@ def refining(item: Item, layout: Literal["conversation", "blocks"], context: Con
     """
     if layout == "conversation":
         return _continued(item, item.feedback, context)
-    blocks = (
-        f"OLD ANSWER:\n{item.old_step.action.text}\n\nFEEDBACK:\n{item.feedback}\n\nNEW ANSWER:"
-    )
+    blocks = f"OLD ANSWER:\n{item.old_text}\n\nFEEDBACK:\n{item.feedback}\n\nNEW ANSWER:"
     return asking_more(asked(item.trajectory, item.step), blocks)
 
 

@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 
 from ...core.types import Example, Judged, Step
 from ..learning.examples import example
+from .advantage import followed
 from .credit import by_task, score
 
 Filter: TypeAlias = Literal["all", "better", "best", "success"]
@@ -39,13 +40,13 @@ class Lesson:
         trajectory = self.judged.trajectory
         earned = [reward(self.judged, self.invalid), *self.later]
         total = sum(gamma**k * r for k, r in enumerate(earned))
-        last = len(trajectory.steps) - 1
+        after = followed(trajectory)
         return [
             example(
                 trajectory,
                 turn,
                 # Held below what overflows; the learner says so if it is more than it can bear.
-                math.exp(min((total * gamma ** (last - turn) - self.baseline) / tau, 700)),
+                math.exp(min((total * gamma ** after[turn] - self.baseline) / tau, 700)),
             )
             for turn in trajectory.turns
         ]
@@ -100,7 +101,14 @@ def degenerate(text: str) -> bool:
 
 
 def texts(steps: Iterable[Step]) -> list[str]:
-    """Actions; where none could be read, what was said instead: no two of those are the same."""
-    return [
-        step.action.completion.text if step.action.invalid else step.action.text for step in steps
-    ]
+    """Answers, by the actions in each; where none could be read, by what was said instead: no two
+    of those are the same."""
+    found: list[str] = []
+    for step in steps:
+        action = step.action
+        text = (action.completion.text or action.invalid) if action.invalid else action.text
+        if action.place and found:
+            found[-1] += f"\n{text}"
+        else:
+            found.append(text)
+    return found

@@ -11,7 +11,7 @@ from pathlib import Path
 from ...core.files import read_json
 from ...core.store import read_trajectories, write_trajectories
 from ...core.types import Judged
-from .advantage import own_turns
+from .advantage import followed, own_turns
 from .credit import score
 
 LEAST = 1e-6
@@ -98,9 +98,9 @@ class Replay:
 
 
 def returns(one: Judged, gamma: float) -> list[float]:
-    """Of each own action: the score, discounted by how many actions come after it."""
-    last = len(one.trajectory.steps) - 1
-    return [gamma ** (last - turn) * score(one) for turn, _ in own_turns(one)]
+    """Of each own turn: the score, discounted by how many turns come after it."""
+    after = followed(one.trajectory)
+    return [gamma ** after[turn] * score(one) for turn, _ in own_turns(one)]
 
 
 def recent(sizes: Sequence[int], most: int) -> int:

@@ -59,7 +59,7 @@ async def instruct(context: Context, item: Item, refinements: Sequence[Completio
 
 def _question(item: Item, refinement: Completion, question: str) -> str:
     return (
-        f"OLD ANSWER:\n{item.old_step.action.text}\n\nFEEDBACK:\n{item.feedback}\n\n"
+        f"OLD ANSWER:\n{item.old_text}\n\nFEEDBACK:\n{item.feedback}\n\n"
         f"NEW ANSWER:\n{refinement.text}\n\n{question} Answer yes or no."
     )
 
