@@ -172,7 +172,7 @@ def test_what_rows_begin_with_is_read_once(model_folder: Folder, kind: str, meth
         learner._model.register_forward_pre_hook(see, with_kwargs=True)
         with gradients(learner) as seen, pytest.MonkeyPatch.context() as patch:
             if not once:
-                patch.setattr(module, "shared", lambda rows: 0)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
+                patch.setattr(module, "shared", lambda *_: 0)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
             metrics = learner.update(Batch(NLL(), examples), 0.0)
         found.append((seen[0], metrics["train/loss"]))
         assert sum(read) < whole / 2 if once else sum(read) >= whole
