@@ -5,7 +5,6 @@ models (Gandhi et al. 2024, arXiv:2404.03683). Puzzles are seeded and endless. A
 split follows from a hash of the puzzle itself, so that no two splits can share one.
 """
 
-import hashlib
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -13,19 +12,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import combinations
-from typing import ClassVar, Literal, Self, overload
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from ..core.config import Config
 from ..core.files import canonical_json
+from ..core.splits import SHARES, EndlessSplit, split_of
 from ..core.types import Observation, Task, TimeStep, Tool, WorldSpec
 
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
-SHARES = (("test", 10), ("validation", 20), ("train", 100))
-"""Cumulative per cent of all puzzles."""
-
-
 DRAWS = 20_000
 """After so many vain draws there seems to be no such puzzle."""
 
@@ -230,27 +226,14 @@ class CountdownTask(Task):
     """The expression the puzzle was made from."""
 
 
-class Puzzles(Sequence[CountdownTask]):
+class Puzzles(EndlessSplit[CountdownTask]):
     """A split: the i-th puzzle is drawn by hashing the split's name and i. Lazy and endless."""
 
     def __init__(self, split: str, config: CountdownConfig) -> None:
-        if split not in dict(SHARES):
-            raise ValueError(f"no split {split!r}: it is train, validation or test")
-        self._split = split
+        super().__init__(split)
         self._config = config
 
-    def __len__(self) -> int:
-        return 1 << 40
-
-    @overload
-    def __getitem__(self, index: int) -> CountdownTask: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[CountdownTask]: ...
-    def __getitem__(self, index: int | slice) -> CountdownTask | Sequence[CountdownTask]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+    def drawn(self, index: int) -> CountdownTask:
         config = self._config
         rng = random.Random(f"countdown/{self._split}/{index}")
         for _ in range(DRAWS):
@@ -279,12 +262,6 @@ def puzzle(
     instruction = f"Make {target} from {given} with {signs}, each number once."
     name = name_of(numbers, target)
     return CountdownTask(name, instruction, config.attempts, numbers, target, witness)
-
-
-def split_of(name: str) -> str:
-    """Where a puzzle belongs, whatever the settings that drew it."""
-    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % 100
-    return next(split for split, below in SHARES if place < below)
 
 
 class Countdown:

@@ -11,7 +11,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias, overload
+from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +21,13 @@ from pydantic import Field
 from ..core.config import Config
 from ..core.files import canonical_json
 from ..core.images import picture
+from ..core.splits import EndlessSplit, split_of
 from ..core.types import Image, Observation, Task, TimeStep, Tool, WorldSpec
 
 Question = Literal["colour", "count", "position", "digit", "click"]
 Mark: TypeAlias = tuple[str, str, int, int, int]
 """A shape or a digit, its colour, its centre x and y, and half its width, in pixels."""
 
-SHARES = (("test", 10), ("validation", 20), ("train", 100))
-"""Cumulative per cent of all drawings."""
 DRAWS = 2000
 """After so many vain draws there seems to be no such drawing."""
 COLOURS = {
@@ -125,27 +124,14 @@ class PicturesTask(Task):
     size: int
 
 
-class Drawings(Sequence[PicturesTask]):
+class Drawings(EndlessSplit[PicturesTask]):
     """A split: the i-th drawing follows from the split's name and i. Lazy and endless."""
 
     def __init__(self, split: str, config: PicturesConfig) -> None:
-        if split not in dict(SHARES):
-            raise ValueError(f"no split {split!r}: it is train, validation or test")
-        self._split = split
+        super().__init__(split)
         self._config = config
 
-    def __len__(self) -> int:
-        return 1 << 40
-
-    @overload
-    def __getitem__(self, index: int) -> PicturesTask: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[PicturesTask]: ...
-    def __getitem__(self, index: int | slice) -> PicturesTask | Sequence[PicturesTask]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+    def drawn(self, index: int) -> PicturesTask:
         questions = self._config.questions
         question = questions[index % len(questions)]
         rng = random.Random(f"pictures/{self._split}/{question}/{index}")
@@ -246,11 +232,6 @@ def answers(question: str, config: PicturesConfig) -> list[str]:
             return [*SEGMENTS]
         case _:
             return []
-
-
-def split_of(name: str) -> str:
-    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % 100
-    return next(split for split, below in SHARES if place < below)
 
 
 def covered(mark: Mark, size: int) -> NDArray[np.bool_]:
