@@ -10,8 +10,9 @@ memory is too small, say, is told in its place. No shape is begun after the time
 
 - learn: a LoRA of rank 16 on all linear layers. Tokens/s over rows as long as stated, all of whose
   answer is trained. MFU counts what has to be computed with frozen weights: per token 4 FLOPs for
-  each weight that is multiplied (forward, and backward to the activations), and attention;
-  neither recomputation nor padding nor the adapters. Against the card's dense bf16 peak.
+  each weight that is multiplied (forward, and backward to the activations), those of the head for
+  trained tokens only, and attention; neither recomputation nor padding nor the adapters. Against
+  the card's dense bf16 peak. ``ready_s``: from nothing to the end of a first, smaller update.
 - learn_shots: rows that begin with the same 1,024 tokens, examples/s; read once, and for each.
 - sample: the in-process engine against ``generate`` on the same prompts, tokens/s;
   ``sample_shots``: prompts that begin with the same 1,024 tokens.
@@ -53,17 +54,16 @@ from selfwright.agents.engines.transformers import TransformersConfig, Transform
 from selfwright.core.files import write_json
 from selfwright.core.models.tokens import PAD, ChatTokens
 from selfwright.core.types import Batch, Completion, Example, Message, Prompt, Sampling
-from selfwright.trainers.learning import forward
 from selfwright.trainers.learning.learner import LearnerConfig, PlainLearner
 from selfwright.trainers.learning.loss import NLL
 from selfwright.trainers.learning.pack import Row, pack
+from selfwright.trainers.learning.reader import Reader
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16 FLOP/s."""
 LEXICON = [a + b + c for a in "bdfglmnprst" for b in "aeiou" for c in ("ck", "ll", "n", "st")]
 VOCABULARY = 151_936
-SHARED = forward.shared
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ def main() -> int:
     """0 if everything could be done."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", action="append", choices=SHAPES, help="default: all but tiny")
+    parser.add_argument("--part", action="append", help="such as learn; default: all")
     parser.add_argument("--seconds", type=float, default=360.0, help="no shape is begun after it")
     parser.add_argument("--output", type=Path, default=RESULTS, help="a JSON file")
     arguments = parser.parse_args()
@@ -120,7 +121,7 @@ def main() -> int:
             told["shapes"][name] = "not begun: the time was up"
             continue
         told["shapes"][name] = {"shape": asdict(SHAPES[name])}
-        for part, found in measured(SHAPES[name]):
+        for part, found in measured(SHAPES[name], arguments.part or ()):
             told["shapes"][name][part] = found
             print(f"{name} {part}: {found}", flush=True)
             # After each, so that what stops a later one loses nothing.
@@ -142,20 +143,23 @@ def versions() -> dict[str, str]:
     return found
 
 
-def measured(shape: Shape) -> Iterator[tuple[str, Any]]:
+def measured(shape: Shape, only: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
     """Each part's name and figures, or why it was not done."""
     with tempfile.TemporaryDirectory(prefix="selfwright-") as folder:
         model, adapter = str(Path(folder, "model")), Path(folder, "adapter")
         make(shape, Path(model))
         parts: dict[str, Callable[[], Any]] = {
-            "learn": lambda: learn(shape, model, checkpointing=False),
-            "learn_checkpointed": lambda: learn(shape, model, checkpointing=True),
+            "learn": lambda: learn(shape, model),
+            "learn_compiled": lambda: learn(shape, model, compile=torch.cuda.is_available()),
+            "learn_checkpointed": lambda: learn(shape, model, gradient_checkpointing=True),
             "learn_shots": lambda: learn_shots(shape, model),
             "sample": lambda: asyncio.run(sample(shape, model)),
             "sample_shots": lambda: asyncio.run(sample(shape, model, shape.shots)),
             "agree": lambda: asyncio.run(agree(shape, model, adapter)),
         }
         for name, part in parts.items():
+            if only and name not in only:
+                continue
             try:
                 found = part()
             except (RuntimeError, ValueError) as cause:
@@ -194,25 +198,26 @@ def make(shape: Shape, folder: Path) -> None:
     release()
 
 
-def learner(model: str, checkpointing: bool) -> PlainLearner:
+def learner(model: str, **settings: bool) -> PlainLearner:
     told: dict[str, Any] = {
         "rank": 16,
         "alpha": 32,
         "precision": "bfloat16",
-        "gradient_checkpointing": checkpointing,
         "batch_size": 1 << 10,
         "learning_rate": 1e-3,
     }
-    return PlainLearner(LearnerConfig.model_validate(told), model, 0)
+    return PlainLearner(LearnerConfig.model_validate(told | settings), model, 0)
 
 
-def learn(shape: Shape, model: str, checkpointing: bool) -> dict[str, Any]:
-    tuned = learner(model, checkpointing)
+def learn(shape: Shape, model: str, **settings: bool) -> dict[str, Any]:
+    began = now()
+    tuned = learner(model, **settings)
     tokens = tuned._tokens
     learned = examples(shape, tokens, shape.rows)
-    warm, timed = learned[:2], learned[2:]
+    timed = learned
     loss = NLL(aggregation="token-mean")
-    tuned.update(Batch(loss, tuple(warm)), 0.0)
+    tuned.update(Batch(loss, tuple(timed[: len(timed) // 2])), 0.0)
+    ready = now() - began
     forget_peak()
     began = now()
     tuned.update(Batch(loss, tuple(timed)), 0.0)
@@ -223,37 +228,45 @@ def learn(shape: Shape, model: str, checkpointing: bool) -> dict[str, Any]:
         "tokens_per_s": round(sum(lengths) / seconds),
         "row": round(sum(lengths) / len(lengths)),
         "rows": len(rows),
-        "mfu": mfu(shape, lengths, seconds),
+        "mfu": mfu(shape, lengths, shape.answer * len(rows), seconds),
+        "ready_s": round(ready, 1),
         "peak_gib": peak(),
     }
 
 
-def mfu(shape: Shape, lengths: Sequence[int], seconds: float) -> float | None:
+def mfu(shape: Shape, lengths: Sequence[int], trained: int, seconds: float) -> float | None:
     """Of the card's peak; None if it is not known."""
     limit = next((rate for card, rate in PEAKS.items() if card in device()), None)
     if limit is None:
         return None
     wide = shape.heads * shape.head
     layer = shape.width * (2 * wide + 2 * shape.kv_heads * shape.head + 3 * shape.inner)
-    weights = shape.layers * layer + shape.vocabulary * shape.width
+    weights = shape.layers * layer * sum(lengths) + shape.vocabulary * shape.width * trained
     # Scores and their use, of half the square, once forward and twice backward.
     attention = sum(6 * shape.layers * wide * length**2 for length in lengths)
-    return round((4 * weights * sum(lengths) + attention) / seconds / limit, 3)
+    return round((4 * weights + attention) / seconds / limit, 3)
 
 
 def learn_shots(shape: Shape, model: str) -> dict[str, Any]:
     """Rows that begin with the same shots: which are read once, and for each row."""
-    made = learner(model, checkpointing=False)
+    made = learner(model)
     batch = Batch(NLL(), tuple(shown(shape, made._tokens, shape.rows * 2)))
     seconds: dict[str, float] = {}
-    apart: Callable[[Sequence[Row]], int] = lambda rows: 0  # noqa: E731
-    for name, alike in (("once", SHARED), ("for each", apart)):
-        forward.shared = alike
+    keys = Reader._keys
+
+    def unlike(self: Reader, rows: Sequence[Row]) -> list[Any]:
+        found = keys(self, rows)
+        for k, key in enumerate(found):
+            key[0] = -1 - k
+        return found
+
+    for name, told in (("once", keys), ("for each", unlike)):
+        Reader._keys = told
         made.update(batch, 0.0)
         began = now()
         made.update(batch, 0.0)
         seconds[name] = now() - began
-    forward.shared = SHARED
+    Reader._keys = keys
     rates = {name: round(len(batch.examples) / found, 1) for name, found in seconds.items()}
     return {"examples_per_s": rates, "ratio": round(seconds["for each"] / seconds["once"], 2)}
 
@@ -326,7 +339,7 @@ def generated(policy: TransformersPolicy, asked: Sequence[Prompt], most: int) ->
 
 async def agree(shape: Shape, model: str, adapter: Path) -> dict[str, Any]:
     """Gaps between what the sampler noted of its tokens and what the learner finds."""
-    tuned = learner(model, checkpointing=False)
+    tuned = learner(model)
     loss = NLL(aggregation="token-mean")
     for k in range(8):
         tuned.update(Batch(loss, tuple(examples(shape, tuned._tokens, 4, k))), 0.0)

@@ -20,7 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from .cache import RoomyLayer, attends_only
+from ...core.models.layers import attends_only
+from .cache import RoomyLayer
 
 NAME = "selfwright_shared"
 _reading: ContextVar[Sequence[Any]] = ContextVar("reading", default=())

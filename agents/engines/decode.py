@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ...core.models.constraints import Follower
+from ...core.models.layers import attends_only
 from ...core.models.tokens import PAD
 from ...core.models.vision import Eye
 from ...core.types import Image
 from .attention import plain, reading, shares
-from .cache import Place, PrefixCache, Read, attends_only, check_used, copy_places, layers_for
+from .cache import Place, PrefixCache, Read, check_used, copy_places, layers_for
 
 
 @dataclass(frozen=True)

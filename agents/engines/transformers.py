@@ -13,7 +13,7 @@ from pydantic import Field
 
 from ...core.config import PolicyConfig
 from ...core.errors import ModelError, PolicyError, PromptTooLong
-from ...core.models.adapters import merge, restore
+from ...core.models.adapters import Undo, merge, restore
 from ...core.models.constraints import Constraints, Follower
 from ...core.models.open import device_of, open_model, open_weights, unready
 from ...core.models.origin import ADAPTER
@@ -60,7 +60,8 @@ class Request:
 class TransformersPolicy:
     """Batches what is asked at the same time; a batch starts when every slot's holder has asked.
 
-    Adapters are merged into the weights when they are loaded, so they cost nothing per token.
+    Adapters are merged into weights of float32 when they are loaded, so they cost nothing per token;
+    beside those of 16 bits they are computed.
     """
 
     Config = TransformersConfig
@@ -87,7 +88,7 @@ class TransformersPolicy:
         self.checkpoint = "base"
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self._context: int = limit or 1 << 30
-        self._merged: list[tuple[Any, Any]] = []
+        self._merged: list[Undo] = []
         self._base: Any = None
         self._constraints = Constraints(self.tokens)
         self._seats = 0
@@ -385,8 +386,8 @@ def frozen(model: Any) -> Any:
 
 def _try(model: Any, name: str, token: int) -> None:
     """Have the engine sample a little. Raises: ModelError: it cannot run such a model."""
+    from ...core.models.layers import kinds_of
     from .attention import attend, forgo
-    from .cache import kinds_of
     from .decode import Want, sample
 
     wants = [Want((token,) * length, 0, 0.0, max_tokens=2) for length in (2, 3)]

@@ -163,8 +163,10 @@ def device_of(device: str) -> str:
     return device
 
 
-def open_weights(model: str, device: str, dtype: str, trust_remote_code: bool) -> Any:
-    """The same without the tokenizer, as learners export it."""
+def open_weights(
+    model: str, device: str, dtype: str, trust_remote_code: bool, beside: bool = True
+) -> Any:
+    """The same without the tokenizer, as learners export it; ``beside``: as in ``merge``."""
     from transformers.utils import logging as transformers_logging
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -190,10 +192,15 @@ def open_weights(model: str, device: str, dtype: str, trust_remote_code: bool) -
             f"the model {model!r} is incomplete: {len(missing)} tensors are not in its files, such "
             f"as {missing[0]}"
         )
+    weights = weights.to(device)
     for adapter in adapters:
-        merge(weights, adapter, base)
+        merge(weights, adapter, base, beside)
         base = str(adapter)
-    return weights.to(device)
+    if device.startswith("cuda"):
+        from .wide import widen
+
+        widen(weights)
+    return weights
 
 
 def save_merged(model: str, folder: Path, trust_remote_code: bool = False) -> None:
@@ -202,9 +209,8 @@ def save_merged(model: str, folder: Path, trust_remote_code: bool = False) -> No
     In the dtype of the base, as those who sample from it and its adapters see it: in float32 every
     later reader would need twice the memory, and play what was never evaluated.
     """
-    weights, tokens = open_model(model, "cpu", "auto", trust_remote_code)
-    weights.save_pretrained(folder)
-    tokens.save(folder)
+    open_weights(model, "cpu", "auto", trust_remote_code, beside=False).save_pretrained(folder)
+    open_tokens(model, trust_remote_code).save(folder)
 
 
 def _cannot_open(model: str, cause: Exception) -> ModelError:

@@ -330,6 +330,25 @@ class Eye:
         given: dict[str, Any] = {"mm_encoder_outputs": {"image": out}}
         return given | ({"token_type_ids": shown.int()} if self.vision.marks_kinds else {})
 
+    def owners(self, ids: Sequence[int], images: Sequence[Image]) -> Any:
+        """(T,) which of its ``images`` each of a row's ids stands for; -1: none.
+
+        Raises:
+            ModelError: it has more or fewer placeholders than its pictures have tokens.
+        """
+        import numpy as np
+
+        marks = np.array(ids) == self.vision.placeholder
+        sizes = [self.vision.size(image) for image in images]
+        if sum(sizes) != marks.sum():
+            raise ModelError(
+                f"a row holds {marks.sum()} placeholders, but its {len(images)} images are "
+                f"{sum(sizes)} tokens to the model"
+            )
+        found = np.full(len(ids), -1)
+        found[marks] = np.repeat(np.arange(len(images)), sizes)
+        return found
+
     def whole_from(self, ids: Tensor, images: Sequence[Sequence[Image]], column: int) -> int:
         """The last column up to that one at which no row of (B, T) ``ids`` is in a picture."""
         marks = ids == self.vision.placeholder

@@ -17,7 +17,6 @@ from pydantic import Field
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn import functional
 
 from ...core.config import Config
 from ...core.errors import LearnerError, ModelError
@@ -36,7 +35,8 @@ from ...core.types import (
     StepLoss,
 )
 from .forward import Forward
-from .pack import Row, pack, token_weights, units
+from .pack import Row, Span, pack, token_weights, units
+from .reader import Reader, moved
 from .shard import sharding
 from .targets import Targets, unknown_targets
 
@@ -67,14 +67,24 @@ class LearnerConfig(Config):
     """Padded tokens per micro-batch; gradients of a step's micro-batches are accumulated. None:
     2,048 on a CPU, whose caches small ones suit, and 16,384 on a GPU."""
     gradient_checkpointing: bool = False
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """``bfloat16``: frozen weights and activations in bf16; what is trained stays float32."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """``bfloat16``: frozen weights and activations in bf16; what is trained stays float32. ``auto``:
+    that on a GPU, else float32."""
+    compile: bool = False
+    """Have torch compile the layers. On an H100 that takes a minute or two at first, and then
+    little more than half the time."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     trust_remote_code: bool = False
 
     def budget(self, device: str) -> int:
         """``token_budget`` on a device of that type."""
         return self.token_budget or (2048 if device == "cpu" else 16_384)
+
+    def dtype(self, device: str) -> Literal["float32", "bfloat16"]:
+        """``precision`` on a device of that type."""
+        if self.precision == "auto":
+            return "bfloat16" if device == "cuda" else "float32"
+        return self.precision
 
 
 def accelerator(device: str) -> Any:
@@ -104,6 +114,8 @@ class PlainLearner:
     def unfit(config: LearnerConfig, bare: Callable[[], Any]) -> list[str]:
         """Why it could not learn here; ``bare()``: the model in question, without values."""
         faults = [NO_GPU] if config.device == "cuda" and not torch.cuda.is_available() else []
+        if config.compile and (config.device == "cpu" or not torch.cuda.is_available()):
+            faults.append("learner.compile is for a GPU; without one it only takes time")
         if config.method == "lora" and isinstance(config.targets, list):
             faults += unknown_targets(config.targets, bare())
         return faults
@@ -119,14 +131,18 @@ class PlainLearner:
         self._mesh: Any = None
         if processes > 1 and sharding():
             self._mesh = init_device_mesh(self._device.type, (processes,))
+        if self._device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = True
+            torch.backends.cudnn.allow_tf32 = True
         self._base = model
-        self._teachers: dict[str, Any] = {}
+        self._teachers: dict[str, Reader] = {}
         self._begin()
 
     def _begin(self) -> None:
         """The base model, weights to train and an optimiser that has seen nothing."""
         config = self._config
-        lora_bf16 = config.precision == "bfloat16" and config.method == "lora"
+        precision = config.dtype(self._device.type)
+        lora_bf16 = precision == "bfloat16" and config.method == "lora"
         weights, self._tokens = open_model(
             self._base,
             # Sharding moves a layer at a time: the whole may be more than a device holds.
@@ -147,21 +163,25 @@ class PlainLearner:
                 weight.requires_grad_(id(weight) in language)
         self._model: Any = self._adapt(weights) if config.method == "lora" else weights
         self._model.train()
-        self._forward = Forward(
+        self._reader = Reader(
             self._model,
             weights,
-            self._tokens,
             self._device,
             config.budget(self._device.type),
-            config.precision,
-            config.gradient_checkpointing,
-            config.trust_remote_code,
-            self._teachers,
+            precision,
             eye,
             looks,
+            narrow=not (config.gradient_checkpointing or config.compile),
         )
+        self._forward = Forward(
+            self._reader, self._tokens, config.trust_remote_code, self._teachers
+        )
+        if config.compile:
+            weights.enable_input_require_grads()  # The first layer is then as all others.
+            for layer in self._reader.layers:
+                layer.compile(dynamic=True)
         if self._mesh is not None:
-            for layer in self._forward.layers:
+            for layer in self._reader.layers:
                 fully_shard(layer, mesh=self._mesh)
             fully_shard(self._model, mesh=self._mesh)
         self._trained: dict[str, Tensor] = {
@@ -177,6 +197,7 @@ class PlainLearner:
 
     def _adapt(self, weights: Any) -> Any:
         from peft import LoraConfig, get_peft_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
         config = self._config
         settings = LoraConfig(
@@ -189,12 +210,17 @@ class PlainLearner:
         )
         try:
             with self._randomness("lora"):
-                return get_peft_model(weights, settings, autocast_adapter_dtype=True)
+                model: Any = get_peft_model(weights, settings, autocast_adapter_dtype=True)
         except ValueError as cause:
             raise LearnerError(
                 f"no LoRA can be put on {self._base!r} ({type(weights).__name__}) with "
                 f"learner.targets: {config.targets}: {cause}"
             ) from cause
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                # Autocast sees to it; peft would copy every input to float32, and autocast back.
+                module.cast_input_dtype_enabled = False
+        return model
 
     def _other_than_language(self, weights: Any) -> str | None:
         """A regular expression of the layers that get no LoRA; None: all may."""
@@ -294,11 +320,12 @@ class PlainLearner:
         if not rows:
             return dict.fromkeys(("loss", "grad_norm", "ratio", "kl_old", "tokens"), 0.0)
         mine = [
-            ([rows[k] for k in group], [weights[k] for k in group]) for group in self._mine(rows)
+            ([rows[k] for k in group], [weights[k] for k in group])
+            for group in self._mine(rows, loss)
         ]
         if Need.ADVERSARY in loss.needs:
             self._challenge(mine, cast(AdversarialLoss, loss))
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = torch.zeros(4, device=self._device)
         with self._randomness("step", self._updates, self._accelerator.process_index):
             for part, scale in mine:
                 sums += self._backward(part, scale, loss)
@@ -306,7 +333,7 @@ class PlainLearner:
             sums = self._add_up(sums)
         most = self._config.max_grad_norm
         norm = optimizer.whole(torch.nn.utils.clip_grad_norm_(self._trained.values(), most))
-        total, ratio, kl_old, trained = (float(x) for x in sums)
+        total, ratio, kl_old, trained = sums.tolist()
         if not (torch.isfinite(norm) and math.isfinite(total)):
             self._optimizer.zero_grad(set_to_none=True)
             raise LearnerError(
@@ -325,13 +352,13 @@ class PlainLearner:
             "tokens": float(sum(len(row.ids) for row in rows)),
         }
 
-    def _mine(self, rows: Sequence[Row]) -> list[list[int]]:
+    def _mine(self, rows: Sequence[Row], loss: Loss) -> list[list[int]]:
         """This process's share of the micro-batches.
 
         Where the model is sharded, all of them have as many, for each takes part in every pass of
         the others; some are then of no row at all.
         """
-        groups = self._forward.groups(rows)
+        groups = self._forward.groups(rows, loss)
         processes = self._accelerator.num_processes
         if self._mesh is not None:
             groups += [[]] * (-len(groups) % processes)
@@ -346,7 +373,7 @@ class PlainLearner:
         found = torch.zeros(2, offsets[-1], device=self._device)
         self._model.eval()
         with torch.no_grad():
-            for group in self._mine(rows):
+            for group in self._mine(rows, loss):
                 # Rows come back one after another, as the spans inside each.
                 computed = self._forward.arrays([rows[k] for k in group], loss)
                 both = (computed.logprobs, computed.reference_logprobs)
@@ -371,7 +398,7 @@ class PlainLearner:
         self, mine: Sequence[tuple[list[Row], list[list[list[float]]]]], loss: AdversarialLoss
     ) -> None:
         """One step of the loss's own parameters, up."""
-        sizes = self._forward.sizes
+        sizes = self._reader.sizes
         adversary = loss.meet(sizes.hidden_size, sizes.vocab_size, self._device)
         for weight in adversary:
             weight.grad = None  # What the last descent has left there.
@@ -398,7 +425,7 @@ class PlainLearner:
                 weight.grad = torch.zeros_like(weight)
             if self._mesh is None:
                 weight.grad = self._accelerator.reduce(weight.grad, "sum")
-        return self._accelerator.reduce(sums.to(self._device), "sum").cpu()
+        return self._accelerator.reduce(sums, "sum")
 
     def _backward(
         self, rows: Sequence[Row], weights: Sequence[list[list[float]]], loss: Loss
@@ -418,12 +445,12 @@ class PlainLearner:
                 total.detach(),
                 (-gap).exp().sum(),
                 (gap.expm1() - gap).sum(),
-                torch.tensor(float(len(gap)), device=self._device),
+                gap.new_full((), len(gap)),
             ]
-        ).to("cpu", torch.float64)
+        )
 
     def _flat(self, weights: Sequence[list[list[float]]]) -> Tensor:
-        return torch.tensor([w for row in weights for span in row for w in span]).to(self._device)
+        return moved([w for row in weights for span in row for w in span], self._device)
 
     def _rate(self, progress: float) -> float:
         left = 1 - min(max(progress, 0.0), 1.0)
@@ -460,15 +487,14 @@ class PlainLearner:
 
     def _canary(self) -> Canary:
         """What these weights, served by anybody, have to answer."""
-        forward, ids = self._forward, canary_ids(self._tokens.tokenizer)
-        row = torch.tensor([ids], device=self._device)
-        at = torch.arange(1, len(ids), device=self._device)
+        ids = canary_ids(self._tokens.tokenizer)
+        row = Row(list(ids), spans=[Span(1, len(ids), 0.0, (), 0)])
+        layout = self._reader.layout([row])
         self._model.eval()
         with torch.no_grad():
-            logits, _ = forward.logits(self._model, forward.head, None, row, (at * 0, at))
+            found = self._reader.logprobs(self._reader.states(layout), layout.targets)
         self._model.train()
-        found = -functional.cross_entropy(logits, row[0, 1:], reduction="none")
-        return Canary(ids, tuple(float(one) for one in found))
+        return Canary(ids, tuple(found.tolist()))
 
     def save(self, folder: Path) -> None:
         """Weights in training, optimiser state and the count that random numbers follow from."""

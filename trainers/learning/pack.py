@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ...core.errors import LearnerError
-from ...core.models.prefixes import common
 from ...core.models.tokens import ChatTokens
 from ...core.types import Aggregation, Constraint, Example, Image
 
@@ -151,27 +150,13 @@ def token_weights(
     return [[[weight(span)] * (span.end - span.begin) for span in row.spans] for row in rows]
 
 
-def shared(rows: Sequence[Row], placeholder: int | None = None) -> int:
-    """How many ids all ``rows`` begin with, none of which says anything that is trained.
-
-    ``placeholder``: the id that stands for pictures; what is shared ends before the first one.
-    """
-    if len(rows) < 2:
-        return 0
-    ends = [min((span.begin for span in row.spans), default=1) for row in rows]
-    if placeholder is not None and placeholder in rows[0].ids:
-        ends = [min(end, rows[0].ids.index(placeholder) + 1) for end in ends]
-    return common([row.ids[:end] for row, end in zip(rows, ends, strict=True)])
-
-
 def micro_batches(
-    rows: Sequence[Row], budget: int, trained_budget: int, alike: int = 0
+    rows: Sequence[Row], budget: int, trained_budget: int | None = None
 ) -> list[list[int]]:
     """Indices of ``rows``, alike in length, in groups of at most ``budget`` padded tokens.
 
-    The first ``alike`` of a row are read once and count in none. No group holds more than
-    ``trained_budget`` trained tokens either: each of those costs a row of logits as wide as the
-    vocabulary. A single row may exceed both.
+    Nor does a group hold more than ``trained_budget`` trained tokens, if there is such a limit. A
+    single row may exceed both.
     """
     groups: list[list[int]] = []
     trained = 0
@@ -180,8 +165,8 @@ def micro_batches(
         # Longest first, so the group's first row sets its width.
         if (
             groups
-            and (len(rows[groups[-1][0]].ids) - alike) * (len(groups[-1]) + 1) <= budget
-            and trained + mine <= trained_budget
+            and len(rows[groups[-1][0]].ids) * (len(groups[-1]) + 1) <= budget
+            and (trained_budget is None or trained + mine <= trained_budget)
         ):
             groups[-1].append(k)
             trained += mine

@@ -333,7 +333,7 @@ def _arguments(
     import torch
 
     # The largest share of a step whose padded rows keep to the budget.
-    fits = max(1, config.budget("cuda" if torch.cuda.is_available() else "cpu") // longest)
+    fits = max(1, config.budget(_device(config)) // longest)
     size = config.batch_size
     at_once = next(k for k in range(min(size, fits), 0, -1) if size % k == 0)
     return {
@@ -350,8 +350,8 @@ def _arguments(
         "max_grad_norm": config.max_grad_norm,
         "gradient_checkpointing": config.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "bf16": config.precision == "bfloat16",
-        "use_cpu": config.device == "cpu" or not torch.cuda.is_available(),
+        "bf16": config.dtype(_device(config)) == "bfloat16",
+        "use_cpu": _device(config) == "cpu",
         "dataloader_pin_memory": torch.cuda.is_available(),
         "max_length": None,
         "seed": seed % 2**32,
@@ -446,8 +446,14 @@ def _open_scorer(model: str, config: LearnerConfig) -> tuple[Any, ChatTokens]:
     return scorer, tokens
 
 
+def _device(config: LearnerConfig) -> str:
+    import torch
+
+    return "cpu" if config.device == "cpu" or not torch.cuda.is_available() else "cuda"
+
+
 def _dtype(config: LearnerConfig) -> str:
-    frozen = config.precision == "bfloat16" and config.method == "lora"
+    frozen = config.dtype(_device(config)) == "bfloat16" and config.method == "lora"
     return "bfloat16" if frozen else "float32"
 
 
