@@ -12,7 +12,7 @@ memory is too small, say, is told in its place. No shape is begun after the time
   answer is trained. MFU counts what has to be computed with frozen weights: per token 4 FLOPs for
   each weight that is multiplied (forward, and backward to the activations), those of the head for
   trained tokens only, and attention; neither recomputation nor padding nor the adapters. Against
-  the card's dense bf16 peak. ``ready_s``: from nothing to the end of a first, smaller update.
+  the card's dense bf16 peak. ``ready_s``: from nothing to the end of a first update.
 - learn_shots: rows that begin with the same 1,024 tokens, examples/s; read once, and for each.
 - sample: the in-process engine against ``generate`` on the same prompts, tokens/s;
   ``sample_shots``: prompts that begin with the same 1,024 tokens.
@@ -214,15 +214,14 @@ def learn(shape: Shape, model: str, **settings: bool) -> dict[str, Any]:
     tuned = learner(model, **settings)
     tokens = tuned._tokens
     learned = examples(shape, tokens, shape.rows)
-    timed = learned
-    loss = NLL(aggregation="token-mean")
-    tuned.update(Batch(loss, tuple(timed[: len(timed) // 2])), 0.0)
+    batch = Batch(NLL(aggregation="token-mean"), tuple(learned))
+    tuned.update(batch, 0.0)
     ready = now() - began
     forget_peak()
     began = now()
-    tuned.update(Batch(loss, tuple(timed)), 0.0)
+    tuned.update(batch, 0.0)
     seconds = now() - began
-    rows = pack(timed, tokens)
+    rows = pack(learned, tokens)
     lengths = [len(row.ids) for row in rows]
     return {
         "tokens_per_s": round(sum(lengths) / seconds),

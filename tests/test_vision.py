@@ -374,7 +374,7 @@ def test_rows_of_pictures_share_what_they_begin_with(
     alone = [x for one in examples for x in learned(learner, [one])]
     rows = pack(examples, learner._tokens)  # pyright: ignore[reportPrivateUsage]
     forest = learner._reader.layout(rows).forest  # pyright: ignore[reportPrivateUsage]
-    # Three answers to each prompt, of which the words stand once, and the first picture once a pair.
+    # Three answers to each prompt; the words stand once, the first picture once for two.
     assert forest is not None and len(forest) < sum(len(row.ids) for row in rows) / 3
     assert learned(learner, examples) == pytest.approx(alone, abs=1e-4)
 

@@ -60,8 +60,8 @@ class Request:
 class TransformersPolicy:
     """Batches what is asked at the same time; a batch starts when every slot's holder has asked.
 
-    Adapters are merged into weights of float32 when they are loaded, so they cost nothing per token;
-    beside those of 16 bits they are computed.
+    Adapters are merged into weights of float32 when they are loaded, so they cost nothing per
+    token; beside those of 16 bits they are computed.
     """
 
     Config = TransformersConfig

@@ -17,9 +17,9 @@ from torch.nn import functional
 
 def widen(model: Any) -> None:
     """Have the last layer of ``model`` say float32, if it is one of 16 bits on CUDA."""
-    head = model.get_output_embeddings()
-    if type(head) is torch.nn.Linear and head.bias is None:
-        head.forward = partial(_product, head)
+    head: Any = model.get_output_embeddings()
+    if type(head) is torch.nn.Linear and getattr(head, "bias", None) is None:
+        head.__dict__["forward"] = partial(_product, head)
 
 
 def _product(head: Any, states: Tensor) -> Tensor:

@@ -29,12 +29,17 @@ from .forest import Forest, Numbers
 NAME = "selfwright_forest"
 BLOCK = 128
 """FlexAttention's tokens are padded to whole blocks of so many."""
+COMPILED: list[Any] = []
+"""FlexAttention, once a model on a GPU has been told to attend so: as it comes it would compute
+every block."""
 WASTE = 1.5
 """Segments are computed at once if that is no more than so many times their work."""
 
 
 def attend(model: Any) -> None:
     """Have ``model`` attend so, wherever it is given ``tree``."""
+    if torch.cuda.is_available() and not COMPILED:
+        COMPILED.append(torch.compile(flex_attention, dynamic=True))
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.config.get_text_config(decoder=True)._attn_implementation = NAME
@@ -70,7 +75,7 @@ def attention(
         if others.get(name) is not None:
             raise LearnerError(f"its attention has a {name}, which is not known here")
     if isinstance(tree, dict):
-        out: Tensor = flexible(
+        out: Tensor = COMPILED[0](
             query, key, value, block_mask=tree[sliding_window], scale=scaling, enable_gqa=True
         )
         return out.transpose(1, 2).contiguous(), None
@@ -105,10 +110,6 @@ def _at(heads: Tensor, where: Tensor | slice) -> Tensor:
     if isinstance(where, slice):
         return heads[:, :, where]
     return heads[0][:, where].transpose(0, 1)
-
-
-flexible: Any = torch.compile(flex_attention, dynamic=True)
-"""Otherwise it would compute every block."""
 
 
 @dataclass

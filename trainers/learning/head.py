@@ -11,7 +11,7 @@ its chunks again on the way back.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -58,15 +58,12 @@ class Head:
         frozen = not any(one.requires_grad for one in self._layer.parameters())
         if learned and frozen:
             return _Sloped.apply(states, *self._sloped(states.detach(), targets, barred))
-        found: list[Tensor] = []
-        for part in self._chunks(len(states)):
-            given = states[part], targets[part], part, barred
-            # What is trained keeps none of its logits either: they are made anew.
-            found.append(
-                checkpoint(self._logprobs, *given, use_reentrant=False)
-                if learned
-                else self._logprobs(*given)
-            )
+        # What is trained keeps none of its logits either: they are made anew.
+        run: Any = partial(checkpoint, self._logprobs, use_reentrant=False)
+        found: list[Tensor] = [
+            (run if learned else self._logprobs)(states[part], targets[part], part, barred)
+            for part in self._chunks(len(states))
+        ]
         return torch.cat(found)
 
     def _chunks(self, count: int) -> list[slice]:
@@ -87,7 +84,8 @@ class Head:
     ) -> tuple[Tensor, Tensor]:
         """(N,) log-probabilities, and (N, D) their slopes by the states."""
         plain = not self._behind and type(self._layer) is torch.nn.Linear
-        values, slopes = [], []
+        values: list[Tensor] = []
+        slopes: list[Tensor] = []
         for part in self._chunks(len(states)):
             if plain:
                 with torch.no_grad():

@@ -301,11 +301,13 @@ class Reader:
 
         read: list[Tensor] = []
         shape: list[torch.Size] = []
+        one: Any = at
+        those: Any = at
         hooks = [self.weights.get_output_embeddings().register_forward_pre_hook(take)]
         last = getattr(self.layers[-1], "mlp", None) if self.layers and self.narrow else None
         if last is not None and not hasattr(last, "experts"):  # Those want whole sequences.
             # A token may predict several that follow it on different ways.
-            once = (rows * width + at).unique()
+            once: Any = (rows * width + at).unique()
             one, those = once // width, once % width
             hooks.append(last.register_forward_pre_hook(select))
             hooks.append(last.register_forward_hook(put_back))
