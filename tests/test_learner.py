@@ -3,14 +3,9 @@
 # torch, transformers and peft are partly untyped; gradients are no part of the learner's interface.
 # pyright: reportUnknownMemberType=false, reportPrivateUsage=false
 
-import importlib.util
 import math
-import os
 import random
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -738,88 +733,3 @@ def test_a_tiny_model_learns_what_is_rewarded(model_folder: Folder) -> None:
         learner.update(Batch(Clip(), examples), 0.0)
     # e^3 times as likely, compared with the other one, as before.
     assert abs(before) < 1 and margin() > before + 3
-
-
-SCRIPT = """
-import os
-import sys
-from pathlib import Path
-
-from selfwright.core.types import Batch, Completion, Example, Message, Prompt
-from selfwright.trainers.learning.learner import LearnerConfig, PlainLearner
-from selfwright.trainers.parts.critic import Critic, CriticConfig
-from selfwright.trainers.learning.loss import DPO, Clip, ContestedGap, CovarianceClip, SequenceClip
-
-
-def learn(model, teacher, out, sharded):
-    # One process gets no row at all of the first update, and unlike numbers of the second.
-    examples = tuple(
-        Example(
-            Prompt((Message("user", (f"make {k} " * (k % 3 + 1),)),)),
-            Completion(f"{k} + {k}"),
-            k - 3.0,
-            k // 2,
-        )
-        for k in range(7)
-    )
-    config = LearnerConfig(device="cpu", rank=4, batch_size=3, learning_rate=1e-3, token_budget=40)
-    os.environ["ACCELERATE_USE_FSDP"] = sharded
-    learner = PlainLearner(config, model, 0)
-    for share in (examples[:1], examples):
-        moments = ContestedGap(teacher, True, critic=Critic(CriticConfig(), 0))
-        clips = (Clip(kl=0.1), CovarianceClip(share=0.3, above=0.01), SequenceClip())
-        for loss in (*clips, DPO(), moments):
-            print(learner.update(Batch(loss, share, epochs=2), 0.0)["train/loss"])
-    learner.save(Path(out))
-
-
-if __name__ == "__main__":
-    model, teacher, out = sys.argv[1:]
-    learn(model, teacher, f"{out}/sharded", "true")
-    learn(model, teacher, f"{out}/whole", "false")
-"""
-
-
-@pytest.mark.multi
-def test_two_processes_learn_as_one(
-    model_folder: Folder, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The model whole in each, and sharded over both."""
-    script = tmp_path / "learn.py"
-    script.write_text(SCRIPT)
-    folder = str(model_folder("qwen3"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    shared |= {"FSDP_VERSION": "2"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(script), folder, str(other), str(tmp_path)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    spec = importlib.util.spec_from_file_location("learn", script)
-    assert spec is not None and spec.loader is not None
-    alone = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(alone)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # So that it is as it was, afterwards.
-    alone.learn(folder, str(other), str(tmp_path / "alone"), "false")
-    try:
-        said = [process.communicate(timeout=240) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], said
-    assert said[0][0] == said[1][0]
-    one = load_file(tmp_path / "alone/learner.safetensors")
-    for kind in ("whole", "sharded"):
-        two = load_file(tmp_path / kind / "learner.safetensors")
-        assert one.keys() == two.keys()
-        for name in one:
-            assert torch.allclose(one[name], two[name], atol=1e-4), (kind, name)

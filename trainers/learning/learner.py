@@ -131,6 +131,11 @@ class PlainLearner:
         self._mesh: Any = None
         if processes > 1 and sharding():
             self._mesh = init_device_mesh(self._device.type, (processes,))
+            if config.targets == "vision":
+                raise LearnerError(
+                    "what looks at pictures is not sharded, so that it cannot be trained "
+                    "(learner.targets: vision) where the model is; let each process hold it whole"
+                )
         if self._device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
@@ -156,11 +161,12 @@ class PlainLearner:
         looks = config.targets == "vision"
         # What a frozen eye makes of a picture stays as it is.
         eye = eye_of(self._tokens, weights, 0) if looks else eye_of(self._tokens, weights)
+        parts = (weights.get_decoder(), weights.get_output_embeddings())
+        language = {id(weight) for part in parts for weight in part.parameters()}
+        beside = [weight for weight in weights.parameters() if id(weight) not in language]
         if eye is not None and not looks:
-            parts = (weights.get_decoder(), weights.get_output_embeddings())
-            language = {id(weight) for part in parts for weight in part.parameters()}
-            for weight in weights.parameters():
-                weight.requires_grad_(id(weight) in language)
+            for weight in beside:
+                weight.requires_grad_(False)
         self._model: Any = self._adapt(weights) if config.method == "lora" else weights
         self._model.train()
         self._reader = Reader(
@@ -185,7 +191,10 @@ class PlainLearner:
         if self._mesh is not None:
             for layer in self._reader.layers:
                 fully_shard(layer, mesh=self._mesh)
-            fully_shard(self._model, mesh=self._mesh)
+            # What looks at pictures does so before the model is asked, and stays whole in each.
+            for weight in beside:
+                weight.data = weight.data.to(self._device)
+            fully_shard(self._model, mesh=self._mesh, ignored_params={*beside})
         self._trained: dict[str, Tensor] = {
             name: p for name, p in self._model.named_parameters() if p.requires_grad
         }
@@ -258,11 +267,6 @@ class PlainLearner:
         if not batch.examples:
             raise LearnerError("the batch holds no examples: nothing can be learned from it")
         self._look_at(batch.loss)
-        if self._mesh is not None and any(one.prompt.images for one in batch.examples):
-            raise LearnerError(
-                "what looks at pictures cannot be sharded; train with one process, or with "
-                "several that each hold the model"
-            )
         if batch.fresh:
             self._begin()
             progress = 0.0  # A whole training of its own: the run's schedule is not its.
