@@ -1,9 +1,9 @@
 """Attention in forests: each token sees those before it on its own way from the root.
 
 Registered with transformers under ``NAME``, for models that do nothing but attend. On CUDA it is
-FlexAttention, which leaves out blocks that nobody may see. Elsewhere it is torch's own attention, a
-segment of a tree at a time: those without a branch behind them see all that is before them, so the
-work is what the rows alone would need. Segments of about the same size are computed at once.
+FlexAttention, which leaves out blocks that nobody may see. Elsewhere all that stands behind a
+segment, one stretch of tokens, looks at it at once: nothing is copied, and no more computed than
+is seen.
 """
 
 # torch's and transformers' types are incomplete.
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
@@ -32,8 +31,10 @@ BLOCK = 128
 COMPILED: list[Any] = []
 """FlexAttention, once a model on a GPU has been told to attend so: as it comes it would compute
 every block."""
+STRETCH = 512
+"""The most tokens of a row that are looked at, or look, at once."""
 WASTE = 1.5
-"""Segments are computed at once if that is no more than so many times their work."""
+"""Stretches are computed at once if that is no more than so many times their work."""
 
 
 def attend(model: Any) -> None:
@@ -67,7 +68,9 @@ def attention(
     Raises:
         LearnerError: the model wants more of its attention than this.
     """
-    if tree is None:
+    if tree is None or dropout:
+        if tree is not None:
+            raise LearnerError("dropout of attention itself is not known here")
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **others
         )
@@ -79,53 +82,23 @@ def attention(
             query, key, value, block_mask=tree[sliding_window], scale=scaling, enable_gqa=True
         )
         return out.transpose(1, 2).contiguous(), None
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (one.repeat_interleave(groups, 1) for one in (key, value))
-    parts = tree.parts(sliding_window)
-    found = [
-        scaled_dot_product_attention(
-            _at(query, part.queries),
-            _at(key, part.keys),
-            _at(value, part.keys),
-            attn_mask=part.mask,
-            is_causal=part.mask is None,
-            dropout_p=dropout,
-            scale=scaling,
-        )
-        for part in parts
-    ]
-    # (B, H, Q, D) each to (T, H, D), in the order of the parts, then in that of the tokens.
-    flat = [
-        one.transpose(1, 2).flatten(0, 1)[part.real]
-        if part.real is not None
-        else one.transpose(1, 2).flatten(0, 1)
-        for one, part in zip(found, parts, strict=True)
-    ]
-    return torch.cat(flat)[tree.back][None], None
-
-
-def _at(heads: Tensor, where: Tensor | slice) -> Tensor:
-    """(B, H, Q, D) of the (B, Q) tokens ``where``, or (1, H, Q, D) of a stretch of them."""
-    if isinstance(where, slice):
-        return heads[:, :, where]
-    return heads[0][:, where].transpose(0, 1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    found: Tensor = _Attention.apply(query, key, value, tree, sliding_window, scale)
+    return found.transpose(1, 2).contiguous(), None
 
 
 @dataclass
-class Part:
-    """Segments that are computed at once."""
+class Piece:
+    """Keys, and the queries that look at them, computed at once."""
 
-    queries: Tensor | slice
-    """(B, Q) where they stand, padded with 0,"""
-    keys: Tensor | slice
-    """and (B, K) what is before them and themselves."""
+    queries: tuple[Any, ...]
+    """An index of (H, T, ...): a stretch, or (B, Q) places,"""
+    keys: tuple[Any, ...]
+    """and one of the keys."""
     mask: Tensor | None
-    """(B, 1, Q, K) bool; None: each sees those up to itself."""
-    real: Tensor | None
-    """Of (B * Q,), which are no padding; None: all."""
-    tokens: Numbers
-    """Where what is real stands."""
+    """(..., Q, K) bool: which are seen; None: all."""
+    real: Tensor | None = None
+    """(B, Q) bool: which queries are no padding; None: all."""
 
 
 @dataclass
@@ -137,78 +110,50 @@ class Tree:
     blocks: Numbers | None = None
     """(T,) a number for tokens that all see one another, as those of one picture do for some
     models; -1: none."""
-    back: Tensor = field(init=False)
-    """(T,) where each token stands among those of all parts."""
-    _parts: dict[int | None, list[Part]] = field(default_factory=dict[int | None, list[Part]])
+    _pieces: dict[int | None, list[Piece]] = field(default_factory=dict[int | None, list[Piece]])
 
-    def __post_init__(self) -> None:
-        order = np.concatenate([part.tokens for part in self.parts(None)])
-        self.back = torch.as_tensor(np.argsort(order), device=self.device)
-
-    def parts(self, window: int | None) -> list[Part]:
+    def pieces(self, window: int | None) -> list[Piece]:
         """``window``: a token sees no more than so many, itself among them."""
-        if window not in self._parts:
-            self._parts[window] = [self._part(group, window) for group in self._groups()]
-        return self._parts[window]
+        if window not in self._pieces:
+            leaves: list[tuple[int, int]] = []
+            found: list[Piece] = []
+            for one in self.forest.segments:
+                # Whatever stands behind it sees all of it.
+                stop = int(self.forest.ends[one.end - 1])
+                if stop == one.end and one.end - one.begin <= STRETCH:
+                    leaves.append((one.begin, one.end))
+                    continue
+                # What sees one another stays together; else it is a chain of shorter ones.
+                step = one.end - one.begin if self.blocks is not None else STRETCH
+                for begin in range(one.begin, one.end, step):
+                    end = min(begin + step, one.end)
+                    for at in range(begin, stop, STRETCH):
+                        found.append(self._stretch(at, min(at + STRETCH, stop), begin, end, window))
+            found += [self._batch(group, window) for group in _alike(leaves)]
+            self._pieces[window] = found
+        return self._pieces[window]
 
-    def _groups(self) -> list[list[int]]:
-        """Segments in groups of about the same numbers of queries and keys."""
-        segments = self.forest.segments
-        sizes = [
-            (one.end - one.begin, sum(segments[k].end - segments[k].begin for k in one.before))
-            for one in segments
-        ]
-        groups: list[list[int]] = []
-        work = most = 0
-        for k in sorted(range(len(segments)), key=lambda k: (sizes[k][1] > 0, sizes[k])):
-            mine, before = sizes[k]
-            together = work + mine * (mine + before)
-            widest = max(most, mine + before)
-            rooted = groups and not sizes[groups[-1][0]][1]
-            alike = groups and rooted == (before == 0)
-            if alike and (len(groups[-1]) + 1) * mine * widest <= WASTE * together + 1024:
-                groups[-1].append(k)
-                work, most = together, widest
-            else:
-                groups.append([k])
-                work, most = mine * (mine + before), mine + before
-        return groups
-
-    def _part(self, group: Sequence[int], window: int | None) -> Part:
-        segments = self.forest.segments
-        own = [np.arange(segments[k].begin, segments[k].end) for k in group]
-        ways = [
-            np.concatenate([np.arange(segments[j].begin, segments[j].end) for j in (*before, k)])
-            for k in group
-            for before in (segments[k].before,)
-        ]
-        rooted = not segments[group[0]].before
-        longest = max(map(len, ways))
-        usual = rooted and (window is None or longest <= window) and self.blocks is None
-        tokens = np.concatenate(own)
-        if len(group) == 1:
-            begin, end = segments[group[0]].begin, segments[group[0]].end
-            whole = slice(begin, end)
-            if rooted:
-                keys: Tensor | slice = whole
-            else:
-                keys = torch.as_tensor(ways[0][None], device=self.device)
-            mask = None if usual else self._seen(own[0][None], ways[0][None], window)
-            return Part(whole, keys, mask, None, tokens)
-        queries, real = _padded(own)
-        keys_at, there = _padded(ways)
+    def _stretch(self, at: int, to: int, begin: int, end: int, window: int | None) -> Piece:
         mask = None
-        if not usual:
-            mask = self._seen(queries, keys_at, window, there)
-        where = torch.as_tensor(queries, device=self.device)
-        what = where if rooted else torch.as_tensor(keys_at, device=self.device)
-        kept = None if real.all() else torch.as_tensor(real.flatten(), device=self.device)
-        return Part(where, what, mask, kept, tokens)
+        if at < end or window is not None:
+            mask = self._seen(np.arange(at, to)[None], np.arange(begin, end)[None], window)[0]
+        return Piece((slice(at, to),), (slice(begin, end),), mask)
+
+    def _batch(self, leaves: Sequence[tuple[int, int]], window: int | None) -> Piece:
+        longest = max(end - begin for begin, end in leaves)
+        begins, ends = np.array(leaves).T
+        places = begins[:, None] + np.arange(longest)
+        real = places < ends[:, None]
+        places = np.where(real, places, begins[:, None])
+        mask = self._seen(places, places, window, real)
+        where = (torch.as_tensor(places, device=self.device),)
+        kept = None if real.all() else torch.as_tensor(real, device=self.device)
+        return Piece(where, where, mask, kept)
 
     def _seen(
         self, queries: Numbers, keys: Numbers, window: int | None, real: Any = None
     ) -> Tensor:
-        """(B, 1, Q, K) which keys, on the ways of their queries, are seen."""
+        """(B, Q, K) which keys are seen, each on the way of its query or a later one of its own."""
         depths = self.forest.depths
         apart = depths[queries][:, :, None] - depths[keys][:, None]
         seen = apart >= 0
@@ -219,16 +164,154 @@ class Tree:
             seen |= (those == others) & (those >= 0)
         if real is not None:
             seen &= real[:, None]
-        return torch.as_tensor(seen[:, None], device=self.device)
+        return torch.as_tensor(seen, device=self.device)
 
 
-def _padded(runs: Sequence[Numbers]) -> tuple[Numbers, Any]:
-    """(B, longest) numbers, padded with 0, and which are no padding."""
-    longest = max(map(len, runs))
-    real = np.arange(longest)[None] < np.array([len(run) for run in runs])[:, None]
-    found = np.zeros(real.shape, np.int64)
-    found[real] = np.concatenate(runs)
-    return found, real
+def _alike(leaves: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Stretches in groups of about the same length."""
+    groups: list[list[tuple[int, int]]] = []
+    work = 0
+    for one in sorted(leaves, key=lambda one: one[1] - one[0]):
+        size = (one[1] - one[0]) ** 2
+        if groups and size * (len(groups[-1]) + 1) <= WASTE * (work + size):
+            groups[-1].append(one)
+            work += size
+        else:
+            groups.append([one])
+            work = size
+    return groups
+
+
+class _Attention(torch.autograd.Function):
+    """A piece at a time, by a running softmax (Dao et al. 2022, arXiv:2205.14135).
+
+    What is kept for the way back are queries, keys, values, results and the logarithm of each
+    softmax's denominator: no more than a row alone would want, and no copy of what is shared.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tree: Tree,
+        window: int | None,
+        scale: float,
+    ) -> Tensor:
+        """(1, H, T, D)."""
+        queries, keys, values = _grouped(query, key, value)
+        top = queries.new_full((*queries.shape[:3], 1), -torch.inf)
+        total = torch.zeros_like(top)
+        found = values.new_zeros(*queries.shape[:3], values.shape[-1])
+        for piece in tree.pieces(window):
+            scores = _scores(queries, keys, piece, scale)
+            before = _taken(top, piece.queries)
+            most = scores.amax(-1, keepdim=True).maximum(before)
+            # Of what sees nothing here nothing is known yet.
+            known = most.masked_fill(most == -torch.inf, 0)
+            odds = scores.sub_(known).exp_()
+            left = (before - known).exp()
+            sums = _taken(total, piece.queries) * left + odds.sum(-1, keepdim=True)
+            mixed = _taken(found, piece.queries) * left + _by(odds, values, piece.keys)
+            for where, what in ((top, most), (total, sums), (found, mixed)):
+                _put(where, piece, what)
+        found = (found / total).flatten(0, 1)[None].to(query.dtype)
+        ctx.save_for_backward(query, key, value, found, top + total.log())
+        ctx.tree, ctx.window, ctx.scale = tree, window, scale
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        query, key, value, found, spread = ctx.saved_tensors
+        queries, keys, values = _grouped(query, key, value)
+        upon = grads[0][0].to(queries.dtype).unflatten(0, queries.shape[:2])
+        result = found[0].to(queries.dtype).unflatten(0, queries.shape[:2])
+        level = (upon * result).sum(-1, keepdim=True)
+        slopes = [torch.zeros_like(one) for one in (queries, keys, values)]
+        for piece in ctx.tree.pieces(ctx.window):
+            scores = _scores(queries, keys, piece, ctx.scale)
+            odds = scores.sub_(_taken(spread, piece.queries)).exp_()
+            here = _taken(upon, piece.queries)
+            if piece.real is not None:
+                odds *= piece.real[:, None, :, None]
+            apart = _against(here, values, piece.keys).sub_(_taken(level, piece.queries))
+            apart *= odds
+            apart *= ctx.scale
+            _add(slopes[0], piece, _by(apart, keys, piece.keys))
+            _add_keys(slopes[1], piece, apart, _taken(queries, piece.queries))
+            _add_keys(slopes[2], piece, odds, here)
+        mine, theirs, last = slopes
+        return (
+            mine.flatten(0, 1)[None].to(query.dtype),
+            theirs[None].to(key.dtype),
+            last[None].to(value.dtype),
+            *(None, None, None),
+        )
+
+
+def _grouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(K, H / K, T, D) queries, (K, T, D) keys and values, of float32 at least."""
+    kind = torch.promote_types(query.dtype, torch.float32)
+    return (
+        query[0].unflatten(0, (key.shape[1], -1)).to(kind),
+        key[0].to(kind),
+        value[0].to(kind),
+    )
+
+
+def _taken(those: Tensor, where: tuple[Any, ...]) -> Tensor:
+    """Of (K, G, T, D): (K, G, Q, D), or (K, B, G, Q, D) where it is a batch of stretches."""
+    found = those[:, :, where[0]]
+    return found.transpose(1, 2) if found.dim() == 5 else found
+
+
+def _scores(queries: Tensor, keys: Tensor, piece: Piece, scale: float) -> Tensor:
+    """(K, G, Q, K) or (K, B, G, Q, K); what is not seen is minus infinite."""
+    scores = _against(_taken(queries, piece.queries), keys, piece.keys).mul_(scale)
+    if piece.mask is not None:
+        mask = piece.mask if piece.mask.dim() == 2 else piece.mask[:, None]
+        scores.masked_fill_(~mask, -torch.inf)
+    return scores
+
+
+def _against(those: Tensor, keys: Tensor, where: tuple[Any, ...]) -> Tensor:
+    """Products of each (..., G, Q, D) with each of the keys, one matrix for all of a group."""
+    flat = those.flatten(-3, -2) @ keys[:, where[0]].transpose(-1, -2)
+    return flat.unflatten(-2, those.shape[-3:-1])
+
+
+def _by(weights: Tensor, values: Tensor, where: tuple[Any, ...]) -> Tensor:
+    """(..., G, Q, D) sums of the values, by (..., G, Q, K) weights."""
+    flat = weights.flatten(-3, -2) @ values[:, where[0]]
+    return flat.unflatten(-2, weights.shape[-3:-1])
+
+
+def _put(those: Tensor, piece: Piece, what: Tensor) -> None:
+    if what.dim() == 4:
+        those[:, :, piece.queries[0]] = what
+    elif piece.real is None:
+        those[:, :, piece.queries[0]] = what.transpose(1, 2)
+    else:
+        those[:, :, piece.queries[0][piece.real]] = what.transpose(1, 2)[:, :, piece.real]
+
+
+def _add(those: Tensor, piece: Piece, what: Tensor) -> None:
+    if what.dim() == 4:
+        those[:, :, piece.queries[0]] += what
+    elif piece.real is None:
+        those[:, :, piece.queries[0]] += what.transpose(1, 2)
+    else:
+        those[:, :, piece.queries[0][piece.real]] += what.transpose(1, 2)[:, :, piece.real]
+
+
+def _add_keys(those: Tensor, piece: Piece, weights: Tensor, by: Tensor) -> None:
+    """To (K, T, D): (..., G, Q, K) weights times (..., G, Q, D)."""
+    what = weights.flatten(-3, -2).transpose(-1, -2) @ by.flatten(-3, -2)
+    if what.dim() == 3 or piece.real is None:
+        those[:, piece.keys[0]] += what
+    else:
+        those[:, piece.keys[0][piece.real]] += what[:, piece.real]
 
 
 def block_mask(
