@@ -238,7 +238,7 @@ def trl_step(folder: str) -> dict[str, float]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokens, rng = ChatTokens(tokenizer), random.Random(0)
     prompts = [
-        [{"role": "user", "content": asked(rng, tokens).messages[0].content[0]}]
+        [{"role": "user", "content": asked(rng, tokens).messages[0].parts[0]}]
         for _ in range(GROUPS * (STEPS + 1))
     ]
     marks: list[float] = []
