@@ -4,6 +4,8 @@
 # pyright: reportUnknownMemberType=false, reportPrivateUsage=false
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ def sight(forest: Forest) -> Any:
 @settings(max_examples=200)
 @given(rows_of)
 def test_every_beginning_stands_once(rows: list[list[int]]) -> None:
-    forest = plant(arrays(rows))
+    forest = plant(arrays(rows), 1)
     assert len(forest) == len({tuple(row[: at + 1]) for row in rows for at in range(len(row))})
     for row, places in zip(rows, forest.places, strict=True):
         # Where its tokens stand, some row has the same ones up to there.
@@ -59,20 +61,20 @@ def test_every_beginning_stands_once(rows: list[list[int]]) -> None:
 
 
 @settings(max_examples=100)
-@given(rows_of, st.integers(1, 12))
-def test_groves_keep_to_their_budget(rows: list[list[int]], budget: int) -> None:
-    found = groves(arrays(rows), budget)
+@given(rows_of, st.integers(1, 12), st.integers(1, 3))
+def test_groves_keep_to_their_budget(rows: list[list[int]], budget: int, step: int) -> None:
+    found = groves(arrays(rows), budget, step)
     assert sorted(k for group in found for k in group) == list(range(len(rows)))
     for group in found:
-        assert len(plant(arrays([rows[k] for k in group]))) <= budget or len(group) == 1
+        assert len(plant(arrays([rows[k] for k in group]), step)) <= budget or len(group) == 1
 
 
 @settings(max_examples=100)
-@given(rows_of, st.sampled_from([None, 2, 3]), st.booleans(), st.integers(0, 99))
+@given(rows_of, st.integers(1, 3), st.sampled_from([None, 2, 3]), st.booleans(), st.integers(0, 99))
 def test_attention_is_that_of_a_mask(
-    rows: list[list[int]], window: int | None, pictures: bool, seed: int
+    rows: list[list[int]], step: int, window: int | None, pictures: bool, seed: int
 ) -> None:
-    forest = plant(arrays(rows))
+    forest = plant(arrays(rows), step)
     seen, blocks = sight(forest), None
     if window is not None:
         seen &= forest.depths[:, None] - forest.depths < window
@@ -149,7 +151,7 @@ def branching(rng: random.Random) -> list[Row]:
     for k in range(rng.randrange(2, 9)):
         stem = rng.choice(rows).ids if rows and rng.random() < 0.8 else []
         ids = stem[: rng.randrange(len(stem) + 1)]
-        ids = ids + [rng.randrange(5, 250) for _ in range(rng.randrange(2, 20))]
+        ids = ids + [rng.randrange(5, 250) for _ in range(rng.randrange(2, 40))]
         begin, end = sorted(rng.sample(range(1, len(ids) + 1), 2))
         rows.append(Row(ids, spans=[Span(begin, end, rng.uniform(-2, 2), (), k)]))
     return rows
@@ -313,3 +315,56 @@ def test_heads_say_what_their_models_do(
         again = Head(model).logprobs(states[0][0], targets, bars)
     torch.testing.assert_close(again, found.detach().to(again.dtype))
     assert not len(Head(model).logprobs(states[0][0][:0], targets[:0]))
+
+
+MEMORY = """
+import random
+import sys
+from pathlib import Path
+
+from selfwright.core.types import Batch, Completion, Example, Message, Prompt
+from selfwright.trainers.learning.learner import LearnerConfig, PlainLearner
+from selfwright.trainers.learning.loss import NLL
+
+
+def resident(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1024
+
+
+config = LearnerConfig(device="cpu", rank=8, gradient_checkpointing=True)
+learner = PlainLearner(config, sys.argv[1], 0)
+rng = random.Random(0)
+
+
+def one(count):
+    ids = tuple(rng.randrange(5, 250) for _ in range(count))
+    said = Completion(learner._tokens.text(ids), ids)
+    return Example(Prompt((Message("user", ("go",)),)), said, 1.0)
+
+
+learner.update(Batch(NLL(), (one(50),)), 0.0)
+Path("/proc/self/clear_refs").write_text("5")  # From now on the peak is that of what follows.
+before = resident("VmRSS")
+learner.update(Batch(NLL(), (one(16_000),)), 0.0)
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.multi
+def test_a_long_row_is_learned_in_little_memory(model_folder: Folder, tmp_path: Path) -> None:
+    """16,000 trained tokens and as many logits each as Qwen's vocabulary: 9 GiB, held whole."""
+    untyped: Any = transformers
+    model = untyped.AutoModelForCausalLM.from_pretrained(model_folder("scratch"))
+    config = model.config
+    config.vocab_size, config.hidden_size, config.num_hidden_layers = 152_000, 128, 4
+    config.intermediate_size, config.max_position_embeddings = 512, 32_768
+    config.head_dim, config.num_attention_heads, config.num_key_value_heads = 32, 4, 4
+    config.layer_types = ["full_attention"] * 4
+    untyped.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    untyped.AutoTokenizer.from_pretrained(model_folder("scratch")).save_pretrained(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert not done.returncode, done.stderr
+    assert float(done.stdout) < 1024

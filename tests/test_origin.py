@@ -26,7 +26,7 @@ from selfwright.agents.engines.transformers import TransformersConfig, Transform
 from selfwright.commands.cli import call
 from selfwright.core.errors import ModelError, PolicyError, StoreError
 from selfwright.core.files import read_json
-from selfwright.core.models.adapters import fits
+from selfwright.core.models.adapters import fits, merge, restore
 from selfwright.core.models.open import bare, config_of, open_model, open_weights, save_merged
 from selfwright.core.models.origin import (
     BLOCK,
@@ -250,7 +250,7 @@ def test_weights_are_merged_in_float32_and_rounded_once(
     targets = ["q_proj", "down_proj", "embed_tokens"]
     adapter(tmp_path / "half", tmp_path / "lora", target_modules=targets)
     exact = open_weights(str(tmp_path / "lora"), "cpu", "float32", False).state_dict()
-    found = weights(tmp_path / "lora")
+    found = open_weights(str(tmp_path / "lora"), "cpu", "auto", False, beside=False).state_dict()
     changed = [name for name in found if not torch.equal(found[name], whole.state_dict()[name])]
     assert len(changed) == 2 * 2 + 1
     for name, value in found.items():
@@ -261,6 +261,41 @@ def test_weights_are_merged_in_float32_and_rounded_once(
     base = models.from_pretrained(tmp_path / "half", dtype="float32")
     theirs = untyped.from_pretrained(base, tmp_path / "lora").merge_and_unload().state_dict()
     assert all(torch.equal(theirs[name], value) for name, value in exact.items())
+
+
+def test_beside_weights_of_16_bits_an_adapter_is_computed(
+    model_folder: Folder, tmp_path: Path
+) -> None:
+    """What it learned is there, though it is less than the last digit of the weights."""
+    before = open_weights(str(model_folder("llama")), "cpu", "bfloat16", False)
+    before.save_pretrained(tmp_path / "half")
+    adapter(tmp_path / "half", tmp_path / "lora", target_modules=["down_proj"])
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    layer = before.get_submodule("model.layers.1.mlp.down_proj")
+    whole = layer.weight.detach().clone()
+    # All weights of the layer are to be larger by a thousandth of their usual size.
+    change = float(whole.float().abs().mean()) / 1000
+    tensors = {name: torch.zeros_like(value) for name, value in load_file(file).items()}
+    for name, value in tensors.items():
+        if "layers.1.mlp.down_proj" in name:
+            value[(slice(1) if "lora_A" in name else slice(None)), :] = 1 if "lora_A" in name else 0
+            value[:, 0] = value[:, 0] if "lora_A" in name else change
+    save_file(tensors, file)
+    settings = read_json(tmp_path / "lora" / "adapter_config.json")
+    change *= settings["lora_alpha"] / settings["r"]
+    lost = (whole.float() + change).bfloat16()
+    assert float((lost == whole).float().mean()) > 0.5
+    states = (1 + torch.randn(200, layer.in_features)).bfloat16()
+    with torch.no_grad():
+        bare = layer(states)
+        changed = merge(before, tmp_path / "lora", str(tmp_path / "half"))
+        added = layer(states).float() - bare.float()
+        assert torch.equal(layer.weight, whole)
+        restore(changed)
+        assert torch.equal(layer(states), bare)
+    # Each input is seen as it is: their sum says how much is added everywhere.
+    wanted = states.float().sum(-1, keepdim=True) * change
+    assert float((added / wanted).mean()) == pytest.approx(1, abs=0.05)
 
 
 def test_what_an_adapter_was_merged_into_can_be_trained_on(

@@ -1,4 +1,4 @@
-"""Rows of tokens as trees: what several begin with stands once.
+"""Rows of tokens as trees: what several begin with stands once, or nearly all of it.
 
 Rows in lexicographic order are the walk of their trie that goes deep first: of each row there is
 only new what it does not have in common with the row before. A token attends to those before it on
@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Numbers: TypeAlias = NDArray[np.int64]
+STEP = 16
+"""Rows part after whole multiples of so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ class Forest:
     def __len__(self) -> int:
         return len(self.owners)
 
+    @property
+    def branches(self) -> int:
+        """Segments with something behind them."""
+        return sum(int(self.ends[one.end - 1]) > one.end for one in self.segments)
+
 
 def common(one: Numbers, other: Numbers) -> int:
     """How many numbers both begin with."""
@@ -55,18 +62,33 @@ def common(one: Numbers, other: Numbers) -> int:
     return int(unlike.argmax()) if unlike.any() else shortest
 
 
-def walk(rows: Sequence[Numbers]) -> tuple[list[int], list[int]]:
-    """An order of the rows, and how many tokens each has in common with the one before."""
+def walk(rows: Sequence[Numbers], step: int) -> tuple[list[int], list[int]]:
+    """An order of the rows, and how many tokens each has in common with the one before.
+
+    Of those, whole multiples of ``step``: rows that part everywhere would make for many short
+    segments, and each has to be seen to by itself. Negative numbers stand for pictures, which are
+    not cut.
+    """
     order = sorted(range(len(rows)), key=lambda k: rows[k].tolist())
     known = [0] * len(rows)
     for at in range(1, len(order)):
-        known[at] = common(rows[order[at - 1]], rows[order[at]])
+        row = rows[order[at]]
+        cut = common(rows[order[at - 1]], row) // step * step
+        known[at] = _whole(row, cut)
     return order, known
 
 
-def plant(rows: Sequence[Numbers]) -> Forest:
+def _whole(row: Numbers, cut: int) -> int:
+    """The last place up to ``cut`` at which nothing is in two: equal negative numbers are one."""
+    before, after = row[:cut][row[:cut] < 0], row[cut:][row[cut:] < 0]
+    if len(before) and len(after) and before[-1] == after[0]:
+        return int((row == before[-1]).argmax())
+    return cut
+
+
+def plant(rows: Sequence[Numbers], step: int = STEP) -> Forest:
     """The forest of ``rows``: of whatever tells their tokens apart."""
-    order, known = walk(rows)
+    order, known = walk(rows, step)
     places: list[Numbers] = [np.empty(0, np.int64)] * len(rows)
     owners, depths = np.empty((2, sum(map(len, rows))), np.int64)
     ends = np.empty_like(owners)
@@ -103,13 +125,13 @@ def _segments(parents: dict[int, int], size: int) -> list[Segment]:
     return found
 
 
-def groves(rows: Sequence[Numbers], budget: int) -> list[list[int]]:
+def groves(rows: Sequence[Numbers], budget: int, step: int = STEP) -> list[list[int]]:
     """Indices of ``rows`` in groups whose forests are of at most ``budget`` tokens.
 
     Rows that begin alike stand together as far as there is room; what they share is computed again
     in the next group. A single row may exceed the budget.
     """
-    order, known = walk(rows)
+    order, known = walk(rows, step)
     groups: list[list[int]] = []
     size = 0
     for k, old in zip(order, known, strict=True):

@@ -25,6 +25,13 @@ from .pack import Row, Span, micro_batches
 
 WORTH = 0.9
 """Rows stand in a forest, where padding would do, if that takes no more than so much of it."""
+BRANCH = 16
+"""A branch takes as long as so many tokens, with a small model on a CPU."""
+
+
+def _cost(forest: Forest) -> int:
+    """In tokens, about."""
+    return len(forest) + BRANCH * forest.branches
 
 
 def moved(values: Any, device: torch.device) -> Tensor:
@@ -127,7 +134,7 @@ class Reader:
             return padded
         keys = self._keys(rows)
         found = groves(keys, self.budget)
-        cost = sum(len(plant([keys[k] for k in group])) for group in found)
+        cost = sum(_cost(plant([keys[k] for k in group])) for group in found)
         most = sum(max(len(rows[k].ids) for k in group) * len(group) for group in padded)
         return found if self._pays(cost, most) else padded
 
@@ -140,7 +147,7 @@ class Reader:
             return self._layout(rows, None)
         forest = plant(self._keys(rows))
         padded = max(len(row.ids) for row in rows) * len(rows)
-        return self._layout(rows, forest if self._pays(len(forest), padded) else None)
+        return self._layout(rows, forest if self._pays(_cost(forest), padded) else None)
 
     def _layout(self, rows: Sequence[Row], forest: Forest | None) -> Layout:
         # By arrays throughout: long lists of pairs would keep the garbage collector busy.
