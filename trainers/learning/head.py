@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}
-"""The most logits held at once, by kind of device: 32 and 512 MiB in float32."""
+LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
+"""The most logits held at once, by kind of device: 16 and 512 MiB in float32."""
 TILE = 128
 """Chunks of more tokens are whole multiples of it: a GPU computes so many at once."""
 Barred: TypeAlias = Callable[[slice], Tensor | None]
@@ -58,13 +58,16 @@ class Head:
         frozen = not any(one.requires_grad for one in self._layer.parameters())
         if learned and frozen:
             return _Sloped.apply(states, *self._sloped(states.detach(), targets, barred))
+        if not learned:
+            values = states.new_empty(len(states), dtype=torch.float32)
+            for part in self._chunks(len(states)):
+                values[part] = self._logprobs(states[part], targets[part], part, barred)
+            return values
         # What is trained keeps none of its logits either: they are made anew.
         run: Any = partial(checkpoint, self._logprobs, use_reentrant=False)
-        found: list[Tensor] = [
-            (run if learned else self._logprobs)(states[part], targets[part], part, barred)
-            for part in self._chunks(len(states))
-        ]
-        return torch.cat(found)
+        return torch.cat(
+            [run(states[part], targets[part], part, barred) for part in self._chunks(len(states))]
+        )
 
     def _chunks(self, count: int) -> list[slice]:
         """At least one, though it hold nothing."""
@@ -84,8 +87,10 @@ class Head:
     ) -> tuple[Tensor, Tensor]:
         """(N,) log-probabilities, and (N, D) their slopes by the states."""
         plain = not self._behind and type(self._layer) is torch.nn.Linear
-        values: list[Tensor] = []
-        slopes: list[Tensor] = []
+        # Made before the first chunk: in between they would lie in the room it leaves, and the next
+        # would want room anew.
+        values = states.new_empty(len(states), dtype=torch.float32)
+        slopes = torch.empty_like(states)
         for part in self._chunks(len(states)):
             if plain:
                 with torch.no_grad():
@@ -98,9 +103,8 @@ class Head:
                     value = self._logprobs(at, targets[part], part, barred)
                     # Each is a function of its own state only.
                     (slope,) = torch.autograd.grad(value.sum(), at)
-            values.append(value.detach())
-            slopes.append(slope)
-        return torch.cat(values), torch.cat(slopes)
+            values[part], slopes[part] = value.detach(), slope
+        return values, slopes
 
 
 class _Sloped(torch.autograd.Function):
