@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from selfwright.agents import scratch
+from selfwright.core.errors import LearnerError
 from selfwright.trainers.learning import reader
 from selfwright.trainers.learning.attention import BLOCK, Tree, attention, block_mask
 from selfwright.trainers.learning.forest import Forest, groves, plant
@@ -218,7 +219,7 @@ def test_a_shared_token_is_dropped_out_once(
 ) -> None:
     """One mask for each token of a forest: its rows then have that token's, each."""
     learner = learner_of(model_folder("qwen3"), dropout=0.5)
-    assert learner._reader.plants
+    assert learner._reader.plants and learner._reader.scale == 1  # Tried before masks are set.
     monkeypatch.setattr(reader, "WORTH", 1e9)
     learner._reader.narrow = False  # Else the last layer sees fewer tokens than there are masks.
     layers = [one for one in learner._model.modules() if hasattr(one, "lora_dropout")]
@@ -317,6 +318,27 @@ def test_heads_say_what_their_models_do(
         again = Head(model).logprobs(states[0][0], targets, bars)
     torch.testing.assert_close(again, found.detach().to(again.dtype))
     assert not len(Head(model).logprobs(states[0][0][:0], targets[:0]))
+
+
+def test_what_a_model_does_to_its_logits_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a model of which nothing is known: a factor is taken over, anything else refused."""
+    for kind, by in (("llama", 1.0), ("granite", 1.0), ("cohere", 1.0), ("gemma2", 1.0)):
+        model = tiny(kind).float()
+        assert reader.Reader(model, model, CPU, 99, "float32").scale == by
+    for kind in ("granite", "gemma2"):
+        model = tiny(kind).float()
+        unknowing = reader.Reader(model, model, CPU, 99, "float32")
+        monkeypatch.setattr(unknowing.head, "_behind", [])
+        if kind == "granite":
+            assert unknowing.scale == pytest.approx(0.25, rel=1e-3)
+            row = Row([5, 6, 7, 8], spans=[Span(1, 4, 0.0, (), 0)])
+            layout = unknowing.layout([row])
+            found = unknowing.logprobs(unknowing.states(layout), layout.targets)
+            wanted = model(torch.tensor([row.ids])).logits[0, :-1].log_softmax(-1)
+            torch.testing.assert_close(found, wanted[range(3), row.ids[1:]], atol=1e-5, rtol=1e-5)
+        else:
+            with pytest.raises(LearnerError, match="Gemma2ForCausalLM does something"):
+                _ = unknowing.scale
 
 
 MEMORY = """

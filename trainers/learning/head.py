@@ -34,6 +34,8 @@ class Head:
         self._layer: Any = weights.get_output_embeddings()
         config = weights.config.get_text_config()
         self.vocabulary: int = config.vocab_size
+        self.scale = 1.0
+        """By what else they are multiplied."""
         # What some models do to their logits: Granite, Cohere, Gemma 2.
         self._behind: list[Callable[[Tensor], Tensor]] = []
         if (by := getattr(config, "logits_scaling", None)) not in (None, 1):
@@ -48,7 +50,7 @@ class Head:
         logits = self._layer(states).float()
         for after in self._behind:
             logits = after(logits)
-        return logits
+        return logits if self.scale == 1 else logits * self.scale
 
     def logprobs(self, states: Tensor, targets: Tensor, barred: Barred | None = None) -> Tensor:
         """(N,) float32 nats of (N,) tokens, from (N, D) states that predict them."""
@@ -86,7 +88,7 @@ class Head:
         self, states: Tensor, targets: Tensor, barred: Barred | None
     ) -> tuple[Tensor, Tensor]:
         """(N,) log-probabilities, and (N, D) their slopes by the states."""
-        plain = not self._behind and type(self._layer) is torch.nn.Linear
+        plain = not self._behind and self.scale == 1 and type(self._layer) is torch.nn.Linear
         # Made before the first chunk: in between they would lie in the room it leaves, and the next
         # would want room anew.
         values = states.new_empty(len(states), dtype=torch.float32)

@@ -185,7 +185,7 @@ class PlainLearner:
         if config.compile:
             # Each way in which a layer is called is compiled: there is to be no other than this.
             weights.enable_input_require_grads()
-            _ = self._mesh is None and self._reader.plants
+            _ = self._mesh is None and (self._reader.plants, self._reader.scale)
             for layer in self._reader.layers:
                 layer.compile(dynamic=True)
         if self._mesh is not None:

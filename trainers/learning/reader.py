@@ -96,30 +96,60 @@ class Reader:
         """Whether it can read forests; tried once."""
         if not attends_only(self.weights) or self._attention() != "sdpa":
             return False
-        size = self.sizes.vocab_size
-        some = [[1, 2, 3, 4, 5], [1, 2, 6, 5], [7, 2, 1]]
-        rows = [
-            Row([k % size for k in ids], spans=[Span(1, len(ids), 0.0, (), -1)]) for ids in some
-        ]
+        usual = self._usual()
+        some = [usual[:5], [*usual[:2], usual[5], usual[4]], usual[:0:-3]]
+        rows = [Row(ids, spans=[Span(1, len(ids), 0.0, (), -1)]) for ids in some]
         mode = self.model.training
         self.model.eval()
         try:
             with torch.no_grad():
                 alone = [self._states(self._layout([row], None), {}) for row in rows]
                 attend(self.weights)
-                layout = self._layout(rows, plant(self._keys(rows)))
+                layout = self._layout(rows, plant(self._keys(rows), 1))
                 together = self._states(layout, self._trees(layout))
         except (LearnerError, RuntimeError, TypeError, ValueError, AssertionError):
             forgo(self.weights)
             return False
         finally:
             self.model.train(mode)
-        wanted = torch.cat(alone).float()
-        near = 1e-3 if self.precision == "float32" else 5e-2
-        if float((wanted - together.float()).abs().max()) <= near * float(wanted.abs().max()):
+        if self._near(together, torch.cat(alone)):
             return True
         forgo(self.weights)
         return False
+
+    @cached_property
+    def scale(self) -> float:
+        """What the model multiplies its logits by, beside what ``Head`` knows of; tried once.
+
+        Raises:
+            LearnerError: it does something else to them.
+        """
+        ids = self._usual()
+        layout = self._layout([Row(ids, spans=[Span(1, len(ids), 0.0, (), -1)])], None)
+        mode = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.mixed():
+                mine = self.head.logits(self._states(layout, {}))
+                theirs = self.model(input_ids=layout.ids, use_cache=False).logits[0, :-1].float()
+        finally:
+            self.model.train(mode)
+        by = 1.0 if self._near(mine, theirs) else float((mine * theirs).sum() / mine.square().sum())
+        if not self._near(mine * by, theirs):
+            raise LearnerError(
+                f"{type(self.weights).__name__} does something to its logits that is not known "
+                "here, so that it cannot be learned by learner.use: plain"
+            )
+        return by
+
+    def _usual(self) -> list[int]:
+        """Some ids that stand for no picture."""
+        picture = self.eye.vision.placeholder if self.eye else None
+        return [k for k in range(min(12, self.sizes.vocab_size)) if k != picture][1:9]
+
+    def _near(self, one: Tensor, other: Tensor) -> bool:
+        near = 1e-3 if self.precision == "float32" else 5e-2
+        return float((one - other).abs().max()) <= near * float(other.abs().max())
 
     def _attention(self) -> str:
         return self.weights.config.get_text_config(decoder=True)._attn_implementation
@@ -142,7 +172,8 @@ class Reader:
         return self.device.type == "cuda" or cost <= WORTH * padded
 
     def layout(self, rows: Sequence[Row]) -> Layout:
-        """How ``rows`` are best computed."""
+        """How ``rows`` are best computed. Raises: LearnerError: as ``scale``."""
+        self.head.scale = self.scale
         if not rows or not self.plants:
             return self._layout(rows, None)
         forest = plant(self._keys(rows))
