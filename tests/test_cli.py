@@ -77,7 +77,10 @@ MISTAKES = [
         "bench-methods good.yaml -o budget.tokens=9 -o trainer.source=self --output empty.yaml/x",
         "cannot use empty.yaml/x/good-0 for a run: Not a directory",
     ),
-    ("run good.yaml -o policy.model=./nowhere", "cannot open the model './nowhere'"),
+    (
+        "run good.yaml -o policy.model=./nowhere",
+        "cannot open the model './nowhere': there is no such folder",
+    ),
     ("run good.yaml -o policy.model=scratch:100x4", "a width that is a multiple of 32"),
     ("run good.yaml -o environment.largest=2 -o environment.numbers=2", "no puzzle for"),
     ("list", "Missing argument 'kind'"),

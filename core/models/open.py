@@ -215,6 +215,8 @@ def save_merged(model: str, folder: Path, trust_remote_code: bool = False) -> No
 
 def _cannot_open(model: str, cause: Exception) -> ModelError:
     first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).exists():
+        first = "there is no such folder"  # To the hub it would be a name that is spelt wrong.
     return ModelError(
         f"cannot open the model {model!r}: {first.rstrip('.')}; give a model folder, a hub id, or "
         "scratch:WIDTHxLAYERS"

@@ -132,8 +132,8 @@ def held(logits: Tensor, barred: Barred | None, part: slice) -> Tensor:
 
 def _apart(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(n,) log-probabilities of the targets; (n, V) one-hot targets less all probabilities."""
-    if logits.device.type == "cuda":
-        return _fused()(logits, targets, dtype)
+    if logits.device.type == "cuda" and (fused := _fused()) is not None:
+        return fused(logits, targets, dtype)
     total = logits.logsumexp(-1)
     found = logits.gather(1, targets[:, None])[:, 0] - total
     apart = logits.sub_(total[:, None]).exp_().neg_()
@@ -143,7 +143,7 @@ def _apart(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor,
 
 @cache
 def _fused() -> Any:
-    """The same in two passes over the logits."""
+    """The same in two passes over the logits; None: nothing can be compiled on this machine."""
 
     def apart(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         total = logits.logsumexp(-1)
@@ -151,4 +151,10 @@ def _fused() -> Any:
         here = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
         return found, (here.float() - (logits - total[:, None]).exp()).to(dtype)
 
-    return torch.compile(apart, dynamic=True)
+    compiled: Any = torch.compile(apart, dynamic=True)
+    some = torch.zeros(2, 4, device="cuda")
+    try:
+        compiled(some, some[:, 0].long(), torch.bfloat16)
+    except RuntimeError:
+        return None
+    return compiled
