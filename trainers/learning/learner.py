@@ -3,22 +3,19 @@
 import math
 import os
 import random
-import re
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate import Accelerator  # pyright: ignore[reportMissingTypeStubs]
-from pydantic import Field
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from ...core.config import Config
 from ...core.errors import LearnerError, ModelError
 from ...core.models import optimizer
 from ...core.models.canary import Canary, canary_ids
@@ -34,57 +31,16 @@ from ...core.types import (
     Need,
     StepLoss,
 )
+from .adapted import adapted, beside_language
+from .config import LearnerConfig
 from .forward import Forward
 from .pack import Row, Span, pack, token_weights, units
 from .reader import Reader, moved
 from .shard import sharding
-from .targets import Targets, unknown_targets
+from .targets import unknown_targets
 
 FILE = "learner.safetensors"
 NO_GPU = "learner.device is cuda, but there is no GPU; use auto or cpu"
-
-
-class LearnerConfig(Config):
-    method: Literal["lora", "full"] = "lora"
-    rank: int = Field(default=16, ge=1)
-    alpha: int = Field(default=32, ge=1)
-    """LoRA's scale is alpha / rank."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: Targets = "all-linear"
-    """The last parts of the names of the layers that get a LoRA. Of a model that sees, only those
-    of its language model do, and train with ``method: full``; with ``vision`` all linear ones, of
-    what looks at pictures, too."""
-    learning_rate: float = Field(default=1e-4, gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Over the whole run, or phase."""
-    warmup: int = Field(default=0, ge=0)
-    """Updates over which the rate rises from 0."""
-    batch_size: int = Field(default=64, ge=1)
-    """Examples per optimiser step, about: a row of several turns is never split."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    token_budget: int | None = Field(default=None, ge=1)
-    """Padded tokens per micro-batch; gradients of a step's micro-batches are accumulated. None:
-    2,048 on a CPU, whose caches small ones suit, and 16,384 on a GPU."""
-    gradient_checkpointing: bool = False
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """``bfloat16``: frozen weights and activations in bf16; what is trained stays float32.
-    ``auto``: that on a GPU, else float32."""
-    compile: bool = False
-    """Have torch compile the layers: for GPUs. That takes a minute or two at first; steps are then
-    up to twice as fast."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    trust_remote_code: bool = False
-
-    def budget(self, device: str) -> int:
-        """``token_budget`` on a device of that type."""
-        return self.token_budget or (2048 if device == "cpu" else 16_384)
-
-    def dtype(self, device: str) -> Literal["float32", "bfloat16"]:
-        """``precision`` on a device of that type."""
-        if self.precision == "auto":
-            return "bfloat16" if device == "cuda" else "float32"
-        return self.precision
 
 
 def accelerator(device: str) -> Any:
@@ -161,13 +117,15 @@ class PlainLearner:
         looks = config.targets == "vision"
         # What a frozen eye makes of a picture stays as it is.
         eye = eye_of(self._tokens, weights, 0) if looks else eye_of(self._tokens, weights)
-        parts = (weights.get_decoder(), weights.get_output_embeddings())
-        language = {id(weight) for part in parts for weight in part.parameters()}
-        beside = [weight for weight in weights.parameters() if id(weight) not in language]
+        beside = beside_language(weights)
         if eye is not None and not looks:
             for weight in beside:
                 weight.requires_grad_(False)
-        self._model: Any = self._adapt(weights) if config.method == "lora" else weights
+        self._model: Any = weights
+        if config.method == "lora":
+            with self._randomness("lora"):
+                language = self._tokens.vision is not None and not looks
+                self._model = adapted(weights, config, self._base, language)
         self._model.train()
         self._reader = Reader(
             self._model,
@@ -182,19 +140,7 @@ class PlainLearner:
         self._forward = Forward(
             self._reader, self._tokens, config.trust_remote_code, self._teachers
         )
-        if config.compile:
-            # Each way in which a layer is called is compiled: there is to be no other than this.
-            weights.enable_input_require_grads()
-            _ = self._mesh is None and (self._reader.plants, self._reader.scale)
-            for layer in self._reader.layers:
-                layer.compile(dynamic=True)
-        if self._mesh is not None:
-            for layer in self._reader.layers:
-                fully_shard(layer, mesh=self._mesh)
-            # What looks at pictures does so before the model is asked, and stays whole in each.
-            for weight in beside:
-                weight.data = weight.data.to(self._device)
-            fully_shard(self._model, mesh=self._mesh, ignored_params={*beside})
+        self._spread(weights, beside)
         self._trained: dict[str, Tensor] = {
             name: p for name, p in self._model.named_parameters() if p.requires_grad
         }
@@ -206,39 +152,22 @@ class PlainLearner:
         )
         self._updates = 0
 
-    def _adapt(self, weights: Any) -> Any:
-        from peft import LoraConfig, get_peft_model
-
-        config = self._config
-        settings = LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules="all-linear" if config.targets == "vision" else config.targets,
-            exclude_modules=self._other_than_language(weights),
-            task_type="CAUSAL_LM",
-        )
-        try:
-            with self._randomness("lora"):
-                model: Any = get_peft_model(weights, settings, autocast_adapter_dtype=True)
-        except ValueError as cause:
-            raise LearnerError(
-                f"no LoRA can be put on {self._base!r} ({type(weights).__name__}) with "
-                f"learner.targets: {config.targets}: {cause}"
-            ) from cause
-        for module in model.modules():
-            if hasattr(module, "cast_input_dtype_enabled"):
-                # Autocast sees to it; peft would copy every input to float32, and autocast back.
-                module.cast_input_dtype_enabled = False
-        return model
-
-    def _other_than_language(self, weights: Any) -> str | None:
-        """A regular expression of the layers that get no LoRA; None: all may."""
-        if self._tokens.vision is None or self._config.targets == "vision":
-            return None
-        decoder = weights.get_decoder()
-        name = next(name for name, module in weights.named_modules() if module is decoder)
-        return rf"(?!{re.escape(name)}\.).*"
+    def _spread(self, weights: Any, beside: Sequence[Any]) -> None:
+        """Have the layers compiled and sharded, if they are to be."""
+        if self._config.compile:
+            # Each way in which a layer is called is compiled: there is to be no other than this.
+            weights.enable_input_require_grads()
+            _ = self._mesh is None and (self._reader.plants, self._reader.scale)
+            for layer in self._reader.layers:
+                layer.compile(dynamic=True)
+        if self._mesh is None:
+            return
+        for layer in self._reader.layers:
+            fully_shard(layer, mesh=self._mesh)
+        # What looks at pictures does so before the model is asked, and stays whole in each.
+        for weight in beside:
+            weight.data = weight.data.to(self._device)
+        fully_shard(self._model, mesh=self._mesh, ignored_params={*beside})
 
     @contextmanager
     def _randomness(self, *parts: int | str) -> Generator[None]:

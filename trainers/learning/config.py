@@ -1,0 +1,51 @@
+"""What learners are told."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from ...core.config import Config
+from .targets import Targets
+
+
+class LearnerConfig(Config):
+    method: Literal["lora", "full"] = "lora"
+    rank: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    """LoRA's scale is alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Targets = "all-linear"
+    """The last parts of the names of the layers that get a LoRA. Of a model that sees, only those
+    of its language model do, and train with ``method: full``; with ``vision`` all linear ones, of
+    what looks at pictures, too."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Over the whole run, or phase."""
+    warmup: int = Field(default=0, ge=0)
+    """Updates over which the rate rises from 0."""
+    batch_size: int = Field(default=64, ge=1)
+    """Examples per optimiser step, about: a row of several turns is never split."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    token_budget: int | None = Field(default=None, ge=1)
+    """Padded tokens per micro-batch; gradients of a step's micro-batches are accumulated. None:
+    2,048 on a CPU, whose caches small ones suit, and 16,384 on a GPU."""
+    gradient_checkpointing: bool = False
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """``bfloat16``: frozen weights and activations in bf16; what is trained stays float32.
+    ``auto``: that on a GPU, else float32."""
+    compile: bool = False
+    """Have torch compile the layers: for GPUs. That takes a minute or two at first; steps are then
+    up to twice as fast."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    trust_remote_code: bool = False
+
+    def budget(self, device: str) -> int:
+        """``token_budget`` on a device of that type."""
+        return self.token_budget or (2048 if device == "cpu" else 16_384)
+
+    def dtype(self, device: str) -> Literal["float32", "bfloat16"]:
+        """``precision`` on a device of that type."""
+        if self.precision == "auto":
+            return "bfloat16" if device == "cuda" else "float32"
+        return self.precision
