@@ -370,14 +370,17 @@ def one(count):
 learner.update(Batch(NLL(), (one(50),)), 0.0)
 Path("/proc/self/clear_refs").write_text("5")  # From now on the peak is that of what follows.
 before = resident("VmRSS")
-learner.update(Batch(NLL(), (one(16_000),)), 0.0)
+learner.update(Batch(NLL(), (one(int(sys.argv[2])),)), 0.0)
 print(resident("VmHWM") - before)
 """
 
 
 @pytest.mark.multi
 def test_a_long_row_is_learned_in_little_memory(tmp_path: Path) -> None:
-    """16,000 trained tokens and as many logits each as Qwen's vocabulary: 9 GiB, held whole."""
+    """4,000 trained tokens and as many logits each as Qwen's vocabulary: 2.3 GiB, held whole.
+
+    (16,000 take under 1 GiB, too, but a minute or two.)
+    """
     scratch.make("scratch:128x4", ["make 3 + 4 - 7 each number once"] * 99, tmp_path, seed=0)
     untyped: Any = transformers.AutoModelForCausalLM
     model = untyped.from_pretrained(tmp_path)
@@ -385,11 +388,11 @@ def test_a_long_row_is_learned_in_little_memory(tmp_path: Path) -> None:
     model.config.max_position_embeddings = 32_768
     model.save_pretrained(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(tmp_path)],
+        [sys.executable, "-c", MEMORY, str(tmp_path), "4000"],
         env=os.environ | {"OMP_NUM_THREADS": "2"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert not done.returncode, done.stderr
-    assert float(done.stdout) < 1024
+    assert float(done.stdout) < 512

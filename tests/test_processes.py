@@ -85,9 +85,10 @@ if __name__ == "__main__":
     for kind in ("whole", "sharded"):
         if before:
             look(seeing, f"{out}/{kind}/again", kind == "sharded", before)
-        else:
+            continue
+        if os.environ["WORLD_SIZE"] == "2":
             read(model, teacher, f"{out}/{kind}", kind == "sharded")
-            look(seeing, f"{out}/{kind}/look", kind == "sharded")
+        look(seeing, f"{out}/{kind}/look", kind == "sharded")
 """
 
 
@@ -150,8 +151,11 @@ def alone(folders: list[str]) -> Any:
 def same(one: Path, other: Path) -> None:
     found, wanted = (load_file(folder / "learner.safetensors") for folder in (one, other))
     assert found.keys() == wanted.keys()
-    for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], atol=1e-4, rtol=0, msg=name)
+    for name, value in wanted.items():
+        # What the optimiser remembers has the size of the gradients.
+        most = 1e-4 if name.startswith("weight.") else 1e-3 * float(value.abs().max()) + 1e-4
+        apart = float((found[name] - value).abs().max())
+        assert apart <= most, (name, apart, most)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -161,13 +165,14 @@ def test_processes_learn_as_one(
     together(folders, processes, tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # So that it is as it was, afterwards.
     script, (model, teacher, seeing, _) = alone(folders), folders
-    script.read(model, teacher, str(tmp_path / "alone"), False)
     script.look(seeing, str(tmp_path / "alone/look"), False)
     for kind in ("whole", "sharded"):
-        for part in ("read", "look"):
-            same(tmp_path / kind / part, tmp_path / "alone" / part)
+        same(tmp_path / kind / "look", tmp_path / "alone/look")
     if processes > 2:
         return
+    script.read(model, teacher, str(tmp_path / "alone"), False)
+    for kind in ("whole", "sharded"):
+        same(tmp_path / kind / "read", tmp_path / "alone/read")
     # What either wrote goes on in one process, and what that writes in either.
     middle = str(tmp_path / "middle")
     script.look(seeing, middle, False, str(tmp_path / "alone/look"))
