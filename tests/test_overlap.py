@@ -227,7 +227,8 @@ def test_a_budget_is_not_played_beyond(player: Path, tmp_path: Path) -> None:
 def test_late_attempts_are_stored_and_not_learned(player: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(SINGLE.replace("MODEL", str(player)))
-    wanted = ["rollout.enough=0.75", "iterations=1", "environment.parallel=4"]
+    # Five at once: when three quarters of 48 have ended, others are being played.
+    wanted = ["rollout.enough=0.75", "iterations=1", "environment.parallel=5"]
     result = played(recipe, wanted, tmp_path / "run")
     (metrics,) = metrics_of(tmp_path / "run")
     stored = read_trajectories(tmp_path / "run" / "iterations" / "0000")
