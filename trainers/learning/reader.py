@@ -174,7 +174,10 @@ class Reader:
     def layout(self, rows: Sequence[Row]) -> Layout:
         """How ``rows`` are best computed. Raises: LearnerError: as ``scale``."""
         self.head.scale = self.scale
-        if not rows or not self.plants:
+        # Asked by every process, whether it has rows or not: where the model is sharded, trying it
+        # takes all of them.
+        plants = self.plants
+        if not rows or not plants:
             return self._layout(rows, None)
         forest = plant(self._keys(rows))
         padded = max(len(row.ids) for row in rows) * len(rows)
