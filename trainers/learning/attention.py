@@ -68,12 +68,12 @@ def attention(
     Raises:
         LearnerError: the model wants more of its attention than this.
     """
-    if tree is None or dropout:
-        if tree is not None:
-            raise LearnerError("dropout of attention itself is not known here")
+    if tree is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **others
         )
+    if dropout:
+        raise LearnerError("dropout of attention itself is not known here")
     for name in ("softcap", "s_aux", "position_bias"):
         if others.get(name) is not None:
             raise LearnerError(f"its attention has a {name}, which is not known here")
@@ -91,9 +91,9 @@ def attention(
 class Piece:
     """Keys, and the queries that look at them, computed at once."""
 
-    queries: tuple[Any, ...]
+    queries: Any
     """An index of (H, T, ...): a stretch, or (B, Q) places,"""
-    keys: tuple[Any, ...]
+    keys: Any
     """and one of the keys."""
     mask: Tensor | None
     """(..., Q, K) bool: which are seen; None: all."""
@@ -137,7 +137,7 @@ class Tree:
         mask = None
         if at < end or window is not None:
             mask = self._seen(np.arange(at, to)[None], np.arange(begin, end)[None], window)[0]
-        return Piece((slice(at, to),), (slice(begin, end),), mask)
+        return Piece(slice(at, to), slice(begin, end), mask)
 
     def _batch(self, leaves: Sequence[tuple[int, int]], window: int | None) -> Piece:
         longest = max(end - begin for begin, end in leaves)
@@ -146,7 +146,7 @@ class Tree:
         real = places < ends[:, None]
         places = np.where(real, places, begins[:, None])
         mask = self._seen(places, places, window, real)
-        where = (torch.as_tensor(places, device=self.device),)
+        where = torch.as_tensor(places, device=self.device)
         kept = None if real.all() else torch.as_tensor(real, device=self.device)
         return Piece(where, where, mask, kept)
 
@@ -260,9 +260,9 @@ def _grouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
     )
 
 
-def _taken(those: Tensor, where: tuple[Any, ...]) -> Tensor:
+def _taken(those: Tensor, where: Any) -> Tensor:
     """Of (K, G, T, D): (K, G, Q, D), or (K, B, G, Q, D) where it is a batch of stretches."""
-    found = those[:, :, where[0]]
+    found = those[:, :, where]
     return found.transpose(1, 2) if found.dim() == 5 else found
 
 
@@ -275,43 +275,43 @@ def _scores(queries: Tensor, keys: Tensor, piece: Piece, scale: float) -> Tensor
     return scores
 
 
-def _against(those: Tensor, keys: Tensor, where: tuple[Any, ...]) -> Tensor:
+def _against(those: Tensor, keys: Tensor, where: Any) -> Tensor:
     """Products of each (..., G, Q, D) with each of the keys, one matrix for all of a group."""
-    flat = those.flatten(-3, -2) @ keys[:, where[0]].transpose(-1, -2)
+    flat = those.flatten(-3, -2) @ keys[:, where].transpose(-1, -2)
     return flat.unflatten(-2, those.shape[-3:-1])
 
 
-def _by(weights: Tensor, values: Tensor, where: tuple[Any, ...]) -> Tensor:
+def _by(weights: Tensor, values: Tensor, where: Any) -> Tensor:
     """(..., G, Q, D) sums of the values, by (..., G, Q, K) weights."""
-    flat = weights.flatten(-3, -2) @ values[:, where[0]]
+    flat = weights.flatten(-3, -2) @ values[:, where]
     return flat.unflatten(-2, weights.shape[-3:-1])
 
 
 def _put(those: Tensor, piece: Piece, what: Tensor) -> None:
     if what.dim() == 4:
-        those[:, :, piece.queries[0]] = what
+        those[:, :, piece.queries] = what
     elif piece.real is None:
-        those[:, :, piece.queries[0]] = what.transpose(1, 2)
+        those[:, :, piece.queries] = what.transpose(1, 2)
     else:
-        those[:, :, piece.queries[0][piece.real]] = what.transpose(1, 2)[:, :, piece.real]
+        those[:, :, piece.queries[piece.real]] = what.transpose(1, 2)[:, :, piece.real]
 
 
 def _add(those: Tensor, piece: Piece, what: Tensor) -> None:
     if what.dim() == 4:
-        those[:, :, piece.queries[0]] += what
+        those[:, :, piece.queries] += what
     elif piece.real is None:
-        those[:, :, piece.queries[0]] += what.transpose(1, 2)
+        those[:, :, piece.queries] += what.transpose(1, 2)
     else:
-        those[:, :, piece.queries[0][piece.real]] += what.transpose(1, 2)[:, :, piece.real]
+        those[:, :, piece.queries[piece.real]] += what.transpose(1, 2)[:, :, piece.real]
 
 
 def _add_keys(those: Tensor, piece: Piece, weights: Tensor, by: Tensor) -> None:
     """To (K, T, D): (..., G, Q, K) weights times (..., G, Q, D)."""
     what = weights.flatten(-3, -2).transpose(-1, -2) @ by.flatten(-3, -2)
     if what.dim() == 3 or piece.real is None:
-        those[:, piece.keys[0]] += what
+        those[:, piece.keys] += what
     else:
-        those[:, piece.keys[0][piece.real]] += what[:, piece.real]
+        those[:, piece.keys[piece.real]] += what[:, piece.real]
 
 
 def block_mask(

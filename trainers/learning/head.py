@@ -54,11 +54,9 @@ class Head:
 
     def logprobs(self, states: Tensor, targets: Tensor, barred: Barred | None = None) -> Tensor:
         """(N,) float32 nats of (N,) tokens, from (N, D) states that predict them."""
-        learned = torch.is_grad_enabled() and (
-            states.requires_grad or any(one.requires_grad for one in self._layer.parameters())
-        )
-        frozen = not any(one.requires_grad for one in self._layer.parameters())
-        if learned and frozen:
+        trained = any(one.requires_grad for one in self._layer.parameters())
+        learned = torch.is_grad_enabled() and (states.requires_grad or trained)
+        if learned and not trained:
             return _Sloped.apply(states, *self._sloped(states.detach(), targets, barred))
         if not learned:
             values = states.new_empty(len(states), dtype=torch.float32)
