@@ -20,7 +20,7 @@ def state_of(weights: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for name, weight in weights.items():
         state[f"weight.{name}"] = whole(weight.detach())
-        for slot, value in optimizer.state.get(weight, {}).items():
+        for slot, value in sorted(optimizer.state.get(weight, {}).items()):
             state[f"optimizer.{slot}.{name}"] = whole(torch.as_tensor(value))
     return state
 
@@ -71,7 +71,8 @@ def take(state: Mapping[str, Any], weights: Mapping[str, Any], optimizer: Any) -
             f"it holds {len(shapes)} trained tensors, and here are {len(weights)}, or they are of "
             "other shapes: it was written with another model or config"
         )
-    slots = {key.split(".")[1] for key in state if key.startswith("optimizer.")}
+    # In an order that all processes share: what is sharded is put together by all at once.
+    slots = sorted({key.split(".")[1] for key in state if key.startswith("optimizer.")})
     # torch counts steps on the CPU, unless they are counted where the weights are.
     there = any(group.get("fused") for group in optimizer.param_groups)
     for name, weight in weights.items():
