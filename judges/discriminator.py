@@ -12,7 +12,7 @@ from ..core.config import JudgeConfig
 from ..core.errors import JudgeError
 from ..core.files import read_json
 from ..core.models.origin import found_base
-from ..core.models.scalar import DISCRIMINATOR, ScalarConfig, ScalarModel, Text
+from ..core.models.scalar import DISCRIMINATOR, ScalarConfig, ScalarModel, Text, config_in
 from ..core.store.folder import iterations
 from ..core.types import Stop, Trajectory, Verdict
 
@@ -46,7 +46,8 @@ class DiscriminatorJudge:
         recipe = cast("dict[str, Any]", read_json(run / "recipe.json"))
         last = _files(run)[-1]
         model = found_base(last.parents[1] / "checkpoint") or recipe["policy"]["model"]
-        self._net = ScalarModel(ScalarConfig(token_budget=config.token_budget), model)
+        settings = {**config_in(last), "token_budget": config.token_budget}
+        self._net = ScalarModel(ScalarConfig.model_validate(settings), model)
         self._net.restore(last)
         self._turn = asyncio.Lock()
 

@@ -1,4 +1,4 @@
-"""A language model's body with one number on top, read at a text's last token; it is trained whole.
+"""A language model's body with one number on top, read at a text's last token.
 
 torch is imported when called.
 """
@@ -15,7 +15,9 @@ from pydantic import Field
 from ..config import Config
 from ..types import Completion, Image, Prompt
 from . import optimizer
-from .open import open_model
+from .frozen import open_frozen
+from .lora import with_lora
+from .open import device_of, open_model
 from .tokens import PAD
 
 DISCRIMINATOR = "discriminator.safetensors"
@@ -33,6 +35,11 @@ class Row(list[int]):
 
 
 class ScalarConfig(Config):
+    method: Literal["lora", "full"] = "lora"
+    """``lora``: on the frozen model that the learner holds too; ``full``: a copy, trained whole."""
+    rank: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    """LoRA's scale is alpha / rank."""
     learning_rate: float = Field(default=1e-4, gt=0)
     batch_size: int = Field(default=32, ge=1)
     """Pairs, or texts, per optimiser step."""
@@ -41,29 +48,55 @@ class ScalarConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
+def config_in(file: Path) -> dict[str, Any]:
+    """What a ``ScalarConfig`` has to say for ``restore`` to take ``file``.
+
+    Raises: ModelError: the file is missing or damaged.
+    """
+    lora = optimizer.read(file).get("lora")
+    if lora is None:
+        return {"method": "full"}
+    rank, alpha = lora.tolist()
+    return {"method": "lora", "rank": rank, "alpha": alpha}
+
+
 class ScalarModel:
     """z(text), a float; 0 for every text at first."""
 
-    def __init__(self, config: ScalarConfig, model: str) -> None:
+    def __init__(self, config: ScalarConfig, model: str, seed: int = 0) -> None:
         """Raises: ModelError, PolicyError: the model cannot be opened there."""
         import torch
 
         from .vision import eye_of
 
-        self._budget = config.token_budget
-        device = config.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        whole, self._tokens = open_model(model, device, "float32", False)
+        self._config = config
+        device = device_of(config.device)
+        lora = config.method == "lora"
+        # As the learner opens it, to hold the same tensors.
+        self._dtype = torch.bfloat16 if lora and device.startswith("cuda") else torch.float32
+        opener = open_frozen if lora else open_model
+        name = str(self._dtype).removeprefix("torch.")
+        whole, self._tokens = opener(model, device, name, False)
         self._eye = eye_of(self._tokens, whole)
         # A model that sees reads pictures around its decoder; what looks at them stays frozen.
         self.body: Any = whole.model if self._eye else whole.get_decoder()
         self.head = torch.nn.Linear(whole.config.get_text_config().hidden_size, 1).to(device)
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
-        self._trained = [*whole.get_decoder().parameters(), *self.head.parameters()]
+        self._named: dict[str, Any]
+        if lora:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                adapted = with_lora(
+                    whole, config.rank, config.alpha, language_only=self._eye is not None
+                )
+            self._named = {k: w for k, w in adapted.named_parameters() if w.requires_grad}
+            self._named |= {f"head.{k}": w for k, w in self.head.named_parameters()}
+        else:
+            trained = [*whole.get_decoder().parameters(), *self.head.parameters()]
+            self._named = {str(k): weight for k, weight in enumerate(trained)}
+        self._trained = [*self._named.values()]
         self._optimizer = torch.optim.AdamW(self._trained, lr=config.learning_rate, weight_decay=0)
-        self._named = {str(k): weight for k, weight in enumerate(self._trained)}
         self.updates = 0
 
     def ids(self, text: Text) -> Row:
@@ -92,7 +125,7 @@ class ScalarModel:
         parts: list[list[int]] = []
         for k in order:
             size = each * (len(parts[-1]) + 1) * len(rows[k]) if parts else 0
-            if parts and size <= self._budget:
+            if parts and size <= self._config.token_budget:
                 parts[-1].append(k)
             else:
                 parts.append([k])
@@ -111,8 +144,10 @@ class ScalarModel:
             real = torch.arange(longest, device=device)[None] <= last[:, None]
             with torch.no_grad():
                 seen = self._eye.given(ids, images, real)
-        hidden = self.body(input_ids=ids, use_cache=False, **seen).last_hidden_state
-        return self.head(hidden[torch.arange(len(rows), device=device), last])[:, 0]
+        mixed = self._dtype == torch.bfloat16
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            hidden = self.body(input_ids=ids, use_cache=False, **seen).last_hidden_state
+        return self.head(hidden[torch.arange(len(rows), device=device), last].float())[:, 0]
 
     def clear(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
@@ -129,7 +164,10 @@ class ScalarModel:
         import torch
 
         state = optimizer.state_of(self._named, self._optimizer)
-        optimizer.write(file, {"updates": torch.tensor(self.updates), **state})
+        state["updates"] = torch.tensor(self.updates)
+        if self._config.method == "lora":
+            state["lora"] = torch.tensor([self._config.rank, self._config.alpha])
+        optimizer.write(file, state)
 
     def restore(self, file: Path) -> None:
         """Raises: ModelError: the file is missing, damaged or of another model."""

@@ -1,12 +1,9 @@
-"""A LoRA on a model's layers."""
+"""Which of a model's weights are trained."""
 
-# peft is partly untyped.
-# pyright: reportUnknownMemberType=false
-
-import re
 from typing import Any
 
-from ...core.errors import LearnerError
+from ...core.errors import LearnerError, ModelError
+from ...core.models.lora import with_lora
 from .config import LearnerConfig
 
 
@@ -18,28 +15,11 @@ def adapted(weights: Any, config: LearnerConfig, name: str, language: bool) -> A
     Raises:
         LearnerError: it has no such layers.
     """
-    from peft import LoraConfig, get_peft_model
-
-    settings = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules="all-linear" if config.targets == "vision" else config.targets,
-        exclude_modules=_other_than_language(weights) if language else None,
-        task_type="CAUSAL_LM",
-    )
+    targets = "all-linear" if config.targets == "vision" else config.targets
     try:
-        model: Any = get_peft_model(weights, settings, autocast_adapter_dtype=True)
-    except ValueError as cause:
-        raise LearnerError(
-            f"no LoRA can be put on {name!r} ({type(weights).__name__}) with "
-            f"learner.targets: {config.targets}: {cause}"
-        ) from cause
-    for module in model.modules():
-        if hasattr(module, "cast_input_dtype_enabled"):
-            # Autocast sees to it; peft would copy every input to float32, and autocast back.
-            module.cast_input_dtype_enabled = False
-    return model
+        return with_lora(weights, config.rank, config.alpha, config.dropout, targets, language)
+    except ModelError as cause:
+        raise LearnerError(f"{name!r} with learner.targets: {config.targets}: {cause}") from cause
 
 
 def beside_language(weights: Any) -> list[Any]:
@@ -47,10 +27,3 @@ def beside_language(weights: Any) -> list[Any]:
     parts = (weights.get_decoder(), weights.get_output_embeddings())
     language = {id(weight) for part in parts for weight in part.parameters()}
     return [weight for weight in weights.parameters() if id(weight) not in language]
-
-
-def _other_than_language(weights: Any) -> str:
-    """A regular expression of the layers that get no LoRA."""
-    decoder = weights.get_decoder()
-    name = next(name for name, module in weights.named_modules() if module is decoder)
-    return rf"(?!{re.escape(name)}\.).*"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...core.errors import LearnerError, PolicyError
 from ...core.models.constraints import Constraints
-from ...core.models.open import open_model
+from ...core.models.frozen import open_frozen
 from ...core.models.tokens import ChatTokens
 from ...core.models.vision import eye_of
 from ...core.types import DistributionLoss, Loss, Need, TokenArrays
@@ -120,7 +120,7 @@ class Forward:
         """A frozen model of the same vocabulary, opened once. Raises: LearnerError: it is not."""
         if name not in self.teachers:
             mine = self.reader
-            weights, tokens = open_model(
+            weights, tokens = open_frozen(
                 name, str(self.device), mine.precision, self.trust_remote_code
             )
             sizes = [m.config.get_text_config().vocab_size for m in (mine.weights, weights)]

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from ...core.errors import LearnerError, ModelError
 from ...core.models import optimizer
 from ...core.models.canary import Canary, canary_ids
+from ...core.models.frozen import open_frozen
 from ...core.models.open import open_model
 from ...core.models.origin import note_base
 from ...core.models.vision import eye_of
@@ -103,12 +104,14 @@ class PlainLearner:
         """The base model, weights to train and an optimiser that has seen nothing."""
         config = self._config
         precision = config.dtype(self._device.type)
-        lora_bf16 = precision == "bfloat16" and config.method == "lora"
-        weights, self._tokens = open_model(
+        lora = config.method == "lora"
+        # What is trained whole, or cut up, is nobody else's.
+        opener = open_frozen if lora and self._mesh is None else open_model
+        weights, self._tokens = opener(
             self._base,
             # Sharding moves a layer at a time: the whole may be more than a device holds.
             str(self._device) if self._mesh is None else "cpu",
-            "bfloat16" if lora_bf16 else "float32",
+            "bfloat16" if precision == "bfloat16" and lora else "float32",
             config.trust_remote_code,
         )
         if config.gradient_checkpointing:
@@ -122,7 +125,7 @@ class PlainLearner:
             for weight in beside:
                 weight.requires_grad_(False)
         self._model: Any = weights
-        if config.method == "lora":
+        if lora:
             with self._randomness("lora"):
                 language = self._tokens.vision is not None and not looks
                 self._model = adapted(weights, config, self._base, language)

@@ -43,7 +43,7 @@ class TextGAIL:
 
     Departures: a sequence is one turn, whose reward is its episode's; its ratio weighs at most 10
     (``SequenceClip.most``) and is to the log-probabilities it was sampled with, which are not
-    computed again. The discriminator is a copy of the language model, not a RoBERTa, reads an
+    computed again. The discriminator is the language model with a LoRA, not a RoBERTa, reads an
     episode's last prompt and answer, and is pre-trained in 4 passes over the first iteration's
     pairs, not for 200 steps. ``decay`` is counted in iterations.
     """

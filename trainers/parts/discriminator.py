@@ -1,4 +1,4 @@
-"""A network that tells the policy's text from its teachers': a copy of the backbone, one number."""
+"""A network that tells the policy's text from its teachers': the backbone, a LoRA, one number."""
 
 # torch is partly untyped.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -44,7 +44,7 @@ class Discriminator:
         self._config = config
         self._objective: Objective = objective
         self._seed = seed
-        self.net = ScalarModel(config, model)
+        self.net = ScalarModel(config, model, seed)
 
     def scores(self, texts: Sequence[Text]) -> list[float]:
         """D of each text, in [0, 1]."""

@@ -1,4 +1,4 @@
-"""What a state is worth: a copy of the backbone with one number on top."""
+"""What a state is worth: the backbone with a LoRA and one number on top."""
 
 # torch is partly untyped.
 # pyright: reportUnknownMemberType=false
@@ -27,7 +27,7 @@ class Value:
         """Raises: ModelError, PolicyError: the model cannot be opened."""
         self._config = config
         self._seed = seed
-        self.net = ScalarModel(config, model)
+        self.net = ScalarModel(config, model, seed)
 
     def values(self, prompts: Sequence[Prompt]) -> list[float]:
         return self.net.values([(prompt, Completion("")) for prompt in prompts])
