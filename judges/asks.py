@@ -1,15 +1,21 @@
 """What judges that ask a model share: how they find it, and what it is shown of an answer."""
 
 import re
-from collections.abc import Awaitable, Callable
-from typing import Literal
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field
 
 from ..core.errors import JudgeError
 from ..core.protocols import Policy
-from ..core.types import Trajectory
+from ..core.types import Image, Trajectory
 
 LONGEST = 4000
 """Characters of an answer that a judge gets to see."""
+
+
+Images: TypeAlias = Annotated[int, Field(ge=0)]
+"""How many pictures a judge is shown."""
 
 
 class Asks:
@@ -35,6 +41,19 @@ def answer_of(trajectory: Trajectory) -> str:
         return ""
     last = trajectory.steps[-1]
     return last.action.text if last.answer is None else last.answer
+
+
+def seen_by(trajectory: Trajectory, most: int) -> tuple[Image, ...]:
+    """The pictures that were seen last: what the last answer is about. At most ``most``."""
+    for step in reversed(trajectory.steps):
+        if step.observation.images:
+            return step.observation.images[-most:] if most else ()
+    return ()
+
+
+def illustrated(words: str, images: Sequence[Image], text: str) -> tuple[str | Image, ...]:
+    """The parts of a message: ``words``, the pictures, ``text``."""
+    return (f"{words}\n\n", *images, text) if images else (words + text,)
 
 
 def cleaned(text: str, keep: Literal["begin", "end"] = "begin") -> str:

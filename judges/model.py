@@ -13,8 +13,8 @@ from ..core.files import read_words
 from ..core.play.asking import yes_share
 from ..core.protocols import Policy
 from ..core.seeds import derive
-from ..core.types import Completion, Message, Prompt, Sampling, Stop, Trajectory, Verdict
-from .asks import Asks, answer_of, cleaned
+from ..core.types import Completion, Image, Message, Prompt, Sampling, Stop, Trajectory, Verdict
+from .asks import Asks, Images, answer_of, cleaned, illustrated, seen_by
 
 RUBRIC = (
     "You are shown a task and the answer that somebody gave. Check it: work out what the answer "
@@ -51,6 +51,9 @@ class ModelJudgeConfig(JudgeConfig):
     cut: float | None = Field(default=None, gt=0, lt=1)
     """Scores from here on become 1 and others 0; None leaves them."""
     scale: int = Field(default=5, ge=1)
+    images: Images = 4
+    """The most pictures that are shown of what was answered to, or of the transcript: the newest.
+    0: none, for a judge that does not see."""
     samples: int = Field(default=1, ge=1)
     """Answers that are averaged, where they are sampled."""
     max_tokens: int = Field(default=256, ge=1)
@@ -102,7 +105,8 @@ class ModelJudge(Asks):
         shown = self._shown(trajectory)
         if not shown:
             return Verdict(0.0, "there is no answer", "model")
-        score, words = await self._asked(policy, trajectory.task.instruction, shown)
+        images = self._images(trajectory)
+        score, words = await self._asked(policy, trajectory.task.instruction, images, shown)
         cut = self._config.cut
         if score is not None and cut is not None:
             score = float(score >= cut)
@@ -118,10 +122,21 @@ class ModelJudge(Asks):
         parts = [f"{s.observation.text}\n> {s.action.text}" for s in trajectory.steps]
         return cleaned("\n".join([*parts, trajectory.final.text]), keep="end")
 
-    async def _asked(self, policy: Policy, task: str, shown: str) -> tuple[float | None, str]:
+    def _images(self, trajectory: Trajectory) -> tuple[Image, ...]:
+        most = self._config.images
+        if self._config.shows == "answer":
+            return seen_by(trajectory, most)
+        every = [step.observation for step in trajectory.steps] + [trajectory.final]
+        found = [image for observation in every for image in observation.images]
+        return tuple(found[-most:]) if most else ()
+
+    async def _asked(
+        self, policy: Policy, task: str, images: Sequence[Image], shown: str
+    ) -> tuple[float | None, str]:
         config = self._config
-        text = f"{self._rubric}\n\nTask: {task}\n<<<\n{shown}\n>>>\n\n{_request(config)}"
-        prompt = Prompt((Message("user", (text,)),))
+        text = f"\n\nTask: {task}\n<<<\n{shown}\n>>>\n\n{_request(config)}"
+        words = self._rubric + text
+        prompt = Prompt((Message("user", illustrated(self._rubric, images, text)),))
         if config.answer == "probability":
             share = await yes_share(policy, prompt)
             return share, f"yes with probability {share:.3f}"
@@ -131,7 +146,7 @@ class ModelJudge(Asks):
         completion = Completion("")
         for k in range(config.samples):
             with policy.batch_slot():
-                completion = await policy.complete(prompt, sampling, derive("judge", text, k))
+                completion = await policy.complete(prompt, sampling, derive("judge", words, k))
             score = read_verdict(completion.text) if config.answer == "verdict" else None
             if config.answer == "points":
                 score = read_points(completion.text, config.scale)

@@ -6,8 +6,8 @@ from itertools import combinations
 from ..core.config import JudgeConfig
 from ..core.play.asking import yes_share
 from ..core.protocols import Policy
-from ..core.types import Message, Prompt, Stop, Trajectory, Verdict
-from .asks import Asks, answer_of, cleaned
+from ..core.types import Image, Message, Prompt, Stop, Trajectory, Verdict
+from .asks import Asks, Images, answer_of, cleaned, illustrated
 
 QUESTION = (
     "Two people answered the same task. Whatever stands between the marks is an answer to be "
@@ -18,6 +18,9 @@ QUESTION = (
 class PairwiseConfig(JudgeConfig):
     model: str = "base"
     """Who compares: ``base``, ``policy``, or a model folder or hub id, as for the judge model."""
+    images: Images = 4
+    """The most pictures that are shown of what the task began with. 0: none, for a judge that does
+    not see."""
 
 
 class PairwiseJudge(Asks):
@@ -35,6 +38,7 @@ class PairwiseJudge(Asks):
 
     def __init__(self, config: PairwiseConfig) -> None:
         super().__init__(config.model)
+        self._config = config
 
     async def judge(self, trajectories: Sequence[Trajectory]) -> list[Verdict]:
         policy = await self.policy()
@@ -43,7 +47,12 @@ class PairwiseJudge(Asks):
         wins = dict.fromkeys(sound, 0.0)
         for a, b in combinations(sound, 2):
             task = trajectories[a].task.instruction
-            chance = await preference(policy, task, answers[a], answers[b])
+            # What both have seen, whatever became of either.
+            images = [
+                image for step in trajectories[a].steps[:1] for image in step.observation.images
+            ]
+            images = images[: self._config.images]
+            chance = await preference(policy, task, answers[a], answers[b], images)
             wins[a] += chance
             wins[b] += 1 - chance
         others = len(sound) - 1
@@ -58,20 +67,22 @@ class PairwiseJudge(Asks):
         return cleaned(answer_of(trajectory))
 
 
-async def preference(policy: Policy, task: str, a: str, b: str) -> float:
+async def preference(
+    policy: Policy, task: str, a: str, b: str, images: Sequence[Image] = ()
+) -> float:
     """The chance that ``a`` is preferred to ``b``, averaged over both orders."""
     if a == b:
         return 0.5
     if not (a and b):
         return float(bool(a))
-    first = await yes_share(policy, _prompt(task, a, b), yes="A", no="B")
-    second = await yes_share(policy, _prompt(task, b, a), yes="A", no="B")
+    first = await yes_share(policy, _prompt(task, a, b, images), yes="A", no="B")
+    second = await yes_share(policy, _prompt(task, b, a, images), yes="A", no="B")
     return (first + 1 - second) / 2
 
 
-def _prompt(task: str, a: str, b: str) -> Prompt:
+def _prompt(task: str, a: str, b: str, images: Sequence[Image]) -> Prompt:
     text = (
-        f"{QUESTION}\n\nTask: {task}\n\nA:\n<<<\n{a}\n>>>\n\nB:\n<<<\n{b}\n>>>\n\n"
+        f"\n\nTask: {task}\n\nA:\n<<<\n{a}\n>>>\n\nB:\n<<<\n{b}\n>>>\n\n"
         "Which answer is better? Answer A or B."
     )
-    return Prompt((Message("user", (text,)),))
+    return Prompt((Message("user", illustrated(QUESTION, images, text)),))

@@ -12,6 +12,7 @@ from components import episode
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from seeing import noise
 
 from selfwright.core.config import JudgeConfig
 from selfwright.core.errors import JudgeError
@@ -262,3 +263,54 @@ def test_agreement_by_hand() -> None:
     always = agreement([(True, True)] * 3 + [(True, False)])
     assert (always.kappa, always.accuracy, always.recall) == (0.0, 0.75, 1.0)
     assert agreement([]).precision is None and agreement([(True, True)]).kappa is None
+
+
+def pictured(*turns: int) -> Trajectory:
+    """An episode whose observations show so many pictures each."""
+    whole = episode(0.0, *(("seen", "mine") for _ in turns)).trajectory
+    steps = tuple(
+        replace(
+            step,
+            observation=replace(
+                step.observation, images=tuple(noise(4, 4, 10 * k + n) for n in range(many))
+            ),
+        )
+        for k, (step, many) in enumerate(zip(whole.steps, turns, strict=True))
+    )
+    return replace(whole, steps=steps)
+
+
+@dataclass
+class Viewer(Oracle):
+    """Keeps the pictures that it is shown."""
+
+    views: list[tuple[Any, ...]] = field(default_factory=list[tuple[Any, ...]])
+
+    async def score(self, prompt: Prompt, completion: Completion) -> Completion:
+        self.views.append(prompt.images)
+        return await super().score(prompt, completion)
+
+
+def test_judges_are_shown_what_was_seen() -> None:
+    one = pictured(2, 3, 0)
+    first, second = (step.observation.images for step in one.steps[:2])
+
+    def views(kind: Any, *trajectories: Trajectory, **keys: Any) -> set[tuple[Any, ...]]:
+        viewer = Viewer()
+        scores(judge_of(kind, viewer, **keys), trajectories)
+        return {*viewer.views}
+
+    # The last answer is about the pictures seen last.
+    assert views(ModelJudge, one) == {second}
+    assert views(ModelJudge, one, images=2) == {second[1:]}
+    assert views(ModelJudge, one, shows="transcript") == {(*first[1:], *second)}
+    assert views(ModelJudge, one, images=0) == {()}
+    other = replace(
+        one,
+        steps=(
+            *one.steps[:2],
+            replace(one.steps[2], action=replace(one.steps[2].action, text="other")),
+        ),
+    )
+    assert views(PairwiseJudge, one, other) == {first}
+    assert views(PairwiseJudge, one, other, images=0) == {()}
