@@ -1,7 +1,7 @@
 """A policy inside this process: transformers, with concurrent requests sampled as one batch."""
 
 import asyncio
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from ...core.models.adapters import Undo, merge, restore
 from ...core.models.constraints import Constraints, Follower
 from ...core.models.open import device_of, open_model, open_weights, unready
 from ...core.models.origin import ADAPTER
+from ...core.models.quantization import MISSING, Quantization, installed
 from ...core.models.tokens import cut
 from ...core.thoughts import thinks_still
 from ...core.types import Completion, Image, Prompt, Sampling
@@ -33,6 +34,9 @@ class TransformersConfig(PolicyConfig):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """``auto``: as the model was saved."""
+    quantization: Quantization = "none"
+    """``nf4``: its linear layers in 4 bits, by bitsandbytes, as ``learner.quantization`` has them;
+    ``pip install 'selfwright[qlora]'``."""
     trust_remote_code: bool = False
     """Run code that comes with a model. Off, because it is somebody else's code on your machine."""
 
@@ -73,14 +77,29 @@ class TransformersPolicy:
             device_of(config.device)
         except PolicyError as error:
             return str(error)
+        if config.quantization != "none" and not installed():
+            return f"quantization: {config.quantization} {MISSING}"
         return unready(model, config.trust_remote_code) if model else ""
+
+    @staticmethod
+    def unfit(config: TransformersConfig, learner: Mapping[str, Any]) -> str:
+        """Why it would not sample with what such a learner trains; empty if it would."""
+        mine, theirs = config.quantization, learner.get("quantization", "none")
+        if mine == theirs:
+            return ""
+        return (
+            f"policy.quantization is {mine} and learner.quantization {theirs}: what is sampled "
+            "would not be what is trained; wanted the same for both"
+        )
 
     def __init__(self, config: TransformersConfig, model: str, seed: int) -> None:
         """Raises: PolicyError: the model cannot be loaded or run, or has no chat template."""
         self._config = config
         self._name = model
         self._seed = seed
-        opened = open_model(model, config.device, config.dtype, config.trust_remote_code)
+        opened = open_model(
+            model, config.device, config.dtype, config.trust_remote_code, config.quantization
+        )
         self.model: Any = frozen(opened[0])
         self.tokens = opened[1]
         _try(self.model, model, self.tokens.end)
@@ -365,7 +384,13 @@ class TransformersPolicy:
 
         config = self._config
         dtype = str(self.model.dtype).removeprefix("torch.")
-        whole = open_weights(str(folder), str(self.model.device), dtype, config.trust_remote_code)
+        whole = open_weights(
+            str(folder),
+            str(self.model.device),
+            dtype,
+            config.trust_remote_code,
+            quantization=config.quantization,
+        )
         if _shapes(whole) != _shapes(self.model):
             raise PolicyError(f"the model in {folder} is of another architecture than the base")
         if shares(self.model):

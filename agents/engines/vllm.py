@@ -110,6 +110,11 @@ class VLLMPolicy:
         """Why vLLM could not serve what such a learner makes; empty if it can."""
         if learner.get("method") == "full":
             return "vLLM swaps adapters, not whole models; wanted learner.method: lora"
+        if (bits := learner.get("quantization", "none")) != "none":
+            return (
+                f"vLLM would sample with other weights than those of learner.quantization: {bits}; "
+                "wanted none, or policy.use: transformers with the same quantization"
+            )
         if (rank := learner.get("rank", 0)) > config.max_rank:
             return f"adapters of rank {rank} need policy.max_rank: {room_for(rank)}"
         if learner.get("targets") == "vision":

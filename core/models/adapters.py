@@ -22,7 +22,7 @@ def merge(model: Any, folder: Path, base: str, beside: bool = True) -> list[Undo
 
     Weights in float32 take it up. To those in 16 bits most of what an adapter learns is less than
     their last digit, so it is computed beside them; with ``beside`` False, and in layers that are
-    not linear, it is added in float32 and rounded once.
+    not linear, it is added in float32 and rounded once. Beside those in 4 bits it always is.
 
     Args:
         base: what ``model`` was opened as.
@@ -181,9 +181,13 @@ def _put(layer: Any, beside: bool) -> Undo:
 
     inner: Any = layer.get_base_layer()
     weight = inner.weight
-    usual = type(inner) is torch.nn.Linear and not getattr(layer, "lora_variant", None)
-    if beside and usual and weight.element_size() == 2:
-        return _beside(layer, inner)
+    plain = not getattr(layer, "lora_variant", None)
+    if not weight.is_floating_point():
+        if not plain:
+            raise ValueError("beside quantised weights only plain LoRA is computed")
+        return _beside(layer, inner, inner.compute_dtype)
+    if beside and plain and type(inner) is torch.nn.Linear and weight.element_size() == 2:
+        return _beside(layer, inner, weight.dtype)
     original = weight.detach().clone()
     weight.data = original.to(torch.promote_types(original.dtype, torch.float32), copy=True)
     layer.merge()
@@ -195,11 +199,11 @@ def _put(layer: Any, beside: bool) -> Undo:
     return undo
 
 
-def _beside(layer: Any, inner: Any) -> Undo:
+def _beside(layer: Any, inner: Any, dtype: Any) -> Undo:
     """As the learner computes it under autocast: the same operations on the same numbers."""
     name = layer.active_adapters[0]
     down, up = (
-        part[name].weight.detach().to(inner.weight.device, inner.weight.dtype)
+        part[name].weight.detach().to(inner.weight.device, dtype)
         for part in (layer.lora_A, layer.lora_B)
     )
     scale = layer.scaling[name]

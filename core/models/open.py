@@ -7,20 +7,27 @@ from typing import Any
 from ..errors import ModelError, PolicyError
 from .adapters import merge
 from .origin import layers_of
+from .quantization import Quantization, arguments, steady
 from .tokens import ChatTokens
 
 
 def open_model(
-    model: str, device: str, dtype: str, trust_remote_code: bool
+    model: str,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    quantization: Quantization = "none",
 ) -> tuple[Any, ChatTokens]:
     """Weights and tokenizer of what ``parts_of`` knows, safetensors only; adapters are merged.
 
+    ``quantization``: of the base's linear layers, as in ``quantization.arguments``.
+
     Raises:
         ModelError: it is not there, is damaged or incomplete, or is no causal language model with
-            a chat template, nor one of texts and pictures.
+            a chat template, nor one of texts and pictures; or cannot be quantised.
         PolicyError: there is no such device.
     """
-    weights = open_weights(model, device, dtype, trust_remote_code)
+    weights = open_weights(model, device, dtype, trust_remote_code, quantization=quantization)
     return weights, open_tokens(model, trust_remote_code)
 
 
@@ -164,7 +171,12 @@ def device_of(device: str) -> str:
 
 
 def open_weights(
-    model: str, device: str, dtype: str, trust_remote_code: bool, beside: bool = True
+    model: str,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    beside: bool = True,
+    quantization: Quantization = "none",
 ) -> Any:
     """The same without the tokenizer, as learners export it; ``beside``: as in ``merge``."""
     from transformers.utils import logging as transformers_logging
@@ -173,7 +185,10 @@ def open_weights(
     transformers_logging.disable_progress_bar()
     device = device_of(device)
     base, adapters = layers_of(model)
-    models = model_class(config_of(base, trust_remote_code))
+    config = config_of(base, trust_remote_code)
+    models = model_class(config)
+    quantised = quantization != "none"
+    more = arguments(bare(config, trust_remote_code), device) if quantised else {}
     try:
         weights, report = models.from_pretrained(
             base,
@@ -181,6 +196,7 @@ def open_weights(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **more,
         )
     # Not narrower: a damaged file is a plain Exception to tokenizers and to safetensors.
     except Exception as cause:
@@ -193,6 +209,8 @@ def open_weights(
             f"as {missing[0]}"
         )
     weights = weights.to(device)
+    if quantised:
+        steady(weights)
     for adapter in adapters:
         merge(weights, adapter, base, beside)
         base = str(adapter)

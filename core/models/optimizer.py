@@ -1,13 +1,31 @@
-"""Weights in training and what their optimiser remembers of them, in one file.
+"""AdamW, and weights in training with what it remembers of them, in one file.
 
 torch is imported when called.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from ..errors import ModelError
+
+Kind: TypeAlias = Literal["adamw", "adamw_8bit"]
+
+
+def adamw(weights: Iterable[Any], kind: Kind, learning_rate: float, weight_decay: float) -> Any:
+    """One that has seen nothing. torch's; with ``adamw_8bit`` that of bitsandbytes.
+
+    The latter keeps both moments of tensors of 4,096 numbers or more in 8 bits, in blocks of 256
+    with a scale each (Dettmers et al. 2022, arXiv:2110.02861).
+    """
+    if kind == "adamw":
+        from torch.optim import AdamW
+
+        return AdamW(weights, lr=learning_rate, weight_decay=weight_decay, fused=True)
+    from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingTypeStubs]
+
+    untyped: Any = AdamW8bit
+    return untyped(list(weights), lr=learning_rate, weight_decay=weight_decay)
 
 
 def state_of(weights: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
@@ -73,16 +91,24 @@ def take(state: Mapping[str, Any], weights: Mapping[str, Any], optimizer: Any) -
         )
     # In an order that all processes share: what is sharded is put together by all at once.
     slots = sorted({key.split(".")[1] for key in state if key.startswith("optimizer.")})
+    if slots and ("exp_avg" in slots) != isinstance(optimizer, torch.optim.AdamW):
+        raise ModelError("it was written with another optimiser (learner.optimizer)")
     # torch counts steps on the CPU, unless they are counted where the weights are.
     there = any(group.get("fused") for group in optimizer.param_groups)
     for name, weight in weights.items():
         with torch.no_grad():
             weight.copy_(like(state[f"weight.{name}"], weight))
+        where = weight.device if there else "cpu"
         optimizer.state[weight] = {
-            slot: value.cpu() if slot == "step" and not there else like(value, weight)
+            slot: _count(value, where) if slot == "step" else like(value, weight)
             for slot in slots
             if (value := state.get(f"optimizer.{slot}.{name}")) is not None
         }
+
+
+def _count(value: Any, device: Any) -> Any:
+    """A count of steps as its optimiser keeps it: bitsandbytes counts in plain whole numbers."""
+    return value.to(device) if value.is_floating_point() else int(value)
 
 
 def whole(value: Any) -> Any:

@@ -49,9 +49,13 @@ def accelerator(device: str) -> Any:
 
     No mixed precision here: accelerate keeps one for the whole process, whoever asks first.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     # By itself accelerate takes several processes without a GPU for as many that stand alone.
-    return Accelerator(cpu=device == "cpu" or (several and not torch.cuda.is_available()))
+    return Accelerator(cpu=device == "cpu" or (several() and not torch.cuda.is_available()))
+
+
+def several() -> bool:
+    """Whether other processes learn with this one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 class PlainLearner:
@@ -73,6 +77,7 @@ class PlainLearner:
         faults = [NO_GPU] if config.device == "cuda" and not torch.cuda.is_available() else []
         if config.compile and (config.device == "cpu" or not torch.cuda.is_available()):
             faults.append("learner.compile is for a GPU; without one it only takes time")
+        faults += config.unmet(several() and sharding())
         if config.method == "lora" and isinstance(config.targets, list):
             faults += unknown_targets(config.targets, bare())
         return faults
@@ -86,7 +91,10 @@ class PlainLearner:
             raise LearnerError(NO_GPU)
         processes = self._accelerator.num_processes
         self._mesh: Any = None
-        if processes > 1 and sharding():
+        sharded = processes > 1 and sharding()
+        if unmet := config.unmet(sharded):
+            raise LearnerError("\n".join(unmet))
+        if sharded:
             self._mesh = init_device_mesh(self._device.type, (processes,))
             if config.targets == "vision":
                 raise LearnerError(
@@ -113,6 +121,7 @@ class PlainLearner:
             str(self._device) if self._mesh is None else "cpu",
             "bfloat16" if precision == "bfloat16" and lora else "float32",
             config.trust_remote_code,
+            config.quantization,
         )
         if config.gradient_checkpointing:
             weights.gradient_checkpointing_enable({"use_reentrant": False})
@@ -147,11 +156,8 @@ class PlainLearner:
         self._trained: dict[str, Tensor] = {
             name: p for name, p in self._model.named_parameters() if p.requires_grad
         }
-        self._optimizer = torch.optim.AdamW(
-            self._trained.values(),
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=True,
+        self._optimizer: Any = optimizer.adamw(
+            self._trained.values(), config.optimizer, config.learning_rate, config.weight_decay
         )
         self._updates = 0
 
@@ -279,7 +285,7 @@ class PlainLearner:
             )
         for settings in self._optimizer.param_groups:
             settings["lr"] = rate
-        self._optimizer.step()  # pyright: ignore[reportUnknownMemberType]
+        self._optimizer.step()
         self._updates += 1
         return {
             "loss": total,

@@ -57,11 +57,13 @@ class TRLLearner(PlainLearner):
     @staticmethod
     def unfit(config: LearnerConfig, bare: Callable[[], Any]) -> list[str]:
         there = importlib.util.find_spec("trl") is not None
-        return [*([] if there else [f"learner.use: {MISSING}"]), *PlainLearner.unfit(config, bare)]
+        faults = [] if there else [f"learner.use: {MISSING}"]
+        return [*faults, *_unknown(config), *PlainLearner.unfit(config, bare)]
 
     def __init__(self, config: TRLConfig, model: str, seed: int) -> None:
-        """Raises: LearnerError: TRL is not installed, or there is more than one process."""
+        """Raises: LearnerError: no TRL, what is for ``plain`` alone, or several processes."""
         _trl()
+        _refuse(config)
         super().__init__(config, model, seed)
         self._weights: Weights = config.weights
         if self._accelerator.num_processes > 1:
@@ -226,6 +228,7 @@ def fit_dpo(
         PolicyError: the model cannot be opened.
     """
     _some(pairs)
+    _refuse(config)
     trl = _trl()
     weights, tokens = open_model(
         model, config.device, _dtype(config), trust_remote_code=config.trust_remote_code
@@ -272,6 +275,7 @@ def fit_reward(
         What TRL logged at each optimiser step: ``loss``, ``accuracy``, ``margin``, ...
     """
     _some(pairs)
+    _refuse(config)
     trl = _trl()
     weights, tokens = _open_scorer(model, config)
     rows = [
@@ -294,6 +298,15 @@ def fit_reward(
         trainer.model.save_pretrained(output)
         note_base(output, model)
     return log
+
+
+def _unknown(config: LearnerConfig) -> list[str]:
+    return [f"{one} is for learner.use: plain" for one in config.of_bitsandbytes]
+
+
+def _refuse(config: LearnerConfig) -> None:
+    if unknown := _unknown(config):
+        raise LearnerError("\n".join(unknown))
 
 
 def _trl() -> Any:
