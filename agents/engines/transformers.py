@@ -446,7 +446,7 @@ def _alike(model: Any, wants: Sequence[Any], plain: Sequence[Any]) -> bool:
 
 
 def _shapes(model: Any) -> dict[str, Any]:
-    return {name: weight.shape for name, weight in model.state_dict().items()}
+    return {name: weight.shape for name, weight in model.named_parameters()}
 
 
 def memory(gigabytes: float) -> Any:
