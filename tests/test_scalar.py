@@ -72,10 +72,12 @@ def taught(net: ScalarModel, steps: int) -> None:
         net.step()
 
 
-def test_it_holds_the_tensors_that_the_learner_holds(model_folder: Folder) -> None:
+@pytest.mark.parametrize("bits", ["none", "nf4"])
+def test_it_holds_the_tensors_that_the_learner_holds(model_folder: Folder, bits: Any) -> None:
     model = model_folder("qwen3")
-    learner = PlainLearner(LearnerConfig(device="cpu", rank=4), str(model), 0)
-    net = net_of(model)
+    config = LearnerConfig(device="cpu", rank=4, quantization=bits)
+    learner = PlainLearner(config, str(model), 0)
+    net = net_of(model, quantization=bits)
     own: Any = learner._model  # pyright: ignore[reportPrivateUsage]
     theirs = {weight.data_ptr() for weight in own.parameters()}
     frozen = [weight for weight in net.body.parameters() if not weight.requires_grad]

@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 
 from .open import device_of, open_tokens, open_weights
 from .origin import digest, layers_of
+from .quantization import Quantization
 from .tokens import ChatTokens
 
 _held: WeakValueDictionary[tuple[Any, ...], Any] = WeakValueDictionary()
@@ -18,7 +19,11 @@ _turn = threading.Lock()
 
 
 def open_frozen(
-    model: str, device: str, dtype: str, trust_remote_code: bool
+    model: str,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    quantization: Quantization = "none",
 ) -> tuple[Any, ChatTokens]:
     """As ``open_model``, but whoever asks for the same gets modules of their own on shared tensors.
 
@@ -36,11 +41,13 @@ def open_frozen(
     base, adapters = layers_of(model)
     # A folder may be written anew.
     content = digest(model) if Path(base).is_dir() else None
-    key = (base, *adapters, content, device, dtype)
+    key = (base, *adapters, content, device, dtype, quantization)
     with _turn:
         whole = _held.get(key)
         if whole is None:
-            whole = open_weights(model, device, dtype, trust_remote_code).requires_grad_(False)
+            whole = open_weights(
+                model, device, dtype, trust_remote_code, quantization=quantization
+            ).requires_grad_(False)
             _held[key] = whole
         mine: Any = _on_same_tensors(whole)
     return mine, open_tokens(model, trust_remote_code)

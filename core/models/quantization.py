@@ -58,7 +58,7 @@ def steady(model: Any) -> None:
     Raises:
         ModelError: it has no such layers.
     """
-    from bitsandbytes.nn import Linear4bit  # pyright: ignore[reportMissingTypeStubs]
+    from bitsandbytes.nn.modules import Linear4bit  # pyright: ignore[reportMissingTypeStubs]
 
     layers: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
     if not layers:

@@ -8,9 +8,9 @@ torch is imported when called.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..config import Config
 from ..types import Completion, Image, Prompt
@@ -18,6 +18,7 @@ from . import optimizer
 from .frozen import open_frozen
 from .lora import with_lora
 from .open import device_of, open_model
+from .quantization import Quantization
 from .tokens import PAD
 
 DISCRIMINATOR = "discriminator.safetensors"
@@ -40,12 +41,20 @@ class ScalarConfig(Config):
     rank: int = Field(default=16, ge=1)
     alpha: int = Field(default=32, ge=1)
     """LoRA's scale is alpha / rank."""
+    quantization: Quantization = "none"
+    """Of the frozen model: the learner's, else the model is there twice."""
     learning_rate: float = Field(default=1e-4, gt=0)
     batch_size: int = Field(default=32, ge=1)
     """Pairs, or texts, per optimiser step."""
     token_budget: int = Field(default=4096, ge=1)
     """Padded tokens computed at once."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _frozen(self) -> Self:
+        if self.quantization != "none" and self.method == "full":
+            raise ValueError("what is trained whole is not quantised; wanted method: lora")
+        return self
 
 
 def config_in(file: Path) -> dict[str, Any]:
@@ -76,7 +85,7 @@ class ScalarModel:
         self._dtype = torch.bfloat16 if lora and device.startswith("cuda") else torch.float32
         opener = open_frozen if lora else open_model
         name = str(self._dtype).removeprefix("torch.")
-        whole, self._tokens = opener(model, device, name, False)
+        whole, self._tokens = opener(model, device, name, False, config.quantization)
         self._eye = eye_of(self._tokens, whole)
         # A model that sees reads pictures around its decoder; what looks at them stays frozen.
         self.body: Any = whole.model if self._eye else whole.get_decoder()
