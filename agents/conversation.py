@@ -1,13 +1,17 @@
 """An episode as a conversation: what was seen is the user's turn, what was answered the model's."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
 
 from ..core.config import Config, Shot, Variables
 from ..core.files import canonical_json
-from ..core.types import Message, Observation, Step, Task
+from ..core.types import Image, Message, Observation, Step, Task
+
+GONE = "(a picture that was shown here)\n"
+"""Stands for one that is shown no more."""
 
 
 class ConversationConfig(Config):
@@ -16,6 +20,10 @@ class ConversationConfig(Config):
     window: int | None = Field(default=None, ge=1)
     """How many turns of the task at hand the model sees, the present one included: the task, then
     the last ``window - 1`` answers and what they came to. None shows all. (RISE uses 2.)"""
+    images: int | None = Field(default=None, ge=0)
+    """The most pictures that the model sees, the newest ones; words stand for those before. None
+    shows all. Each time one is left out, the conversation begins otherwise: that turn is read anew,
+    and is a row of its own to the learner."""
     list_actions: bool = True
     """Show the actions that a world lists, below what it says."""
     most_actions: int = Field(default=100, ge=1)
@@ -67,7 +75,19 @@ def conversation(
             messages.append(answered(history[k]))
         role = "user" if history[k].action.invalid else seen_as
         messages.append(Message(role, (*seen[k + 1].images, texts[k + 1])))
-    return messages
+    return messages if config.images is None else newest(messages, config.images)
+
+
+def newest(messages: Sequence[Message], most: int) -> list[Message]:
+    """The same, with ``most`` of the pictures in them, the last ones, and words for the others."""
+    seen: list[Message] = []
+    for message in reversed(messages):
+        parts: list[str | Image] = []
+        for part in reversed(message.parts):
+            parts.append(part if isinstance(part, str) or most > 0 else GONE)
+            most -= not isinstance(part, str)
+        seen.append(replace(message, parts=tuple(reversed(parts))))
+    return seen[::-1]
 
 
 def before(

@@ -3,6 +3,7 @@
 from prompts import grey, prompt_of
 
 from selfwright.agents.chat import Chat, ChatConfig
+from selfwright.agents.conversation import GONE
 from selfwright.core.types import Action, Completion, Message, Observation, Parsed, Step, Task
 
 PICTURE, NEW = grey(1), grey(2)
@@ -62,6 +63,20 @@ def test_a_window_keeps_the_task_and_the_last_attempts() -> None:
         Message("user", ("now",)),
     )
     assert len(agent.prompt(TASK, history(1), Observation("now")).messages) == 3
+
+
+def test_only_the_newest_pictures_are_shown() -> None:
+    now = Observation("now", (NEW, PICTURE))
+
+    def shown(images: int | None) -> tuple[Message, ...]:
+        return Chat(ChatConfig(images=images)).prompt(TASK, history(2), now).messages
+
+    whole = shown(None)
+    assert shown(3) == shown(9) == whole
+    for images, kept in ((2, (NEW, PICTURE)), (1, (GONE, PICTURE)), (0, (GONE, GONE))):
+        *before, last = shown(images)
+        assert last.parts == (*kept, "now")
+        assert before == [*whole[:2], Message("user", (GONE, "seen 1")), said(1)]
 
 
 def test_listed_actions_are_shown_below_what_the_world_says() -> None:
