@@ -44,6 +44,8 @@ class Recipe:
     evaluation: Evaluation
     fleet: Fleet
     """Stands among the environment's keys."""
+    keep: int | None = None
+    """Is not dumped, as little as the next."""
     report_to: tuple[Tracker, ...] = ()
     """Is not dumped: it has no say in what comes out."""
     notes: tuple[str, ...] = ()
@@ -123,6 +125,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         rollout=top.rollout,
         evaluation=top.evaluation,
         fleet=fleet,
+        keep=top.keep,
         report_to=top.report_to,
         notes=tuple(draft.notes),
         **found,

@@ -45,6 +45,10 @@ class Top(Config):
     budget: Budget = Budget()
     rollout: Rollout = Field(default_factory=lambda: Rollout.model_validate({}))
     evaluation: Evaluation = Field(default_factory=lambda: Evaluation.model_validate({}))
+    keep: int | None = Field(default=2, ge=1)
+    """Of so many iterations, the last ones, the learner's state is kept, which a run goes on from,
+    and of the one that did best on validation tasks; the weights of all are. Null: of all. It has
+    no say in what comes out, so another number may be given to go on with a run."""
     report_to: tuple[Tracker, ...] = ()
     """Trackers that hear of the run, each an extra of this package; it is no part of what the run
     is, so another list may be given to go on with it."""

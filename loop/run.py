@@ -294,6 +294,7 @@ async def rounds(components: Components, trainer: Trainer, kept: RunFolder, begi
             prefetcher.begin(index, spent, each)
             await iteration(components, trainer, kept, index, done, prefetcher.rounds[index])
             del prefetcher.rounds[index]
+            prune(kept, recipe.keep)
             if isinstance(trainer, HasGuards) and trainer.alarm:
                 raise Alarm(trainer.alarm, trainer.trusted)
             watch(kept, begin, index)
@@ -330,6 +331,19 @@ async def iteration(
     # The draft has its final name now; the weights are to be known by that.
     await policy.load(kept.path(iteration_name(index)) / "checkpoint")
     components.progress.tell(IterationEnded(index, recipe.iterations, metrics))
+
+
+def prune(kept: RunFolder, keep: int | None) -> None:
+    """Remove what only going on from an iteration takes, but of the last ones and the best."""
+    if keep is None:
+        return
+    every = range(kept.finished)
+    measured = [read_json(kept.path(iteration_name(k)) / "metrics.json") for k in every]
+    scores = [one.get("validation/success", -1.0) for one in measured]
+    best = max(every, key=lambda k: (scores[k], k), default=None)
+    for k in every[:-keep]:
+        if k != best:
+            kept.discard(f"{iteration_name(k)}/learner")
 
 
 def each_of(kept: RunFolder, begin: int) -> Costs:

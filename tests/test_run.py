@@ -16,6 +16,7 @@ from selfwright.core.errors import StoreError
 from selfwright.core.files import read_json, write_json
 from selfwright.core.store import read_trajectories
 from selfwright.core.store.folder import RunFolder, iteration_name, iterations
+from selfwright.loop.run import prune
 
 RECIPE = {"seed": 1, "trainer": {"use": "rise", "sizes": (1, 2)}}
 
@@ -190,12 +191,40 @@ def test_drafts_become_folders_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def test_leftovers_go_when_the_run_is_opened(tmp_path: Path) -> None:
     RunFolder.open(tmp_path, RECIPE, differences).close()
-    for name in ("iterations/.draft-0000/adapter", ".draft-checkpoint", "images/ab"):
+    places = ("iterations/.draft-0000/adapter", ".draft-checkpoint", "images/ab")
+    for name in (*places, "iterations/0000/.draft-learner"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "images/ab/.draft-1234").write_text("half")
     with RunFolder.open(tmp_path, RECIPE, differences) as run:
-        assert run.finished == 0
+        assert run.finished == 1
     assert not list(tmp_path.rglob(".draft-*"))
+
+
+@pytest.mark.parametrize(
+    ("keep", "scores", "left"),
+    [
+        (2, [0.1, 0.9, 0.2, 0.3, 0.4], {1, 3, 4}),
+        (1, [0.9, 0.1, 0.9, 0.3], {2, 3}),  # The later of two that did as well.
+        (2, [None, 0.5, None, None, None], {1, 3, 4}),  # Some were not measured.
+        (1, [None, None, None], {2}),
+        (3, [0.5], {0}),
+        (None, [0.1, 0.9, 0.2, 0.3], {0, 1, 2, 3}),
+    ],
+)
+def test_a_learners_state_is_kept_of_the_last_and_the_best(
+    tmp_path: Path, keep: int | None, scores: list[float | None], left: set[int]
+) -> None:
+    with RunFolder.open(tmp_path / "run", RECIPE, lambda a, b: []) as run:
+        for index, score in enumerate(scores):
+            with run.draft(iteration_name(index)) as draft:
+                for name in ("learner", "checkpoint"):
+                    (draft / name).mkdir()
+                measured = {} if score is None else {"validation/success": score}
+                write_json(draft / "metrics.json", measured)
+            prune(run, keep)
+    folders = iterations(tmp_path / "run")
+    assert {k for k, folder in enumerate(folders) if (folder / "learner").is_dir()} == left
+    assert all((folder / "checkpoint").is_dir() for folder in folders)
 
 
 def test_a_gap_is_an_error(tmp_path: Path) -> None:

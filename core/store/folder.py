@@ -252,7 +252,7 @@ def _lock(folder: Path) -> int:
 
 def _remove_drafts(folder: Path) -> None:
     """Remove what a killed process left half done. Only under the lock."""
-    for pattern in (f"{DRAFT}*", f"*/{DRAFT}*", f"images/*/{DRAFT}*"):
+    for pattern in (f"{DRAFT}*", f"*/{DRAFT}*", f"*/*/{DRAFT}*"):
         for path in folder.glob(pattern):
             with _naming(path):
                 if path.is_dir() and not path.is_symlink():
