@@ -72,7 +72,9 @@ async def sampled(model: str, agent: Chat, episodes: int) -> list[Example]:
     drawings = Drawings("train", PicturesConfig())
 
     async def episode(number: int) -> list[Example]:
-        task, history, examples = Task(f"look {number}", "Look.", TURNS), [], []
+        task = Task(f"look {number}", "Look.", TURNS)
+        history: list[Step] = []
+        examples: list[Example] = []
         for turn in range(TURNS):
             shown = STORE.keep(painted(drawings.drawn(number * TURNS + turn)))
             seen = Observation("What colour is the shape?", (shown,))
