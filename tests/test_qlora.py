@@ -15,7 +15,7 @@ import seeing
 import torch
 import transformers
 from bitsandbytes import functional
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit
 from components import SINGLE, played
 from test_learner import close, equal, gradient, learner_of, state, talks
 
@@ -23,7 +23,7 @@ from selfwright.agents.engines.transformers import TransformersConfig, Transform
 from selfwright.core.errors import LearnerError, ModelError, RecipeError
 from selfwright.core.models import quantization
 from selfwright.core.models.adapters import changes
-from selfwright.core.models.canary import Canary, distance
+from selfwright.core.models.canary import canaries_of, distance
 from selfwright.core.models.open import open_weights
 from selfwright.core.recipe import read
 from selfwright.core.types import Batch
@@ -68,9 +68,8 @@ def policy_of(model: Path, **keys: Any) -> TransformersPolicy:
 def off(policy: TransformersPolicy, checkpoint: Path) -> float:
     """How far it is from what the learner wrote beside its weights, nats on average."""
     asyncio.run(policy.load(checkpoint))
-    canary = Canary.of(checkpoint)
-    assert canary
-    found = policy._score(canary.ids[:1], canary.ids[1:], ())
+    (canary,) = canaries_of(checkpoint)
+    found = policy._score(canary.ids[: -len(canary.asked)], canary.asked, ())
     return distance(found, canary.logprobs)
 
 

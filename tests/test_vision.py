@@ -17,6 +17,8 @@ from seeing import KINDS, make, noise
 from selfwright.agents.engines.transformers import TransformersConfig, TransformersPolicy
 from selfwright.core.errors import LearnerError, ModelError, PromptError
 from selfwright.core.images import STORE
+from selfwright.core.models import canary
+from selfwright.core.models.canary import canaries_of
 from selfwright.core.models.open import open_model, save_merged
 from selfwright.core.models.scalar import ScalarConfig, ScalarModel
 from selfwright.core.models.tokens import ChatTokens
@@ -31,6 +33,7 @@ from selfwright.core.types import (
     Sampling,
 )
 from selfwright.trainers.learning.learner import LearnerConfig, PlainLearner
+from selfwright.trainers.learning.likely import QUESTION
 from selfwright.trainers.learning.loss import NLL, Clip, MomentGap
 from selfwright.trainers.learning.pack import pack
 
@@ -326,6 +329,45 @@ def test_lora_is_on_the_language_model_or_on_all(
         arrays = learner._forward.arrays(rows, loss)  # pyright: ignore[reportPrivateUsage]
         base = learner_of(folder)._forward.arrays(rows, NLL())  # pyright: ignore[reportPrivateUsage]
     torch.testing.assert_close(arrays.reference_logprobs, base.logprobs, atol=1e-4, rtol=0)
+
+
+@kinds
+def test_what_a_checkpoint_has_to_answer(
+    seeing: Callable[[str], str], tmp_path: Path, kind: str
+) -> None:
+    folder = seeing(kind)
+    learner, policy = learner_of(folder), policy_of(folder)
+    learner.export(tmp_path / "first")
+    text, *pictured = canaries_of(tmp_path / "first")
+    if kind == "gemma3":  # What its template writes is not the token that features stand for.
+        assert not pictured
+        return
+    (seen,) = pictured
+    prompt = Prompt((Message("user", (canary.shown(), QUESTION)),))
+    asyncio.run(policy.load(tmp_path / "first"))
+    here = policy.tokens.prompt(prompt)
+    assert not text.pictured and seen.pictured
+    # Asked of others, the picture is one placeholder; whoever samples spells it out.
+    vision = policy.tokens.vision
+    assert vision is not None and seen.ids.count(vision.placeholder) == 1
+    assert here.count(vision.placeholder) == vision.size(canary.shown()) > 1
+    for before, one in ((text.ids[: canary.BEGIN], text), (here, seen)):
+        found = policy._score(before, one.asked, one.images)  # pyright: ignore[reportPrivateUsage]
+        assert found == pytest.approx(one.logprobs, abs=1e-4)
+    grey = noise(canary.SIDE, canary.SIDE, 0)
+    other = policy._score(here, seen.asked, (grey,))  # pyright: ignore[reportPrivateUsage]
+    assert canary.distance(other, seen.logprobs) > 0.05
+    # They ask about the same tokens ever after, which the base finds likely, not any ones.
+    learner.update(Batch(NLL(), (Example(prompt, Completion("red"), 1.0),)), 0.0)
+    learner.export(tmp_path / "second")
+    again = canaries_of(tmp_path / "second")
+    assert [one.ids for one in again] == [text.ids, seen.ids]
+    assert again[1].logprobs != seen.logprobs
+    unlikely = canary.usual_ids(policy.tokens.tokenizer, canary.BEGIN + canary.LENGTH)
+    random = policy._score(  # pyright: ignore[reportPrivateUsage]
+        unlikely[: canary.BEGIN], unlikely[canary.BEGIN :], ()
+    )
+    assert sum(text.logprobs) > sum(random) + canary.LENGTH
 
 
 @kinds

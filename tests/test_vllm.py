@@ -6,6 +6,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ from selfwright.agents.engines.vllm_server import Gone, Replica
 from selfwright.core.config import JudgeConfig
 from selfwright.core.errors import DiskError, PolicyError, RecipeError
 from selfwright.core.files import read_json
-from selfwright.core.models.canary import Canary
+from selfwright.core.models.canary import canaries_of, write
 from selfwright.core.models.constraints import Constraints
 from selfwright.core.models.tokens import ChatTokens
 from selfwright.core.recipe import read
@@ -357,9 +358,8 @@ def test_a_broken_adapter_is_found_out(
     assert "tensors do not match" in said and "language_model" in said
     # Its own canary, which is not what these weights come to.
     other = shutil.copytree(checkpoints[1], tmp_path / "other")
-    canary = Canary.of(other)
-    assert canary
-    Canary(canary.ids, tuple(one - 1.0 for one in canary.logprobs)).write(other)
+    (canary,) = canaries_of(other)
+    write(other, [replace(canary, logprobs=tuple(one - 1.0 for one in canary.logprobs))])
     assert "answers otherwise than it should" in refused(other)
     # The last adapter's weights under a new name: what a stale server would answer.
     stale = shutil.copytree(checkpoints[0], tmp_path / "stale")
@@ -439,8 +439,7 @@ def test_a_run_learns_from_what_vllm_samples(
     assert [m["rollout/staleness_max"] for m in metrics] == [0, 1]
     # The first update sees the very weights that sampled: their ratio is 1.
     assert abs(metrics[0]["train/ratio"] - 1) < 0.2 and metrics[0]["train/tokens"] > 0
-    canary = Canary.of(tmp_path / "run" / "iterations" / "0001" / "checkpoint")
-    assert canary is not None
+    assert canaries_of(tmp_path / "run" / "iterations" / "0001" / "checkpoint")
 
 
 @pytest.mark.parametrize(

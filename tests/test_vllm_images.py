@@ -6,6 +6,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,19 @@ from selfwright.agents.engines.vllm import VLLMPolicy
 from selfwright.core.errors import PolicyError, PromptError
 from selfwright.core.files import write_json
 from selfwright.core.images import picture
-from selfwright.core.types import Completion, Constraint, Image, Message, Prompt, Sampling
+from selfwright.core.models.canary import canaries_of, write
+from selfwright.core.types import (
+    Batch,
+    Completion,
+    Constraint,
+    Example,
+    Image,
+    Message,
+    Prompt,
+    Sampling,
+)
+from selfwright.trainers.learning.learner import LearnerConfig, PlainLearner
+from selfwright.trainers.learning.loss import NLL
 
 SIDE, TOKENS = 56, 4
 """An image's pixels along a side, and what it is worth in tokens."""
@@ -84,7 +97,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.vllm
-def test_it_shows_images(seeing: Path) -> None:
+def test_it_shows_images(seeing: Path, tmp_path: Path) -> None:
     """What it samples is what the model thinks of those pixels, there and here."""
     pictures = [noise(seed) for seed in range(3)]
     model: Any = transformers.Idefics3ForConditionalGeneration.from_pretrained(seeing)
@@ -136,6 +149,17 @@ def test_it_shows_images(seeing: Path) -> None:
             many = prompt_of(*(pictures[0][0],) * 4, "1")
             with pytest.raises(PolicyError, match="refused: 400"):
                 await policy.complete(many, Sampling(), 0)
+            # It answers to what a learner wrote down of a picture, and is found out if it does not.
+            learner = PlainLearner(LearnerConfig(device="cpu", rank=4), str(seeing), 0)
+            learner.export(tmp_path / "first")
+            await policy.load(tmp_path / "first")
+            learner.update(Batch(NLL(), (Example(prompt, Completion("red"), 1.0),)), 0.0)
+            learner.export(tmp_path / "other")
+            text, seen = canaries_of(tmp_path / "other")
+            wrong = replace(seen, logprobs=tuple(one - 1.0 for one in seen.logprobs))
+            write(tmp_path / "other", [text, wrong])
+            with pytest.raises(PolicyError, match=r"canary failed.* 0\.5 nats"):
+                await policy.load(tmp_path / "other")
             plain = prompt_of("what is 2")
             assert (await policy.score(plain, said)).token_ids == said.token_ids
         finally:

@@ -21,7 +21,7 @@ from ...core.config import PolicyConfig
 from ...core.errors import DiskError, PolicyError, PromptTooLong
 from ...core.files import DRAFT, hard_link
 from ...core.models.adapters import changes, fits
-from ...core.models.canary import Canary, canary_ids, distance
+from ...core.models.canary import LENGTH, Canary, canaries_of, distance, usual_ids
 from ...core.models.constraints import in_any_tokens
 from ...core.models.open import bare, config_of, open_tokens, placeholder_of, save_merged, unready
 from ...core.models.origin import ADAPTER, WEIGHTS, belongs, parts_of
@@ -131,7 +131,9 @@ class VLLMPolicy:
         self._placeholder = placeholder_of(model)
         self.tokens = open_tokens(model, placeholder=self._placeholder)
         self.checkpoint = "base"
-        self._ids = canary_ids(self.tokens.tokenizer)
+        ids = usual_ids(self.tokens.tokenizer, 1 + LENGTH)
+        self._unknown = Canary(ids, LENGTH * (0.0,))
+        """Asked about where a checkpoint has no canary: nobody knows what is right."""
         self._mark = uuid.uuid4().hex[:8]
         self._temporary = tempfile.TemporaryDirectory(prefix="selfwright-vllm-")
         self._adapters = Path(config.adapters or self._temporary.name)
@@ -140,7 +142,7 @@ class VLLMPolicy:
         self._digest = ""
         self._layers: Any = None
         """The base's, without values: to hold adapters against."""
-        self._canary: Canary | None = None
+        self._canaries: tuple[Canary, ...] = ()
         self._count = 0
         self._busy: Counter[str] = Counter()
         self._answered = asyncio.Condition()
@@ -330,7 +332,7 @@ class VLLMPolicy:
                 self._count += 1
                 name = f"{self._mark}-{self._count:06d}"
                 self._publish(checkpoint, name)
-                await self._switch(name, Canary.of(checkpoint))
+                await self._switch(name, canaries_of(checkpoint))
                 self._digest = digest
             self.checkpoint = str(checkpoint)
 
@@ -363,52 +365,57 @@ class VLLMPolicy:
                 f"cannot publish an adapter in {self._adapters}: {error.strerror or error}"
             ) from error
 
-    async def _switch(self, name: str, canary: Canary | None) -> None:
+    async def _switch(self, name: str, canaries: tuple[Canary, ...]) -> None:
         """Have every replica answer with the adapter of that name, and drop the old one."""
-        old, learned = self._serving, self._canary
-        self._canary = canary
+        old, learned = self._serving, self._canaries
+        self._canaries = canaries
         try:
             if name:
                 async with asyncio.TaskGroup() as group:
                     for replica in self._replicas:
                         group.create_task(self._give(replica, name, learned))
         except* PolicyError as several:
-            self._canary = learned
+            self._canaries = learned
             await self._drop(name)
             raise several.exceptions[0] from None
         self._serving = name
         if old and old != name:
             await self._drop(old)
 
-    async def _give(self, replica: Replica, name: str, learned: Canary | None = None) -> None:
+    async def _give(self, replica: Replica, name: str, learned: tuple[Canary, ...] = ()) -> None:
         """Load the adapter there, and see that it is what answers.
 
-        ``learned``: the canary of the adapter before.
+        ``learned``: the canaries of the adapter before.
 
         Raises:
             PolicyError: it could not be loaded, or the answers are another model's.
         """
         await replica.load(name, self._adapters / name)
         spoken = await self._spoken(replica, name)
-        self._believe(replica, name, spoken, learned)
+        await self._believe(replica, name, spoken, learned)
         replica.spoken = spoken
 
-    def _believe(
-        self, replica: Replica, name: str, spoken: tuple[float, ...], learned: Canary | None
+    async def _believe(
+        self,
+        replica: Replica,
+        name: str,
+        spoken: tuple[float, ...],
+        learned: tuple[Canary, ...],
     ) -> None:
-        """Raises: PolicyError: these answers to the canary are not the adapter's."""
-        canary, tolerance = self._canary, self._config.canary_tolerance
-        if canary is None:
+        """Raises: PolicyError: these answers to the canaries are not the adapter's."""
+        tolerance = self._config.canary_tolerance
+        if not self._canaries:
             if spoken == replica.base and changes(self._adapters / name):
                 raise PolicyError(
                     f"{replica.url} answers as the base model does, though the adapter {name} "
                     "changes it: its weights' names are not those vLLM looks for"
                 )
             return
-        gap = distance(spoken, canary.logprobs)
+        wanted = _logprobs(replica, self._canaries)
+        gap = distance(spoken, wanted)
         if gap > tolerance:
             how = "otherwise than it should"
-            if spoken == replica.base:
+            if spoken == await self._spoken(replica, ""):
                 how = "as its base model does: the adapter's weights have names it does not know"
             elif spoken == replica.spoken:
                 how = "as its last adapter does: the new one is not in use"
@@ -417,16 +424,19 @@ class VLLMPolicy:
                 f"{gap:.3g} nats from the learner's on average, more than "
                 f"canary_tolerance={tolerance:g} allows"
             )
-        if learned and spoken == replica.spoken and learned.logprobs != canary.logprobs:
+        if learned and spoken == replica.spoken and _logprobs(replica, learned) != wanted:
             raise PolicyError(
                 f"the canary failed: {replica.url} still answers with its last adapter, though the "
                 "learner has changed"
             )
 
     async def _spoken(self, replica: Replica, name: str) -> tuple[float, ...]:
-        """What the canary's tokens are worth there; also a proof that it knows our tokens."""
-        answer = await replica.answer(name or MODEL, self._ids, (), SCORING, first=True)
-        return scores(answer, self._ids[1:])
+        """What the canaries' tokens are worth there; also a proof that it knows our tokens."""
+        found: list[float] = []
+        for one in _asked(replica, self._canaries) or (self._unknown,):
+            answer = await replica.answer(name or MODEL, one.ids, one.images, SCORING, first=True)
+            found += scores(answer, one.asked)
+        return tuple(found)
 
     async def _drop(self, name: str) -> None:
         """Unload once nobody is being answered by it; its files go too."""
@@ -448,6 +458,16 @@ class VLLMPolicy:
                     await replica.unload(self._serving)
             await replica.close()
         self._temporary.cleanup()
+
+
+def _asked(replica: Replica, canaries: Sequence[Canary]) -> list[Canary]:
+    """Those that the server can be asked about: some take no pictures beside ids."""
+    return [one for one in canaries if replica.generates or not one.pictured]
+
+
+def _logprobs(replica: Replica, canaries: Sequence[Canary]) -> tuple[float, ...]:
+    """What it has to answer to them."""
+    return tuple(value for one in _asked(replica, canaries) for value in one.logprobs)
 
 
 def home(prompt: Prompt) -> int:

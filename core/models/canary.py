@@ -1,5 +1,6 @@
 """What a checkpoint must answer: a few tokens and how likely its learner finds them."""
 
+import io
 import math
 import random
 from collections.abc import Sequence
@@ -9,11 +10,15 @@ from typing import Any
 
 from ..errors import StoreError
 from ..files import read_json, write_json
+from ..images import picture
+from ..types import Image
 
 FILE = "canary.json"
 """In a checkpoint's folder."""
-LENGTH = 48
-"""Tokens of it."""
+BEGIN, LENGTH = 8, 32
+"""Tokens that a canary begins with, and those that are asked about."""
+SIDE = 48
+"""Pixels of the picture's."""
 
 
 @dataclass(frozen=True)
@@ -21,33 +26,65 @@ class Canary:
     """Log-probabilities that whoever serves these weights has to agree with."""
 
     ids: tuple[int, ...]
-    """(T + 1,) tokens. What they say does not matter."""
+    """What they begin with, then tokens that the base itself is likely to go on with."""
     logprobs: tuple[float, ...]
-    """(T,) nats: of each but the first, given those before it."""
+    """(T,) nats: of the last T ids, each given those before it."""
+    pictured: bool = False
+    """Whether the ids hold a placeholder, for the picture that ``shown`` makes."""
 
-    def write(self, folder: Path) -> None:
-        write_json(folder / FILE, {"ids": self.ids, "logprobs": self.logprobs})
+    @property
+    def asked(self) -> tuple[int, ...]:
+        """(T,) the ids that have log-probabilities."""
+        return self.ids[-len(self.logprobs) :]
 
-    @staticmethod
-    def of(folder: Path) -> "Canary | None":
-        """That of a checkpoint; None if it has none. Raises: StoreError: it is damaged."""
-        if not (folder / FILE).is_file():
-            return None
-        payload = read_json(folder / FILE)
-        try:
-            found = Canary(tuple(map(int, payload["ids"])), tuple(map(float, payload["logprobs"])))
-        except (KeyError, TypeError, ValueError) as cause:
-            raise StoreError(f"{folder / FILE} is damaged: {cause!r}") from None
-        if len(found.ids) != len(found.logprobs) + 1:
-            raise StoreError(f"{folder / FILE} is damaged: {len(found.ids)} ids do not go with it")
-        return found
+    @property
+    def images(self) -> tuple[Image, ...]:
+        return (shown(),) if self.pictured else ()
 
 
-def canary_ids(tokenizer: Any) -> tuple[int, ...]:
+def write(folder: Path, canaries: Sequence[Canary]) -> None:
+    plain = [{**vars(one)} for one in canaries]
+    write_json(folder / FILE, {"canaries": plain})
+
+
+def canaries_of(folder: Path) -> tuple[Canary, ...]:
+    """Those of a checkpoint; none if it has none. Raises: StoreError: they are damaged."""
+    if not (folder / FILE).is_file():
+        return ()
+    payload = read_json(folder / FILE)
+    try:
+        # Before there were pictures, there was one.
+        found = tuple(_read(one) for one in payload.get("canaries", [payload]))
+    except (AttributeError, KeyError, TypeError, ValueError) as cause:
+        raise StoreError(f"{folder / FILE} is damaged: {cause!r}") from None
+    return found
+
+
+def _read(payload: Any) -> Canary:
+    ids = tuple(map(int, payload["ids"]))
+    logprobs = tuple(map(float, payload["logprobs"]))
+    if not 0 < len(logprobs) < len(ids):
+        raise ValueError(f"{len(logprobs)} log-probabilities do not go with {len(ids)} ids")
+    return Canary(ids, logprobs, bool(payload.get("pictured", False)))
+
+
+def usual_ids(tokenizer: Any, count: int) -> tuple[int, ...]:
     """The same ones for every model with that tokenizer; none that a template or a picture uses."""
     special = set(tokenizer.added_tokens_decoder)
     usual = [token for token in range(len(tokenizer)) if token not in special]
-    return tuple(random.Random(0).choices(usual, k=LENGTH + 1))
+    return tuple(random.Random(0).choices(usual, k=count))
+
+
+def shown() -> Image:
+    """The picture of canaries: a slope in every colour."""
+    import numpy as np
+    from PIL import Image as Pillow
+
+    x, y = np.meshgrid(*2 * [np.linspace(0, 255, SIDE)])
+    pixels = np.stack([x, y, 255 - (x + y) / 2], -1).astype(np.uint8)
+    file = io.BytesIO()
+    Pillow.fromarray(pixels).save(file, "PNG")
+    return picture(file.getvalue())
 
 
 def distance(a: Sequence[float], b: Sequence[float]) -> float:

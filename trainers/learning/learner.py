@@ -4,7 +4,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -17,8 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ...core.errors import LearnerError, ModelError
-from ...core.models import optimizer
-from ...core.models.canary import Canary, canary_ids
+from ...core.models import canary, optimizer
 from ...core.models.frozen import open_frozen
 from ...core.models.open import open_model
 from ...core.models.origin import note_base
@@ -35,7 +34,8 @@ from ...core.types import (
 from .adapted import adapted, beside_language
 from .config import LearnerConfig
 from .forward import Forward
-from .pack import Row, Span, pack, token_weights, units
+from .likely import Canaries
+from .pack import Row, pack, token_weights, units
 from .reader import Reader, moved
 from .shard import sharding
 from .targets import unknown_targets
@@ -106,6 +106,7 @@ class PlainLearner:
             torch.backends.cudnn.allow_tf32 = True
         self._base = model
         self._teachers: dict[str, Reader] = {}
+        self._canaries: Canaries | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -410,7 +411,7 @@ class PlainLearner:
 
     def export(self, folder: Path) -> None:
         lora = self._config.method == "lora"
-        canary = self._canary()  # By everybody, as each may hold a part of the model.
+        canaries = self._canary()  # By everybody, as each may hold a part of the model.
         arguments: dict[str, Any] = {}
         if self._mesh is not None:
             named = self._trained if lora else self._model.state_dict()
@@ -426,18 +427,20 @@ class PlainLearner:
                 note_base(folder, self._base)
             else:
                 self._tokens.save(folder)
-            canary.write(folder)
+            canary.write(folder, canaries)
 
-    def _canary(self) -> Canary:
+    def _canary(self) -> list[canary.Canary]:
         """What these weights, served by anybody, have to answer."""
-        ids = canary_ids(self._tokens.tokenizer)
-        row = Row(list(ids), spans=[Span(1, len(ids), 0.0, (), 0)])
-        layout = self._reader.layout([row])
         self._model.eval()
-        with torch.no_grad():
-            found = self._reader.logprobs(self._reader.states(layout), layout.targets)
+        if self._canaries is None:
+            lora = self._config.method == "lora"
+            bare = self._model.disable_adapter() if lora else nullcontext()
+            # Not worth compiling for.
+            with torch.compiler.set_stance("force_eager"), bare:
+                self._canaries = Canaries(self._reader, self._tokens, self._base)
+        found = self._canaries.now(self._reader)
         self._model.train()
-        return Canary(ids, tuple(map(float, found)))
+        return found
 
     def save(self, folder: Path) -> None:
         """Weights in training, optimiser state and the count that random numbers follow from."""
