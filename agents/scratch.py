@@ -83,21 +83,33 @@ def make(model: str, texts: Iterable[str], folder: Path, seed: int) -> None:
     weights.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if sees:
-        _processor().save_pretrained(folder)
-        settings = {"processor_class": "Idefics3Processor", "image_seq_len": _tokens_a_picture()}
-        write_json(folder / "processor_config.json", settings)
+        save_processor(folder)
 
 
-def _processor() -> Any:
-    """Of pictures, each scaled as a whole and never cut up."""
+def save_processor(folder: Path) -> None:
+    """Write what makes tensors of pictures: each is scaled as a whole and never cut up."""
     from transformers import Idefics3ImageProcessorPil
 
     whole = {"longest_edge": SIDE}
-    return Idefics3ImageProcessorPil(size=whole, max_image_size=whole, do_image_splitting=False)
+    processor = Idefics3ImageProcessorPil(
+        size=whole, max_image_size=whole, do_image_splitting=False
+    )
+    processor.save_pretrained(folder)
+    tokens = (SIDE // PATCH // JOINED) ** 2
+    settings = {"processor_class": "Idefics3Processor", "image_seq_len": tokens}
+    write_json(folder / "processor_config.json", settings)
 
 
-def _tokens_a_picture() -> int:
-    return (SIDE // PATCH // JOINED) ** 2
+def eye_config(width: int, layers: int) -> dict[str, Any]:
+    """Idefics3's settings of a small transformer that looks at patches."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 32,
+        "image_size": SIDE,
+        "patch_size": PATCH,
+    }
 
 
 def config_of(model: str, tokenizer: Any = None) -> Any:
@@ -128,14 +140,7 @@ def config_of(model: str, tokenizer: Any = None) -> Any:
         return Qwen3Config(**language)
     return Idefics3Config(
         text_config=LlamaConfig(**language).to_dict(),
-        vision_config={
-            "hidden_size": width,
-            "intermediate_size": 2 * width,
-            "num_hidden_layers": max(2, layers // 2),
-            "num_attention_heads": width // 32,
-            "image_size": SIDE,
-            "patch_size": PATCH,
-        },
+        vision_config=eye_config(width, max(2, layers // 2)),
         scale_factor=JOINED,
         image_token_id=tokenizer.convert_tokens_to_ids(MARKS["image_token"]) if tokenizer else 0,
         tie_word_embeddings=True,

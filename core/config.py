@@ -189,7 +189,8 @@ class PolicyConfig(Config):
 
     model: str
     """A folder, a hub id, a ``.gguf`` file, ``package:NAME`` for the one in an installed package,
-    or ``scratch:WIDTHxLAYERS`` for a small one made here, ``scratch-vlm:`` for one that sees."""
+    or ``scratch:WIDTHxLAYERS`` for a small one made here, ``scratch-vlm:`` for one that sees;
+    ``graft:`` before any but these two puts an eye on a language model."""
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_tokens: int = Field(default=64, ge=1)

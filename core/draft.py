@@ -232,7 +232,7 @@ class Draft:
                 found[name] = one
                 assert isinstance(one.config, PolicyConfig)
                 if one.config.warm_start or one.config.model.startswith(
-                    ("scratch:", "scratch-vlm:")
+                    ("scratch:", "scratch-vlm:", "graft:")
                 ):
                     message = "only the policy in training is made here; give a model that is there"
                     self.fault(("policies", name), message)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from ..agents import scratch
+from ..agents import graft, scratch
 from ..core.config import PolicyConfig
 from ..core.errors import ModelError, RecipeError
 from ..core.models.open import bare, config_of
@@ -42,6 +42,8 @@ def _layers(model: str, trust_remote_code: bool) -> Any:
     """The model without values: nothing of it is made or loaded for that."""
     if scratch.is_scratch(model):
         return bare(scratch.config_of(model))
+    if graft.is_graft(model):
+        return bare(graft.config_of(model))
     return bare(config_of(model, trust_remote_code), trust_remote_code)
 
 
@@ -63,6 +65,12 @@ def _policies(recipe: Recipe, model: str) -> Iterator[str]:
 
 def _unready(section: Section, model: str) -> str:
     """Why that policy cannot be opened; empty if it can, or if nobody knows."""
+    if graft.is_graft(model):
+        try:
+            graft.config_of(model)
+        except ModelError as error:
+            return str(error)
+        model = ""
     unready: Callable[[Any, str], str] | None = getattr(section.plugin, "unready", None)
     if unready is None:
         return ""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from .. import __version__
-from ..agents import scratch
+from ..agents import graft, scratch
 from ..core.config import Config, PolicyConfig, WarmStart
 from ..core.errors import LearnerError, RecipeError, WorldError
 from ..core.files import DRAFT, read_json, write_json
@@ -40,6 +40,16 @@ WORDS = 4000
 """Expert episodes that a new tokenizer is trained on."""
 STORY = "story.json"
 """In the folder of a model made here: how it came about."""
+GRAFTED = "grafted"
+"""The folder, in that of a model while it is made, of what its warm start begins with."""
+UNTRAINED: dict[str, Any] = {
+    "environment_steps": 0,
+    "tokens_trained": 0,
+    "updates": 0,
+    "skill": None,
+    "wanted": None,
+}
+"""The story of one that nothing was shown to."""
 
 
 async def prepare(
@@ -61,13 +71,16 @@ async def prepare(
     assert isinstance(config, PolicyConfig)
     if scratch.is_scratch(config.model):
         scratch.parse(config.model)
-    model = resolved(config.model)
     if not made_here(config):
+        model = resolved(config.model)
         return str(Path(model).resolve()) if Path(model).is_dir() else model
     folder = kept(key_of(recipe))
     if is_made(folder):
         progress.say(f"base model made earlier: {story_of(folder)}, {folder}")
         _warn(folder, progress)
+        return str(folder)
+    if _only_grafted(config):
+        _graft(recipe, config, folder, progress)
         return str(folder)
     if "expert" not in worlds.abilities:
         raise RecipeError(
@@ -82,14 +95,31 @@ async def prepare(
 
 def made_here(config: PolicyConfig) -> bool:
     """Whether the base model is one that this package makes or changes before the run."""
-    return scratch.is_scratch(config.model) or config.warm_start is not None
+    new = scratch.is_scratch(config.model) or graft.is_graft(config.model)
+    return new or config.warm_start is not None
+
+
+def _only_grafted(config: PolicyConfig) -> bool:
+    """Whether the base model hangs on no world: one with an eye that has learned nothing yet."""
+    return graft.is_graft(config.model) and config.warm_start is None
+
+
+def _graft(recipe: Recipe, config: PolicyConfig, folder: Path, progress: Progress) -> None:
+    """Make the base model as it is without a warm start, its eye untrained."""
+    began = time.monotonic()
+    with making(folder) as draft:
+        graft.make(config.model, draft, derive(recipe.seed, "graft"))
+        story = UNTRAINED | {"key": key_of(recipe), "wall_s": round(time.monotonic() - began, 1)}
+        write_json(draft / STORY, story | {"grafted": config.model})
+    progress.say(f"base model: {story_of(folder)}")
 
 
 def story_of(folder: Path) -> str:
     """How a model made here came about, in a few words."""
     story: dict[str, Any] = read_json(folder / STORY)
     if not story["updates"]:
-        return "untrained"
+        grafted: str = story.get("grafted", "")
+        return f"{grafted}, its eye untrained" if grafted else "untrained"
     words = f"warm start of {story['updates']} updates, {story['wall_s']:.0f} s"
     if story["skill"] is not None:
         words += f", solves {story['skill']:.0%} of {VALIDATION} validation tasks"
@@ -123,6 +153,9 @@ def key_of(recipe: Recipe) -> str:
     """A hash of all that a model made here depends on: settings, files and the plug-ins' code."""
     config = recipe.policy.config
     assert isinstance(config, PolicyConfig)
+    if _only_grafted(config):
+        grafted = [__version__, MADE, graft.identity(config.model), recipe.seed]
+        return _digest(grafted)
     played = {"environment": recipe.environment.dump(), "agent": recipe.agent.dump()}
     payload = {
         "version": [__version__, MADE],
@@ -137,10 +170,16 @@ def key_of(recipe: Recipe) -> str:
         "elsewhere": uuid.uuid4().hex if recipe.fleet.elsewhere else "",
         "seed": recipe.seed,
     }
+    return _digest(payload)
+
+
+def _digest(payload: Any) -> str:
     return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _contents(model: str) -> dict[str, str]:
+def _contents(model: str) -> dict[str, str] | list[str]:
+    if graft.is_graft(model):
+        return graft.identity(model)
     folder = Path(resolved(model))
     if not folder.is_dir():
         return {}
@@ -196,19 +235,9 @@ async def _make(
             f"the expert of {recipe.environment.use} gave up at once on all of {len(begin)} tasks; "
             "there is nothing to warm up on"
         )
-    model = resolved(config.model)
-    if scratch.is_scratch(model):
-        texts = [text for trajectory in shown[:WORDS] for text in _texts(trajectory)]
-        scratch.make(model, texts, folder, derive(recipe.seed, "scratch"))
-        model = str(folder)
-    story: dict[str, Any] = {
-        "key": key,
-        "environment_steps": sum(len(trajectory.steps) for trajectory in shown),
-        "tokens_trained": 0,
-        "updates": 0,
-        "skill": None,
-        "wanted": None,
-    }
+    model = _begun(recipe, config, shown, folder)
+    steps = sum(len(trajectory.steps) for trajectory in shown)
+    story = UNTRAINED | {"key": key, "environment_steps": steps}
     if warm is not None:
         if warm.seconds is not None:
             progress.say(
@@ -218,9 +247,23 @@ async def _make(
         learner = learner_factory(*_cloner(recipe, warm), model, recipe.seed)
         arguments = (config, warm, model, worlds, examples, folder, progress)
         story |= await _clone(recipe, learner, *arguments)
+    shutil.rmtree(folder / GRAFTED, ignore_errors=True)
     write_json(folder / STORY, story | {"wall_s": round(time.monotonic() - began, 1)})
     progress.say(f"base model: {story_of(folder)}")
     _warn(folder, progress)
+
+
+def _begun(recipe: Recipe, config: PolicyConfig, shown: Sequence[Trajectory], folder: Path) -> str:
+    """What a warm start begins with; made, if it is to be, in ``folder``."""
+    if scratch.is_scratch(config.model):
+        texts = [text for trajectory in shown[:WORDS] for text in _texts(trajectory)]
+        scratch.make(config.model, texts, folder, derive(recipe.seed, "scratch"))
+        return str(folder)
+    if graft.is_graft(config.model):
+        # Apart: what its adapter is merged into is read while the result is written.
+        graft.make(config.model, folder / GRAFTED, derive(recipe.seed, "graft"))
+        return str(folder / GRAFTED)
+    return resolved(config.model)
 
 
 def _examples(
@@ -248,7 +291,7 @@ def _cloner(recipe: Recipe, warm: WarmStart) -> tuple[type[Any], Config]:
     settings |= {"batch_size": warm.batch_size, "warmup": 20}
     settings |= {"rank": warm.rank, "alpha": 2 * warm.rank}
     policy = recipe.policy.config
-    if isinstance(policy, PolicyConfig) and policy.model.startswith(scratch.SEEING):
+    if isinstance(policy, PolicyConfig) and policy.model.startswith((scratch.SEEING, graft.PREFIX)):
         settings["targets"] = "vision"  # It knows no pictures yet.
     if isinstance(recipe.learner.config, LearnerConfig):
         settings["device"] = recipe.learner.config.device  # One for all of a process's learners.
