@@ -18,7 +18,7 @@ from typing import Any
 from ..core.errors import ModelError
 from ..core.models.open import config_of as opened_config
 from ..core.models.open import open_tokens, open_weights
-from ..core.models.origin import digest, layers_of
+from ..core.models.origin import digest
 from . import scratch
 
 PREFIX = "graft:"
@@ -26,7 +26,7 @@ WIDTH, LAYERS = 128, 2
 """Of the transformer that looks at patches."""
 LANGUAGE = "llama"
 """transformers' name of the only architecture that is given an eye."""
-JOINED = """\
+LEAD = """\
 {%- set ns = namespace(plain=[]) -%}
 {%- for m in messages -%}
 {%- if m.content is defined and m.content is iterable \
@@ -127,8 +127,7 @@ def _config(model: str, tokenizer: Any) -> Any:
     """Idefics3's, for MODEL's own ``tokenizer``, which is given the tokens and the template."""
     from transformers import Idefics3Config
 
-    base, _ = layers_of(_base(model))
-    language = opened_config(base).to_dict()
+    language = opened_config(_base(model)).to_dict()
     new = [mark for mark in scratch.MARKS.values() if mark not in tokenizer.get_vocab()]
     tokenizer.add_special_tokens({"extra_special_tokens": new}, replace_extra_special_tokens=False)
     tokenizer.chat_template = _of_parts(tokenizer.chat_template)
@@ -147,8 +146,8 @@ def _config(model: str, tokenizer: Any) -> Any:
 def _of_parts(template: Any) -> Any:
     """The template, or the templates by name, that takes contents of parts too."""
     if isinstance(template, str):
-        return JOINED + template
-    return {name: JOINED + one for name, one in template.items()}
+        return LEAD + template
+    return {name: LEAD + one for name, one in template.items()}
 
 
 def _carry_over(language: Any, seeing: Any) -> None:
