@@ -9,6 +9,7 @@ import math
 import random
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from components import step
 from prompts import grey
 from safetensors.torch import load_file
+from seeing import make, noise
 
 from selfwright.agents import scratch
 from selfwright.commands.cli import call
@@ -129,6 +131,34 @@ def test_one_step_equals_the_plain_learners_on_the_ids_as_sampled(
     assert got["train/learning_rate"] == expected["train/learning_rate"]
     a, b = weights(ours, tmp_path / "ours"), weights(theirs, tmp_path / "theirs")
     assert farthest(a, b) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["idefics3", "qwen3_vl"])
+def test_pictures_are_learned_from_as_the_plain_learner_does(
+    kind: str, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    make(kind, model_folder("scratch"), tmp_path / "model")
+    # Rows of one picture, of two, of none; in one micro-batch and in several.
+    views = [(noise(20, 30, 0),), (noise(40, 10, 1), noise(16, 16, 2)), ()]
+    examples = tuple(
+        Example(Prompt((Message("user", (*views[k % 3], f"make {k}")),)), Completion(f"{k} - 1"))
+        for k in range(7)
+    )
+    batch = Batch(NLL(aggregation="token-mean"), examples)
+    changes = {"max_grad_norm": 0.1, "learning_rate": 1e-3, "batch_size": 8}
+    folder = str(tmp_path / "model")
+    ours, theirs = plain(folder, **changes), through_trl(folder, **changes, token_budget=100)
+    for _ in range(2):
+        expected, got = ours.update(batch, 0.0), theirs.update(batch, 0.0)
+        assert got["train/loss"] == pytest.approx(expected["train/loss"], abs=1e-4)
+        assert got["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=1e-3)
+    a, b = weights(ours, tmp_path / "ours"), weights(theirs, tmp_path / "theirs")
+    assert farthest(a, b) < 1e-4
+    # Without the pictures it is another loss.
+    bare = tuple(replace(e, prompt=asked(f"make {k}")) for k, e in enumerate(examples))
+    blind = plain(folder, **changes).update(replace(batch, examples=bare), 0.0)
+    seen = plain(folder, **changes).update(batch, 0.0)
+    assert abs(blind["train/loss"] - seen["train/loss"]) > 0.01
 
 
 def test_a_restored_learner_goes_on_identically(model: str, tmp_path: Path) -> None:

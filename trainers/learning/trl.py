@@ -11,14 +11,10 @@ import importlib.util
 import logging
 import math
 import random
-import tempfile
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
-
-import numpy as np
 
 from ...core.errors import LearnerError, PolicyError
 from ...core.models.adapters import merge
@@ -26,10 +22,12 @@ from ...core.models.open import open_model, open_tokens
 from ...core.models.origin import layers_of, note_base
 from ...core.models.tokens import PAD, ChatTokens
 from ...core.seeds import derive
-from ...core.types import Batch, Example, Loss, Metrics, Need, Pair, TokenArrays
+from ...core.types import Batch, Example, Image, Loss, Metrics, Need, Pair, TokenArrays
+from .collate import apart, collated, own_forward, seeing
 from .export import to_preferences
 from .learner import LearnerConfig, PlainLearner
 
+EYE = "what looks at pictures is not trained by learner.use: trl; leave targets: vision out"
 MISSING = "TRL is not installed; pip install 'selfwright[trl]', or use learner.use: plain"
 Weights: TypeAlias = Literal["refuse", "ignore", "repeat"]
 
@@ -47,7 +45,8 @@ class TRLLearner(PlainLearner):
     Weights, optimiser and schedule go on from update to update, and the seeds of an update follow
     from its number, so a restored learner goes on as if nothing had happened. What differs from
     ``plain``: the only loss is NLL, and it is always the mean over the trained tokens of an
-    optimiser step, whatever aggregation the loss asks for; turns do not share rows; one process.
+    optimiser step, whatever aggregation the loss asks for; turns do not share rows; what looks at
+    pictures is not trained; one process.
     """
 
     Config = TRLConfig
@@ -58,6 +57,8 @@ class TRLLearner(PlainLearner):
     def unfit(config: LearnerConfig, bare: Callable[[], Any]) -> list[str]:
         there = importlib.util.find_spec("trl") is not None
         faults = [] if there else [f"learner.use: {MISSING}"]
+        if config.targets == "vision":
+            faults.append(EYE)
         return [*faults, *_unknown(config), *PlainLearner.unfit(config, bare)]
 
     def __init__(self, config: TRLConfig, model: str, seed: int) -> None:
@@ -76,13 +77,10 @@ class TRLLearner(PlainLearner):
         """``batch.epochs`` passes over the examples, in optimiser steps of ``batch_size``.
 
         Raises:
-            LearnerError: no examples, or pictures in them; a loss that is not NLL, weights that
-                TRL cannot honour, or a loss that is not finite (the weights are spoiled then:
-                restore an earlier state).
+            LearnerError: no examples, a loss that is not NLL, weights that TRL cannot honour, or a
+                loss that is not finite (the weights are spoiled then: restore an earlier state).
         """
         self._look_at(batch.loss)
-        if any(example.prompt.images for example in batch.examples):
-            raise LearnerError("the learner trl reads text only; use learner.use: plain")
         if batch.fresh:
             self._begin()
             progress = 0.0
@@ -92,7 +90,8 @@ class TRLLearner(PlainLearner):
         rows = [
             (self._tokens.prompt(e.prompt), self._tokens.answer(e.completion)) for e in examples
         ]
-        log = self._fit(rows, batch.epochs, progress, seed)
+        images = [example.prompt.images for example in examples]
+        log = self._fit(rows, images, batch.epochs, progress, seed)
         trained = sum(len(prompt) + len(completion) for prompt, completion in rows) * batch.epochs
         return {
             "train/loss": sum(entry["loss"] for entry in log) / len(log),
@@ -118,6 +117,7 @@ class TRLLearner(PlainLearner):
     def _fit(
         self,
         rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+        images: Sequence[tuple[Image, ...]],
         epochs: int,
         progress: float,
         seed: int,
@@ -134,19 +134,23 @@ class TRLLearner(PlainLearner):
             self._updates = begin + step
             return self._rate(progress) / base
 
-        labelled = {
+        labelled: dict[str, Any] = {
             "input_ids": [[*prompt, *completion] for prompt, completion in rows],
             "labels": [[-100] * len(prompt) + list(completion) for prompt, completion in rows],
         }
         longest = max(map(len, labelled["input_ids"]))
+        kind, eye, more = _trl().SFTTrainer, self._reader.eye, dict[str, Any]()
+        if eye is not None:
+            kind, more = seeing(kind, eye, images), {"data_collator": collated}
+            labelled["row"] = range(len(rows))
         # TRL replaces the forward of the model it is given, once more for every trainer.
         with (
-            _apart() as folder,
-            _own_forward(self._model, self._model.get_base_model())
+            apart() as folder,
+            own_forward(self._model, self._model.get_base_model())
             if self._config.method == "lora"
-            else _own_forward(self._model),
+            else own_forward(self._model),
         ):
-            trainer = _trl().SFTTrainer(
+            trainer = kind(
                 self._model,
                 _trl().SFTConfig(
                     **_arguments(self._config, longest, epochs, seed, folder),
@@ -155,6 +159,7 @@ class TRLLearner(PlainLearner):
                 train_dataset=Dataset.from_dict(labelled),
                 processing_class=_padding(self._tokens.tokenizer, self._model),
                 optimizers=(self._optimizer, LambdaLR(self._optimizer, share)),
+                **more,
             )
             log = _run(trainer)
         self._updates = begin + len(log)
@@ -237,7 +242,7 @@ def fit_dpo(
     longest = max(
         len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows
     )
-    with _apart() as folder:
+    with apart() as folder:
         trainer = trl.DPOTrainer(
             weights,
             args=trl.DPOConfig(
@@ -283,7 +288,7 @@ def fit_reward(
         for row in _pair_ids(pairs, tokens)
     ]
     longest = max(len(ids) for row in rows for ids in row.values())
-    with _apart() as folder:
+    with apart() as folder:
         trainer = trl.RewardTrainer(
             weights,
             args=trl.RewardConfig(
@@ -367,6 +372,7 @@ def _arguments(
         "use_cpu": _device(config) == "cpu",
         "dataloader_pin_memory": torch.cuda.is_available(),
         "max_length": None,
+        "remove_unused_columns": False,
         "seed": seed % 2**32,
         "save_strategy": "no",
         "report_to": "none",
@@ -390,34 +396,6 @@ def _run(trainer: Any) -> list[Metrics]:
                 f"{entry['grad_norm']}; lower learner.learning_rate"
             )
     return log
-
-
-@contextmanager
-def _apart() -> Generator[str]:
-    """A folder for a while. The random states that TRL seeds anew are put back in the end."""
-    import torch
-
-    rng: Any = torch.random
-    python, arrays = random.getstate(), np.random.get_state()
-    with rng.fork_rng(), tempfile.TemporaryDirectory(prefix="selfwright-") as folder:
-        try:
-            yield folder
-        finally:
-            random.setstate(python)
-            np.random.set_state(arrays)
-
-
-@contextmanager
-def _own_forward(*modules: Any) -> Generator[None]:
-    """Whatever is put over the modules' ``forward`` meanwhile is taken off again."""
-    kept: list[Any] = [vars(module).get("forward") for module in modules]
-    try:
-        yield
-    finally:
-        for module, forward in zip(modules, kept, strict=True):
-            vars(module).pop("forward", None)
-            if forward is not None:
-                module.forward = forward
 
 
 def _lora(config: LearnerConfig, task: str, **more: Any) -> Any:
