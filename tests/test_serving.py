@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prompts import png, prompt_of
+from seeing import make
 from serving import Echo, limits, running, served, transformers_policy, until
 from test_rollout import said
 
@@ -871,6 +872,33 @@ def test_a_served_agent_plays_as_it_does_here(player: Path) -> None:
         )
         assert acted == wanted
         assert max(len(t.steps) for t in far) == 3, "some episodes need several turns"
+
+    asyncio.run(main())
+
+
+def test_a_served_model_sees_what_its_client_shows(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    make("qwen3_vl", model_folder("scratch"), tmp_path)
+
+    async def main() -> None:
+        policy = transformers_policy(tmp_path)
+        what = served(policy, policy.tokens)
+        fleet = Fleet.model_validate({"parallel": 8})
+        async with await open_worlds("pictures", {"size": 24, "attempts": 2}, fleet) as worlds:
+            begin = starts(await draw(worlds.tasks("train"), 8, 1), 1, 1)
+            direct = await rollouts(what.player, worlds, begin, 5)
+            async with running(what) as http, Client(str(http.base_url)) as client:
+                there = ServedPlayer(client)
+                far = await rollouts(there, worlds, begin, 5)
+                await there.close()
+        assert [t.error for t in far] == [""] * 8
+        spoken, wanted = (
+            [[step.action.completion.token_ids for step in t.steps] for t in one]
+            for one in (far, direct)
+        )
+        assert spoken == wanted
+        assert len({ids for one in spoken for ids in one}) > 1, "pictures do not matter to it"
 
     asyncio.run(main())
 
