@@ -34,7 +34,7 @@ from selfwright.core.types import (
     Prompt,
     TokenArrays,
 )
-from selfwright.trainers.learning import head
+from selfwright.trainers.learning import head, memory
 from selfwright.trainers.learning.learner import LearnerConfig, PlainLearner
 from selfwright.trainers.learning.loss import (
     DPO,
@@ -452,6 +452,36 @@ def test_checkpointed_gradients_are_the_same(model_folder: Folder, method: str) 
     plain = gradient(learner_of(folder, method=method, **LOOSE), batch)
     saved = learner_of(folder, method=method, gradient_checkpointing=True, **LOOSE)
     assert close(plain, gradient(saved, batch))
+
+
+def test_layers_run_again_where_memory_is_short(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = model_folder("qwen3")
+    batch = Batch(Clip(kl=0.1), tuple(talks(tokens_of(folder), 6)))
+    loose = learner_of(folder, **LOOSE)
+    wanted = gradient(loose, batch)
+    reader = loose._reader  # pyright: ignore[reportPrivateUsage]
+    assert not reader.weights.is_gradient_checkpointing
+    # What two short rows tell is what a long one takes.
+    each = memory.per_token(reader)
+    kept = memory._kept  # pyright: ignore[reportPrivateUsage]
+    assert each * 500 == pytest.approx(kept(reader, 900) - kept(reader, 400), rel=0.05)
+    taken = each * reader.budget / memory.SHARE
+    for room, again in ((1.01 * taken, False), (0.99 * taken, True)):
+
+        def free(device: torch.device, room: float = room) -> int:
+            return int(room)
+
+        monkeypatch.setattr(memory, "free", free)
+        learner = learner_of(folder, **LOOSE)
+        assert close(wanted, gradient(learner, batch))
+        found = learner._reader.weights  # pyright: ignore[reportPrivateUsage]
+        assert found.is_gradient_checkpointing == again
+    # It then keeps far less, and what begins anew goes on so.
+    assert memory.per_token(learner._reader) < each / 2  # pyright: ignore[reportPrivateUsage]
+    learner.update(replace(batch, fresh=True), 0.0)
+    assert learner._reader.weights.is_gradient_checkpointing  # pyright: ignore[reportPrivateUsage]
 
 
 def tokens_of(folder: Path) -> ChatTokens:

@@ -28,6 +28,7 @@ from ...core.models.origin import ADAPTER, WEIGHTS, belongs, parts_of
 from ...core.models.tokens import cut
 from ...core.thoughts import thinks_still
 from ...core.types import Completion, Prompt, Sampling
+from .vllm_canary import expected, spoken
 from .vllm_request import SCORING, after, request, scores
 from .vllm_server import MODEL, Answer, Gone, Replica, launched
 
@@ -324,7 +325,7 @@ class VLLMPolicy:
         await self._ready()
         async with self._loading:
             if checkpoint is None:
-                await self._switch("", None)
+                await self._switch("", ())
                 self._digest, self.checkpoint = "", "base"
                 return
             digest = await asyncio.to_thread(self._checked, checkpoint)
@@ -411,7 +412,7 @@ class VLLMPolicy:
                     "changes it: its weights' names are not those vLLM looks for"
                 )
             return
-        wanted = _logprobs(replica, self._canaries)
+        wanted = expected(replica, self._canaries)
         gap = distance(spoken, wanted)
         if gap > tolerance:
             how = "otherwise than it should"
@@ -424,19 +425,14 @@ class VLLMPolicy:
                 f"{gap:.3g} nats from the learner's on average, more than "
                 f"canary_tolerance={tolerance:g} allows"
             )
-        if learned and spoken == replica.spoken and _logprobs(replica, learned) != wanted:
+        if learned and spoken == replica.spoken and expected(replica, learned) != wanted:
             raise PolicyError(
                 f"the canary failed: {replica.url} still answers with its last adapter, though the "
                 "learner has changed"
             )
 
     async def _spoken(self, replica: Replica, name: str) -> tuple[float, ...]:
-        """What the canaries' tokens are worth there; also a proof that it knows our tokens."""
-        found: list[float] = []
-        for one in _asked(replica, self._canaries) or (self._unknown,):
-            answer = await replica.answer(name or MODEL, one.ids, one.images, SCORING, first=True)
-            found += scores(answer, one.asked)
-        return tuple(found)
+        return await spoken(replica, name or MODEL, self._canaries or (self._unknown,))
 
     async def _drop(self, name: str) -> None:
         """Unload once nobody is being answered by it; its files go too."""
@@ -458,16 +454,6 @@ class VLLMPolicy:
                     await replica.unload(self._serving)
             await replica.close()
         self._temporary.cleanup()
-
-
-def _asked(replica: Replica, canaries: Sequence[Canary]) -> list[Canary]:
-    """Those that the server can be asked about: some take no pictures beside ids."""
-    return [one for one in canaries if replica.generates or not one.pictured]
-
-
-def _logprobs(replica: Replica, canaries: Sequence[Canary]) -> tuple[float, ...]:
-    """What it has to answer to them."""
-    return tuple(value for one in _asked(replica, canaries) for value in one.logprobs)
 
 
 def home(prompt: Prompt) -> int:

@@ -35,7 +35,10 @@ class LearnerConfig(Config):
     token_budget: int | None = Field(default=None, ge=1)
     """Padded tokens per micro-batch; gradients of a step's micro-batches are accumulated. None:
     2,048 on a CPU, whose caches small ones suit, and 16,384 on a GPU."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Layers keep little for their gradients and run again for them, in a third more time.
+    ``auto``: if what they keep of a full micro-batch, as measured on two short rows before the
+    first update, would take more than 70 % of the memory that is free; not of sharded models."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """``bfloat16``: frozen weights and activations in bf16; what is trained stays float32.
     ``auto``: that on a GPU, else float32."""

@@ -35,6 +35,7 @@ from .adapted import adapted, beside_language
 from .config import LearnerConfig
 from .forward import Forward
 from .likely import Canaries
+from .memory import fits
 from .pack import Row, pack, token_weights, units
 from .reader import Reader, moved
 from .shard import sharding
@@ -107,6 +108,8 @@ class PlainLearner:
         self._base = model
         self._teachers: dict[str, Reader] = {}
         self._canaries: Canaries | None = None
+        self._tight: bool | None = None
+        """Whether there is little memory; None: not known yet."""
         self._begin()
 
     def _begin(self) -> None:
@@ -124,9 +127,6 @@ class PlainLearner:
             config.trust_remote_code,
             config.quantization,
         )
-        if config.gradient_checkpointing:
-            weights.gradient_checkpointing_enable({"use_reentrant": False})
-            weights.enable_input_require_grads()
         looks = config.targets == "vision"
         # What a frozen eye makes of a picture stays as it is.
         eye = eye_of(self._tokens, weights, 0) if looks else eye_of(self._tokens, weights)
@@ -148,8 +148,10 @@ class PlainLearner:
             precision,
             eye,
             looks,
-            narrow=not (config.gradient_checkpointing or config.compile),
+            narrow=not config.compile,
         )
+        if config.gradient_checkpointing is True or self._tight:
+            self._checkpointed()
         self._forward = Forward(
             self._reader, self._tokens, config.trust_remote_code, self._teachers
         )
@@ -161,6 +163,26 @@ class PlainLearner:
             self._trained.values(), config.optimizer, config.learning_rate, config.weight_decay
         )
         self._updates = 0
+
+    def _checkpointed(self) -> None:
+        """Have layers keep little for their gradients, and run again for them."""
+        weights: Any = self._reader.weights
+        weights.gradient_checkpointing_enable({"use_reentrant": False})
+        weights.enable_input_require_grads()
+        self._reader.narrow = False
+
+    def _weigh_memory(self) -> None:
+        """Whether layers may keep what they like; asked once, before the first update."""
+        if self._config.gradient_checkpointing != "auto" or self._mesh is not None:
+            return
+        if self._tight is None:
+            with self._randomness("memory"):
+                tight = torch.tensor(float(not fits(self._reader)), device=self._device)
+            if self._accelerator.num_processes > 1:
+                tight = self._accelerator.reduce(tight, "sum")
+            self._tight = bool(tight)
+            if self._tight:
+                self._checkpointed()
 
     def _spread(self, weights: Any, beside: Sequence[Any]) -> None:
         """Have the layers compiled and sharded, if they are to be."""
@@ -209,6 +231,7 @@ class PlainLearner:
         if batch.fresh:
             self._begin()
             progress = 0.0  # A whole training of its own: the run's schedule is not its.
+        self._weigh_memory()
         before = self._tokens.breaks
         rows = pack(batch.examples, self._tokens)
         totals = {"loss": 0.0, "grad_norm": 0.0, "ratio": 0.0, "kl_old": 0.0, "tokens": 0.0}

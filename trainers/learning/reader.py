@@ -96,7 +96,7 @@ class Reader:
         """Whether it can read forests; tried once."""
         if not attends_only(self.weights) or self._attention() != "sdpa":
             return False
-        usual = self._usual()
+        usual = self.usual()
         some = [usual[:5], [*usual[:2], usual[5], usual[4]], usual[:0:-3]]
         rows = [Row(ids, spans=[Span(1, len(ids), 0.0, (), -1)]) for ids in some]
         mode = self.model.training
@@ -124,7 +124,7 @@ class Reader:
         Raises:
             LearnerError: it does something else to them.
         """
-        ids = self._usual()
+        ids = self.usual()
         layout = self._layout([Row(ids, spans=[Span(1, len(ids), 0.0, (), -1)])], None)
         mode = self.model.training
         self.model.eval()
@@ -142,7 +142,7 @@ class Reader:
             )
         return by
 
-    def _usual(self) -> list[int]:
+    def usual(self) -> list[int]:
         """Some ids that stand for no picture."""
         picture = self.eye.vision.placeholder if self.eye else None
         return [k for k in range(min(12, self.sizes.vocab_size)) if k != picture][1:9]

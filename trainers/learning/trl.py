@@ -366,7 +366,7 @@ def _arguments(
         "warmup_steps": config.warmup,
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
-        "gradient_checkpointing": config.gradient_checkpointing,
+        "gradient_checkpointing": config.gradient_checkpointing is True,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "bf16": config.dtype(_device(config)) == "bfloat16",
         "use_cpu": _device(config) == "cpu",
