@@ -87,7 +87,8 @@ def make(model: str, folder: Path, seed: int) -> None:
     from transformers import Idefics3ForConditionalGeneration
 
     base = _base(model)
-    language = open_weights(base, "cpu", "auto", False)
+    # An adapter's part of it is in the weights then, and not beside them.
+    language = open_weights(base, "cpu", "auto", False, beside=False)
     tokenizer = open_tokens(base).tokenizer
     config = _config(model, tokenizer)
     kind: Any = Idefics3ForConditionalGeneration

@@ -271,8 +271,10 @@ class Pictures:
     Config = PicturesConfig
     spec: ClassVar[WorldSpec] = WorldSpec(isolation="inline", task=PicturesTask, tools=TOOLS)
 
-    def __init__(self, config: PicturesConfig) -> None:
+    def __init__(self, config: PicturesConfig, oracle: bool = True) -> None:
+        """``oracle``: whether it says that an answer was right, and ends then."""
         self._config = config
+        self._oracle = oracle
         self._task: PicturesTask | None = None
         self._left = 0
 
@@ -291,12 +293,14 @@ class Pictures:
         task = self._playing()
         self._left -= 1
         right = is_right(task, action)
+        over = right and self._oracle
+        words = "Right." if over else "That is not so." if self._oracle else "Look once more."
         return TimeStep(
-            Observation("Right." if right else "That is not so.", (), self._listed(task)),
+            Observation(words, (), self._listed(task)),
             reward=float(right),
-            terminated=right,
-            truncated=not right and self._left == 0,
-            success=right,
+            terminated=over,
+            truncated=not over and self._left == 0,
+            success=over,
         )
 
     async def close(self) -> None:
@@ -315,6 +319,19 @@ class Pictures:
         if words:
             return rng.choice(words)
         return f"click {rng.randrange(task.size)} {rng.randrange(task.size)}"
+
+    def answer(self, task: Task, action: str) -> str | None:
+        """The word that is answered, or the place that is clicked."""
+        if not isinstance(task, PicturesTask):
+            raise TypeError(f"pictures plays PicturesTask, got {type(task).__name__}")
+        words = action.strip().lower()
+        if task.question == "click":
+            found = CLICK.fullmatch(words)
+            return f"{int(found[1])} {int(found[2])}" if found else None
+        return words if words in answers(task.question, self._config) else None
+
+    def without_oracle(self) -> "Pictures":
+        return Pictures(self._config, oracle=False)
 
     def _listed(self, task: PicturesTask) -> tuple[str, ...]:
         return tuple(answers(task.question, self._config)) if self._config.listed else ()

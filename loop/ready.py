@@ -58,6 +58,11 @@ def _policies(recipe: Recipe, model: str) -> Iterator[str]:
         asked = getattr(judge.config, "model", None)
         if hasattr(judge.plugin, "ask_through") and asked and asked not in known:
             named.append(("judge.model", recipe.policy, asked))
+            if graft.is_graft(asked) or scratch.is_scratch(asked):
+                yield (
+                    f"judge.model: {asked} is to be made, and only the policy in training is made "
+                    "here; give a model that is there, or base"
+                )
     for key, section, wanted in named:
         if fault := _unready(section, wanted):
             yield f"{key}: {fault}"

@@ -12,7 +12,7 @@ from typing import Any
 from ..core import evaluation as files
 from ..core.config import PolicyConfig
 from ..core.draft import unreplayable
-from ..core.errors import LearnerError, RecipeError
+from ..core.errors import LearnerError, RecipeError, StoreError
 from ..core.files import read_json, write_json
 from ..core.hosting.pool import Worlds, open_worlds
 from ..core.images import FOLDER as IMAGES
@@ -39,7 +39,7 @@ from ..core.recipe import Recipe, differences, section
 from ..core.sections import Section
 from ..core.seeds import derive
 from ..core.store import write_trajectories
-from ..core.store.folder import RunFolder, iteration_name
+from ..core.store.folder import RunFolder, iteration_name, iterations
 from ..core.types import Judged, Metrics, Stop, Task
 from ..evidence.report import report
 from .components import Components
@@ -237,7 +237,7 @@ async def improve(components: Components, kept: RunFolder, base: str) -> int:
             done = kept.path(iteration_name(kept.finished - 1))
             if isinstance(trainer, HasMemory):
                 trainer.restore(done / "trainer")
-            components.learner.restore(done / "learner")
+            components.learner.restore(learner_state(kept, done))
             await components.policy.load(done / "checkpoint")
             components.progress.say(
                 f"resuming after iteration {kept.finished} of {recipe.iterations}"
@@ -315,7 +315,9 @@ async def iteration(
     with kept.draft(iteration_name(index)) as folder:
         metrics = await iterate(components, trainer, index, done, played)
         clock = Clock()
-        components.learner.export(folder / "checkpoint")
+        # Off the loop: the first time takes a while, and others play meanwhile.
+        export = components.learner.export
+        await asyncio.get_running_loop().run_in_executor(None, export, folder / "checkpoint")
         note_base(folder / "checkpoint", components.base)
         components.learner.save(folder / "learner")
         images = kept.path(IMAGES)
@@ -331,6 +333,17 @@ async def iteration(
     # The draft has its final name now; the weights are to be known by that.
     await policy.load(kept.path(iteration_name(index)) / "checkpoint")
     components.progress.tell(IterationEnded(index, recipe.iterations, metrics))
+
+
+def learner_state(kept: RunFolder, done: Path) -> Path:
+    """Where the learner's state after iteration ``done`` is. Raises: StoreError: it was removed."""
+    if not (done / "learner").is_dir():
+        every = [one.name for one in iterations(kept.folder) if (one / "learner").is_dir()]
+        raise StoreError(
+            f"{done}/learner is not there: of most iterations `keep` removes the learner's state. "
+            f"A run can go on from {', '.join(every) or 'none of them'}: remove those after it"
+        )
+    return done / "learner"
 
 
 def prune(kept: RunFolder, keep: int | None) -> None:

@@ -19,8 +19,10 @@ from selfwright.core.models.open import open_model, open_tokens
 from selfwright.core.models.vision import eye_of
 from selfwright.core.recipe import Recipe, read
 from selfwright.core.seeds import derive
-from selfwright.core.types import Message, Prompt
+from selfwright.core.types import Batch, Completion, Example, Message, Prompt
 from selfwright.loop.warm_start import STORY, key_of
+from selfwright.trainers.learning.learner import LearnerConfig, PlainLearner
+from selfwright.trainers.learning.loss import NLL
 
 LOOKING = """
 seed: 3
@@ -129,6 +131,30 @@ def test_a_seed_makes_an_eye_and_no_other_weight(base: Path, grafted: Path, tmp_
     changed = {name for name, one in weights.items() if not torch.equal(one, others[name])}
     assert changed and not any("text_model" in name or "lm_head" in name for name in changed)
     assert "model.connector.modality_projection.proj.weight" in changed
+
+
+def test_an_adapter_on_a_base_in_16_bits_comes_along(base: Path, tmp_path: Path) -> None:
+    weights, tokens = open_model(str(base), "cpu", "bfloat16", False)
+    weights.save_pretrained(tmp_path / "half")
+    tokens.save(tmp_path / "half")
+    learner = PlainLearner(
+        LearnerConfig(device="cpu", learning_rate=0.03), str(tmp_path / "half"), 0
+    )
+    lesson = Example(Prompt(TALK[:1]), Completion("8*3"), 1.0)
+    for _ in range(3):
+        learner.update(Batch(NLL(), (lesson,)), 0.0)
+    learner.export(tmp_path / "lora")
+    graft.make(f"graft:{tmp_path / 'lora'}", tmp_path / "grafted", 0)
+    ids = tokens.prompt(Prompt(TALK[:1]))
+    (bare, _), (adapted, _), (model, _) = (
+        opened(tmp_path / name) for name in ("half", "lora", "grafted")
+    )
+    without, with_it = (logits(one, ids).log_softmax(-1) for one in (bare, adapted))
+    found = logits(model, ids)[:, : with_it.shape[-1]].log_softmax(-1)
+    learned = (with_it - without).abs().max()
+    assert learned > 0.3
+    # It is rounded to 16 bits there, once.
+    assert (found - with_it).abs().max() < learned / 5
 
 
 def test_a_tied_head_stays_tied(base: Path, tmp_path: Path) -> None:

@@ -455,7 +455,7 @@ def test_checkpointed_gradients_are_the_same(model_folder: Folder, method: str) 
 
 
 def test_layers_run_again_where_memory_is_short(
-    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder = model_folder("qwen3")
     batch = Batch(Clip(kl=0.1), tuple(talks(tokens_of(folder), 6)))
@@ -482,6 +482,13 @@ def test_layers_run_again_where_memory_is_short(
     assert memory.per_token(learner._reader) < each / 2  # pyright: ignore[reportPrivateUsage]
     learner.update(replace(batch, fresh=True), 0.0)
     assert learner._reader.weights.is_gradient_checkpointing  # pyright: ignore[reportPrivateUsage]
+    # Whoever goes on from it does as it did, whatever memory there is by then.
+    learner.save(tmp_path)
+    monkeypatch.setattr(memory, "free", lambda device: 1 << 60)  # pyright: ignore
+    other = learner_of(folder, **LOOSE)
+    other.restore(tmp_path)
+    other.update(batch, 0.0)
+    assert other._reader.weights.is_gradient_checkpointing  # pyright: ignore[reportPrivateUsage]
 
 
 def tokens_of(folder: Path) -> ChatTokens:

@@ -186,3 +186,41 @@ def test_a_click_counts_where_the_shape_is() -> None:
         assert is_right(task, f"click {x} {y}") is right
     for said in ("click 10", "click 10 12 3", "10 12", "click ten twelve", "red"):
         assert not is_right(task, said)
+
+
+def test_without_an_oracle_nothing_seen_depends_on_being_right() -> None:
+    blind = Pictures(config("colour", attempts=3)).without_oracle()
+    task = blind.tasks("train")[0]
+    wrong = next(colour for colour in COLOURS if colour != task.answer)
+
+    async def play() -> None:
+        await blind.reset(task, 0)
+        steps = [await blind.step(word) for word in (task.answer, wrong, task.answer)]
+        assert [step.reward for step in steps] == [1.0, 0.0, 1.0]
+        assert len({step.observation for step in steps}) == 1
+        assert [(step.terminated, step.truncated) for step in steps] == [
+            (False, False),
+            (False, False),
+            (False, True),
+        ]
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    ("question", "action", "answer"),
+    [
+        ("colour", " Red ", "red"),
+        ("colour", "left", None),
+        ("count", "4", "4"),
+        ("count", "5", None),
+        ("digit", "0", "0"),
+        ("click", "click 07 9", "7 9"),
+        ("click", "7 9", None),
+    ],
+)
+def test_an_answer_is_a_word_or_a_place(
+    question: Question, action: str, answer: str | None
+) -> None:
+    world = Pictures(config(question))
+    assert world.answer(world.tasks("train")[0], action) == answer

@@ -16,7 +16,7 @@ from selfwright.core.errors import StoreError
 from selfwright.core.files import read_json, write_json
 from selfwright.core.store import read_trajectories
 from selfwright.core.store.folder import RunFolder, iteration_name, iterations
-from selfwright.loop.run import prune
+from selfwright.loop.run import learner_state, prune
 
 RECIPE = {"seed": 1, "trainer": {"use": "rise", "sizes": (1, 2)}}
 
@@ -225,6 +225,19 @@ def test_a_learners_state_is_kept_of_the_last_and_the_best(
     folders = iterations(tmp_path / "run")
     assert {k for k, folder in enumerate(folders) if (folder / "learner").is_dir()} == left
     assert all((folder / "checkpoint").is_dir() for folder in folders)
+
+
+def test_going_on_from_where_nothing_was_kept_says_where_it_can(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path / "run", RECIPE, lambda a, b: []) as run:
+        for index in range(4):
+            with run.draft(iteration_name(index)) as draft:
+                (draft / "learner").mkdir()
+                write_json(draft / "metrics.json", {"validation/success": [1, 0, 0, 0][index]})
+            prune(run, 1)
+        found = [learner_state(run, run.path(iteration_name(index))).name for index in (0, 3)]
+        assert found == ["learner"] * 2
+        with pytest.raises(StoreError, match=r"keep.* from 0000, 0003: remove those after it"):
+            learner_state(run, run.path(iteration_name(2)))
 
 
 def test_a_gap_is_an_error(tmp_path: Path) -> None:

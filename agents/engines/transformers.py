@@ -36,7 +36,7 @@ class TransformersConfig(PolicyConfig):
     """``auto``: as the model was saved."""
     quantization: Quantization = "none"
     """``nf4``: its linear layers in 4 bits, by bitsandbytes, as ``learner.quantization`` has them;
-    ``pip install 'selfwright[qlora]'``."""
+    ``dtype: auto`` is then bf16 on a GPU, else float32. ``pip install 'selfwright[qlora]'``."""
     trust_remote_code: bool = False
     """Run code that comes with a model. Off, because it is somebody else's code on your machine."""
 
@@ -85,20 +85,30 @@ class TransformersPolicy:
     def unfit(config: TransformersConfig, learner: Mapping[str, Any]) -> str:
         """Why it would not sample with what such a learner trains; empty if it would."""
         mine, theirs = config.quantization, learner.get("quantization", "none")
-        if mine == theirs:
-            return ""
-        return (
-            f"policy.quantization is {mine} and learner.quantization {theirs}: what is sampled "
-            "would not be what is trained; wanted the same for both"
-        )
+        if mine != theirs:
+            return (
+                f"policy.quantization is {mine} and learner.quantization {theirs}: what is sampled "
+                "would not be what is trained; wanted the same for both"
+            )
+        precision = learner.get("precision", "auto")
+        if mine != "none" and config.dtype != precision:
+            return (
+                f"policy.dtype is {config.dtype} and learner.precision {precision}: other weights "
+                "come to other 4 bits; wanted the same for both"
+            )
+        return ""
 
     def __init__(self, config: TransformersConfig, model: str, seed: int) -> None:
         """Raises: PolicyError: the model cannot be loaded or run, or has no chat template."""
         self._config = config
         self._name = model
         self._seed = seed
+        dtype = config.dtype
+        if config.quantization != "none" and dtype == "auto":
+            # What the learner quantises, however the model was saved.
+            dtype = "bfloat16" if device_of(config.device).startswith("cuda") else "float32"
         opened = open_model(
-            model, config.device, config.dtype, config.trust_remote_code, config.quantization
+            model, config.device, dtype, config.trust_remote_code, config.quantization
         )
         self.model: Any = frozen(opened[0])
         self.tokens = opened[1]

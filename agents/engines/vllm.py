@@ -21,14 +21,14 @@ from ...core.config import PolicyConfig
 from ...core.errors import DiskError, PolicyError, PromptTooLong
 from ...core.files import DRAFT, hard_link
 from ...core.models.adapters import changes, fits
-from ...core.models.canary import LENGTH, Canary, canaries_of, distance, usual_ids
+from ...core.models.canary import LENGTH, Canary, canaries_of, usual_ids
 from ...core.models.constraints import in_any_tokens
 from ...core.models.open import bare, config_of, open_tokens, placeholder_of, save_merged, unready
 from ...core.models.origin import ADAPTER, WEIGHTS, belongs, parts_of
 from ...core.models.tokens import cut
 from ...core.thoughts import thinks_still
 from ...core.types import Completion, Prompt, Sampling
-from .vllm_canary import expected, spoken
+from .vllm_canary import Spoken, doubts, spoken
 from .vllm_request import SCORING, after, request, scores
 from .vllm_server import MODEL, Answer, Gone, Replica, launched
 
@@ -278,7 +278,7 @@ class VLLMPolicy:
 
     async def _begin(self, replica: Replica) -> None:
         await replica.up()
-        replica.base = await self._spoken(replica, "")
+        await self._spoken(replica, "")
 
     async def _ask(
         self,
@@ -392,46 +392,21 @@ class VLLMPolicy:
             PolicyError: it could not be loaded, or the answers are another model's.
         """
         await replica.load(name, self._adapters / name)
-        spoken = await self._spoken(replica, name)
-        await self._believe(replica, name, spoken, learned)
-        replica.spoken = spoken
-
-    async def _believe(
-        self,
-        replica: Replica,
-        name: str,
-        spoken: tuple[float, ...],
-        learned: tuple[Canary, ...],
-    ) -> None:
-        """Raises: PolicyError: these answers to the canaries are not the adapter's."""
-        tolerance = self._config.canary_tolerance
-        if not self._canaries:
-            if spoken == replica.base and changes(self._adapters / name):
-                raise PolicyError(
-                    f"{replica.url} answers as the base model does, though the adapter {name} "
-                    "changes it: its weights' names are not those vLLM looks for"
-                )
-            return
-        wanted = expected(replica, self._canaries)
-        gap = distance(spoken, wanted)
-        if gap > tolerance:
-            how = "otherwise than it should"
-            if spoken == await self._spoken(replica, ""):
-                how = "as its base model does: the adapter's weights have names it does not know"
-            elif spoken == replica.spoken:
-                how = "as its last adapter does: the new one is not in use"
-            raise PolicyError(
-                f"the canary failed: {replica.url} answers {how}; its log-probabilities are "
-                f"{gap:.3g} nats from the learner's on average, more than "
-                f"canary_tolerance={tolerance:g} allows"
+        answers = await self._spoken(replica, name)
+        fault = ""
+        if self._canaries:
+            tolerance = self._config.canary_tolerance
+            fault = await doubts(replica, name, answers, self._canaries, learned, tolerance)
+        elif changes(self._adapters / name) and answers == await self._spoken(replica, ""):
+            fault = (
+                f"{replica.url} answers as the base model does, though the adapter {name} changes "
+                "it: its weights' names are not those vLLM looks for"
             )
-        if learned and spoken == replica.spoken and expected(replica, learned) != wanted:
-            raise PolicyError(
-                f"the canary failed: {replica.url} still answers with its last adapter, though the "
-                "learner has changed"
-            )
+        if fault:
+            raise PolicyError(fault)
+        replica.spoken = answers
 
-    async def _spoken(self, replica: Replica, name: str) -> tuple[float, ...]:
+    async def _spoken(self, replica: Replica, name: str) -> Spoken:
         return await spoken(replica, name or MODEL, self._canaries or (self._unknown,))
 
     async def _drop(self, name: str) -> None:

@@ -68,10 +68,10 @@ class Replica:
         self.model = MODEL
         self.generates = False
         """Whether it has ``GENERATE``."""
-        self.base: tuple[float, ...] = ()
-        """What it answered to the canary without any adapter."""
-        self.spoken: tuple[float, ...] = ()
-        """And with the last one."""
+        self.sees: bool | None = None
+        """Whether it takes the pictures of canaries; None: not asked yet."""
+        self.spoken: tuple[tuple[float, ...], ...] = ()
+        """What it answered to each canary with the last adapter."""
         self.generation = 0
         """How often it was mended."""
         self.mending = asyncio.Lock()

@@ -49,12 +49,20 @@ def write(file: Path, state: Mapping[str, Any]) -> None:
     save_file({key: value.contiguous().cpu().clone() for key, value in state.items()}, file)
 
 
-def read(file: Path) -> dict[str, Any]:
-    """Raises: ModelError: the file is missing or damaged."""
-    from safetensors import SafetensorError
+def read(file: Path, only: str = "") -> dict[str, Any]:
+    """The tensors of a file, or of that name only, if it is there.
+
+    Raises:
+        ModelError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
+    opener: Any = safe_open
     try:
+        if only:
+            with opener(file, "pt") as opened:
+                return {only: opened.get_tensor(only)} if only in {*opened.keys()} else {}
         return load_file(file)
     except (OSError, SafetensorError) as cause:
         raise ModelError(f"cannot read {file}: {cause}") from cause

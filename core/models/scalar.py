@@ -23,6 +23,7 @@ from .tokens import PAD
 
 DISCRIMINATOR = "discriminator.safetensors"
 """What a trainer with a discriminator keeps of it in an iteration's folder, for judges to find."""
+BITS: tuple[Quantization, ...] = ("none", "nf4")
 Text: TypeAlias = tuple[Prompt, Completion]
 """A prompt and what was answered; an answer that was not sampled and is empty adds nothing."""
 
@@ -42,7 +43,8 @@ class ScalarConfig(Config):
     alpha: int = Field(default=32, ge=1)
     """LoRA's scale is alpha / rank."""
     quantization: Quantization = "none"
-    """Of the frozen model: the learner's, else the model is there twice."""
+    """Of the frozen model: the learner's, else the model is there twice (as it is on a GPU with
+    ``learner.precision: float32``)."""
     learning_rate: float = Field(default=1e-4, gt=0)
     batch_size: int = Field(default=32, ge=1)
     """Pairs, or texts, per optimiser step."""
@@ -62,11 +64,11 @@ def config_in(file: Path) -> dict[str, Any]:
 
     Raises: ModelError: the file is missing or damaged.
     """
-    lora = optimizer.read(file).get("lora")
-    if lora is None:
+    lora = optimizer.read(file, "lora")
+    if not lora:
         return {"method": "full"}
-    rank, alpha = lora.tolist()
-    return {"method": "lora", "rank": rank, "alpha": alpha}
+    rank, alpha, bits = lora["lora"].tolist()
+    return {"method": "lora", "rank": rank, "alpha": alpha, "quantization": BITS[bits]}
 
 
 class ScalarModel:
@@ -86,6 +88,7 @@ class ScalarModel:
         opener = open_frozen if lora else open_model
         name = str(self._dtype).removeprefix("torch.")
         whole, self._tokens = opener(model, device, name, False, config.quantization)
+        self._whole = whole  # While it is held, whoever opens the same holds the same.
         self._eye = eye_of(self._tokens, whole)
         # A model that sees reads pictures around its decoder; what looks at them stays frozen.
         self.body: Any = whole.model if self._eye else whole.get_decoder()
@@ -175,7 +178,9 @@ class ScalarModel:
         state = optimizer.state_of(self._named, self._optimizer)
         state["updates"] = torch.tensor(self.updates)
         if self._config.method == "lora":
-            state["lora"] = torch.tensor([self._config.rank, self._config.alpha])
+            config = self._config
+            bits = BITS.index(config.quantization)
+            state["lora"] = torch.tensor([config.rank, config.alpha, bits])
         optimizer.write(file, state)
 
     def restore(self, file: Path) -> None:

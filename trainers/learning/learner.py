@@ -148,7 +148,8 @@ class PlainLearner:
             precision,
             eye,
             looks,
-            narrow=not config.compile,
+            # Dropout would draw other numbers where fewer positions are read.
+            narrow=not config.compile and not config.dropout,
         )
         if config.gradient_checkpointing is True or self._tight:
             self._checkpointed()
@@ -460,7 +461,9 @@ class PlainLearner:
             bare = self._model.disable_adapter() if lora else nullcontext()
             # Not worth compiling for.
             with torch.compiler.set_stance("force_eager"), bare:
-                self._canaries = Canaries(self._reader, self._tokens, self._base)
+                self._canaries = Canaries(
+                    self._reader, self._tokens, self._base, self._config.trust_remote_code
+                )
         found = self._canaries.now(self._reader)
         self._model.train()
         return found
@@ -471,7 +474,10 @@ class PlainLearner:
         if not self._accelerator.is_main_process:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        optimizer.write(folder / FILE, {**state, "updates": torch.tensor(self._updates)})
+        state["updates"] = torch.tensor(self._updates)
+        if self._tight is not None:
+            state["tight"] = torch.tensor(self._tight)
+        optimizer.write(folder / FILE, state)
 
     def restore(self, folder: Path) -> None:
         """Raises: LearnerError: the folder is of a learner with other weights, or damaged."""
@@ -480,3 +486,12 @@ class PlainLearner:
         except ModelError as cause:
             raise LearnerError(str(cause)) from cause
         self._updates = int(state["updates"])
+        # What goes on does so as it began, whatever memory there is now.
+        if (
+            "tight" in state
+            and self._config.gradient_checkpointing == "auto"
+            and self._mesh is None
+        ):
+            self._tight = bool(state["tight"])
+            if self._tight:
+                self._checkpointed()

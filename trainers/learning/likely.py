@@ -22,7 +22,9 @@ class Canaries:
     differ far more between two ways to compute them, in bf16 above all, and are never sampled.
     """
 
-    def __init__(self, reader: Reader, tokens: ChatTokens, base: str) -> None:
+    def __init__(
+        self, reader: Reader, tokens: ChatTokens, base: str, trust_remote_code: bool = False
+    ) -> None:
         """``base``: what the model was opened as."""
         self._rows: list[tuple[Row, tuple[int, ...]]] = []
         """What is read here, and the same as it is asked about elsewhere."""
@@ -30,7 +32,7 @@ class Canaries:
         self._add(reader, tokens, begin, begin, ())
         if tokens.vision is None:
             return
-        elsewhere = open_tokens(base, placeholder=tokens.vision.placeholder)
+        elsewhere = open_tokens(base, trust_remote_code, tokens.vision.placeholder)
         image = shown()
         prompt = Prompt((Message("user", (image, QUESTION)),))
         try:
