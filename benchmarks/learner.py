@@ -171,8 +171,6 @@ def main() -> int:
         print(json.dumps(asdict(measure(json.loads(arguments.child)))))
         return 0
     console = Console(stderr=True)
-    found = {name: compared(name, arguments.pairs, console) for name in arguments.case or CASES}
-    Console().print(table(found))
     packages = ("torch", "transformers", "trl", "peft")
     known = {name: version(name) for name in packages}
     settings: dict[str, Any] = {"versions": known, "threads": THREADS, "lora": LORA}
@@ -180,7 +178,12 @@ def main() -> int:
     before: dict[str, Any] = read_json(RESULTS) if RESULTS.exists() else {}
     if {key: value for key, value in before.items() if key != "cases"} != settings:
         before = {}
-    write_json(RESULTS, settings | {"cases": before.get("cases", {}) | found})
+    found: dict[str, Any] = {}
+    for name in arguments.case or CASES:
+        found[name] = compared(name, arguments.pairs, console)
+        # After each, so that what stops a later one loses nothing.
+        write_json(RESULTS, settings | {"cases": before.get("cases", {}) | found})
+    Console().print(table(found))
     return 0 if all(case["met"] for case in found.values()) else 1
 
 
