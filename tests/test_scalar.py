@@ -1,5 +1,6 @@
 """Networks of one number: on the tensors that the learner holds, by a LoRA; or whole copies."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 
 from selfwright.agents import scratch
 from selfwright.core.errors import ModelError
+from selfwright.core.models import frozen
 from selfwright.core.models.frozen import open_frozen
 from selfwright.core.models.scalar import ScalarConfig, ScalarModel, config_in
 from selfwright.core.types import Batch, Completion, Example, Message, Prompt
@@ -80,10 +82,10 @@ def test_it_holds_the_tensors_that_the_learner_holds(model_folder: Folder, bits:
     net = net_of(model, quantization=bits)
     own: Any = learner._model  # pyright: ignore[reportPrivateUsage]
     theirs = {weight.data_ptr() for weight in own.parameters()}
-    frozen = [weight for weight in net.body.parameters() if not weight.requires_grad]
-    assert len(frozen) > 10
-    assert {weight.data_ptr() for weight in frozen} <= theirs
-    before = [weight.clone() for weight in frozen]
+    still = [weight for weight in net.body.parameters() if not weight.requires_grad]
+    assert len(still) > 10
+    assert {weight.data_ptr() for weight in still} <= theirs
+    before = [weight.clone() for weight in still]
     assert net.values(TEXTS) == [0.0] * 8
     taught(net, 5)
     values = net.values(TEXTS)
@@ -91,8 +93,23 @@ def test_it_holds_the_tensors_that_the_learner_holds(model_folder: Folder, bits:
     # What either learns is not the other's: the tensors stay as they are.
     loss = learner.update(Batch(Clip(), (Example(*TEXTS[0], advantage=1.0),)), 0.0)["train/loss"]
     assert loss == loss
-    assert all(torch.equal(*pair) for pair in zip(before, frozen, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(before, still, strict=True))
     assert net.values(TEXTS) == values
+
+
+def test_networks_share_whoever_came_first_and_let_go_together(model_folder: Folder) -> None:
+    held = frozen._held  # pyright: ignore[reportPrivateUsage]
+    gc.collect()
+    before = len(held)
+    first, second = net_of(model_folder("llama")), net_of(model_folder("llama"))
+    one, other = (
+        {weight.data_ptr() for weight in net.body.parameters() if not weight.requires_grad}
+        for net in (first, second)
+    )
+    assert one == other and len(held) == before + 1
+    del first, second
+    gc.collect()
+    assert len(held) == before
 
 
 def test_what_nobody_holds_any_more_is_opened_anew(model_folder: Folder, tmp_path: Path) -> None:

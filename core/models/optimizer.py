@@ -22,7 +22,7 @@ def adamw(weights: Iterable[Any], kind: Kind, learning_rate: float, weight_decay
         from torch.optim import AdamW
 
         return AdamW(weights, lr=learning_rate, weight_decay=weight_decay, fused=True)
-    from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingTypeStubs]
+    from bitsandbytes.optim.adamw import AdamW8bit  # pyright: ignore[reportMissingTypeStubs]
 
     untyped: Any = AdamW8bit
     return untyped(list(weights), lr=learning_rate, weight_decay=weight_decay)
