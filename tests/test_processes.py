@@ -142,6 +142,8 @@ def together(folders: list[str], processes: int, out: Path, before: str = "") ->
 
 def same(one: Path, other: Path) -> None:
     found, wanted = (load_file(folder / "learner.safetensors") for folder in (one, other))
+    for state in (found, wanted):
+        state.pop("tight", None)  # Nobody asks where the model is sharded.
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         # What the optimiser remembers has the size of the gradients.

@@ -68,7 +68,7 @@ def policy_of(model: Path, **keys: Any) -> TransformersPolicy:
 def off(policy: TransformersPolicy, checkpoint: Path) -> float:
     """How far it is from what the learner wrote beside its weights, nats on average."""
     asyncio.run(policy.load(checkpoint))
-    (canary,) = canaries_of(checkpoint)
+    canary = canaries_of(checkpoint)[0]
     found = policy._score(canary.ids[: -len(canary.asked)], canary.asked, ())
     return distance(found, canary.logprobs)
 

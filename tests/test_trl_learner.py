@@ -79,7 +79,7 @@ def through_trl(model: str, **changes: Any) -> TRLLearner:
 def weights(learner: PlainLearner, folder: Path) -> dict[str, Any]:
     learner.save(folder)
     state = load_file(folder / "learner.safetensors")
-    return {key: value for key, value in state.items() if key != "rng"}
+    return {key: value for key, value in state.items() if key not in ("rng", "tight")}
 
 
 def farthest(a: dict[str, Any], b: dict[str, Any]) -> float:
