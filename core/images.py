@@ -8,6 +8,7 @@ it, and are found there or in any folder that ``STORE.look_in`` was told of.
 
 import atexit
 import hashlib
+import io
 import shutil
 import struct
 import tempfile
@@ -18,6 +19,7 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from .errors import DiskError, StoreError
 from .files import DRAFT, atomic_write_bytes, hard_link, sync_file, sync_folder
@@ -40,6 +42,15 @@ def picture(png: bytes) -> Image:
         raise ValueError(f"wanted a PNG file, got {len(png)} bytes that begin {png[:8]!r}")
     width, height = struct.unpack(">II", png[16:24])
     return Image(hashlib.sha256(png).hexdigest(), width, height, png)
+
+
+def encoded(pixels: Any) -> Image:
+    """(H, W, 3) uint8 as a picture."""
+    from PIL import Image as Pillow
+
+    file = io.BytesIO()
+    Pillow.fromarray(pixels).save(file, "PNG")
+    return picture(file.getvalue())
 
 
 class ImageStore:

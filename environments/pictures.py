@@ -5,7 +5,6 @@ no two splits can share one.
 """
 
 import hashlib
-import io
 import math
 import random
 import re
@@ -15,12 +14,11 @@ from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image as Pillow
 from pydantic import Field
 
 from ..core.config import Config
 from ..core.files import canonical_json
-from ..core.images import picture
+from ..core.images import encoded
 from ..core.splits import EndlessSplit, split_of
 from ..core.types import Image, Observation, Task, TimeStep, Tool, WorldSpec
 
@@ -256,13 +254,6 @@ def painted(task: PicturesTask) -> Image:
     for mark in task.marks:
         pixels[covered(mark, task.size)] = COLOURS[mark[1]]
     return encoded(pixels)
-
-
-def encoded(pixels: NDArray[np.uint8]) -> Image:
-    """(H, W, 3) as a picture."""
-    file = io.BytesIO()
-    Pillow.fromarray(pixels).save(file, "PNG")
-    return picture(file.getvalue())
 
 
 class Pictures:

@@ -1,6 +1,5 @@
 """What a checkpoint must answer: a few tokens and how likely its learner finds them."""
 
-import io
 import math
 import random
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import Any
 
 from ..errors import StoreError
 from ..files import read_json, write_json
-from ..images import picture
+from ..images import encoded
 from ..types import Image
 
 FILE = "canary.json"
@@ -78,13 +77,9 @@ def usual_ids(tokenizer: Any, count: int) -> tuple[int, ...]:
 def shown() -> Image:
     """The picture of canaries: a slope in every colour."""
     import numpy as np
-    from PIL import Image as Pillow
 
     x, y = np.meshgrid(*2 * [np.linspace(0, 255, SIDE)])
-    pixels = np.stack([x, y, 255 - (x + y) / 2], -1).astype(np.uint8)
-    file = io.BytesIO()
-    Pillow.fromarray(pixels).save(file, "PNG")
-    return picture(file.getvalue())
+    return encoded(np.stack([x, y, 255 - (x + y) / 2], -1).astype(np.uint8))
 
 
 def distance(a: Sequence[float], b: Sequence[float]) -> float:
